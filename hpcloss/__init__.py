@@ -1,0 +1,32 @@
+"""Exact contrastive losses for dense prediction in O(N D) memory."""
+
+from hpcloss.functional import (
+    ihpc_loss,
+    infonce_loss,
+    ntxent_loss,
+    region_phpc_loss,
+    region_supcon_loss,
+    supcon_loss,
+)
+from hpcloss.heads import FeatureTap, ProjectionHead
+from hpcloss.losses import IHPCLoss, InfoNCELoss, NTXentLoss, RegionPHPCLoss, RegionSupConLoss, SupConLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FeatureTap",
+    "IHPCLoss",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "ProjectionHead",
+    "RegionPHPCLoss",
+    "RegionSupConLoss",
+    "SupConLoss",
+    "__version__",
+    "ihpc_loss",
+    "infonce_loss",
+    "ntxent_loss",
+    "region_phpc_loss",
+    "region_supcon_loss",
+    "supcon_loss",
+]

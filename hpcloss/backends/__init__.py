@@ -1,0 +1,28 @@
+"""Where the primitives run: the only place that knows how.
+
+A backend is a module with `unsupported(tensor) -> list of reasons` and the four functions of `blockwise`:
+`pair_lse`, `pair_lse_backward`, `pair_mean`, `pair_mean_backward`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from hpcloss.backends import blockwise
+
+BACKENDS: dict[str, ModuleType] = {"blockwise": blockwise}
+UNAVAILABLE = {"triton": ["this version ships no Triton kernels"]}
+
+
+def resolve(backend: str, tensor: Tensor) -> str:
+    """Name of the backend that runs a call on `tensor`. An explicit request never falls back."""
+    if backend == "auto":
+        return next(name for name, module in BACKENDS.items() if not module.unsupported(tensor))
+    if backend not in BACKENDS and backend not in UNAVAILABLE:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS, *UNAVAILABLE]}, got {backend!r}")
+    reasons = UNAVAILABLE.get(backend) or BACKENDS[backend].unsupported(tensor)
+    if reasons:
+        raise NotImplementedError(f"backend {backend!r} cannot run this call: " + "; ".join(reasons))
+    return backend

@@ -1,0 +1,494 @@
+"""The primitives as PyTorch tiles: exact, O((N + M) D) memory, any device, float32 and float64.
+
+A tile of similarities is one matmul; what a loss needs of it is reduced at once and the tile is forgotten. In
+self-contrast S is symmetric, so only tiles on and above the diagonal are computed and each serves both its rows and its
+columns. On the CPU the intervals are read on the host and become contiguous slices: blocks of anchors hold one class
+where classes are long, so most tiles need no mask at all. On other devices nothing is read on the host; a fixed
+schedule covers all pairs and masks come from the intervals.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+BLOCK = 512  # rows of a tile; a 512 x 512 fp32 tile is 1 MB and stays in a core's cache
+LONG_RUN = 128  # anchors of one class from which a block of their own is cheaper than a mask
+STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
+# exp(scale * s) needs no shift while |scale * s| stays below this (headroom for a sum over 2^18 keys).
+SAFE_EXPONENT = {torch.float32: 75.0, torch.float64: 600.0}
+SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
+INF, NAN = float("inf"), float("nan")
+
+
+class Intervals(NamedTuple):
+    """`Pairs.intervals()` by name."""
+
+    pos_start: Tensor
+    pos_end: Tensor
+    self_pos: Tensor
+    anchor_start: Tensor
+    anchor_end: Tensor
+    key_start: Tensor
+    key_end: Tensor
+
+
+class Tile(NamedTuple):
+    """Anchor rows i0:i1 against key rows j0:j1.
+
+    mirrored: the columns are anchors too and their pairs with the rows belong to this tile (self-contrast).
+    diagonal: the columns are the rows (self-contrast); both directions of a pair are inside.
+    masked: some pairs of the tile are outside the rule, beyond the diagonal itself.
+    """
+
+    i0: int
+    i1: int
+    j0: int
+    j1: int
+    mirrored: bool = False
+    diagonal: bool = False
+    masked: bool = False
+
+
+def unsupported(tensor: Tensor) -> list[str]:
+    """Reasons why this backend cannot run on the tensor's device and dtype: none, it runs everywhere."""
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------- schedule
+
+
+def _schedule(at: Intervals, num_keys: int, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
+    """Tiles that hold all pairs of the rule, grouped by block of rows."""
+    if at.pos_start.device.type == "cpu":
+        return _sliced_schedule(at, rule, symmetric)
+    return _static_schedule(at.pos_start.numel(), num_keys, symmetric)
+
+
+def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[list[Tile]]:
+    for i0 in range(0, num_rows, STATIC_BLOCK):
+        i1 = min(i0 + STATIC_BLOCK, num_rows)
+        if symmetric:
+            tiles = [Tile(i0, i1, i0, i1, diagonal=True, masked=True)]
+            first = i1
+        else:
+            tiles, first = [], 0
+        for j0 in range(first, num_keys, STATIC_BLOCK):
+            tiles.append(Tile(i0, i1, j0, min(j0 + STATIC_BLOCK, num_keys), mirrored=symmetric, masked=True))
+        yield tiles
+
+
+def _sliced_schedule(at: Intervals, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
+    runs: list[int] = []  # rows at which the positive interval changes; the other rules do not care
+    if rule in ("positives", "negatives") and at.pos_start.numel():
+        changes = (at.pos_start[1:] != at.pos_start[:-1]) | (at.pos_end[1:] != at.pos_end[:-1])
+        runs = (changes.nonzero().view(-1) + 1).tolist()
+    has_self = rule != "every" and not symmetric and bool((at.self_pos >= 0).any())
+    for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at[3:]), strict=True):
+        for i0, i1, pure in _row_blocks(a0, a1, runs):
+            starts, ends = at.pos_start[i0:i1], at.pos_end[i0:i1]
+            p0, p1 = (int(starts[0]), int(ends[0])) if pure else (int(starts.min()), int(ends.max()))
+            p0 = min(max(p0, k0), k1)  # an empty interval may lie anywhere
+            p1 = min(max(p1, p0), k1)
+            if rule == "positives":
+                spans = [(p0, p1, not pure)]
+            elif rule == "negatives":
+                spans = [(k0, p0, False), (p0, p1, True), (p1, k1, False)]
+                if pure:
+                    del spans[1]
+            else:
+                spans = [(k0, k1, False)]
+            tiles = [tile for span in spans for tile in _cut(i0, i1, a0, a1, *span, symmetric)]
+            if has_self:
+                first, last = int(at.self_pos[i0:i1].min()), int(at.self_pos[i0:i1].max())
+                tiles = [tile._replace(masked=tile.masked or (tile.j0 <= last and tile.j1 > first)) for tile in tiles]
+            if tiles:
+                yield tiles
+
+
+def _row_blocks(start: int, end: int, runs: list[int]) -> Iterator[tuple[int, int, bool]]:
+    """Cut anchors start:end into blocks (i0, i1, pure); a pure block lies in one run of equal positives."""
+    if start >= end:
+        return
+    edges = [start, *runs[bisect_right(runs, start) : bisect_left(runs, end)], end]
+    pieces: list[tuple[int, int, bool]] = []  # neighbouring short runs share a piece
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        pure = last - first >= LONG_RUN or len(edges) == 2
+        if not pure and pieces and not pieces[-1][2] and last - pieces[-1][0] <= BLOCK:
+            pieces[-1] = (pieces[-1][0], last, False)
+        else:
+            pieces.append((first, last, pure))
+    for first, last, pure in pieces:
+        for i0, i1 in _even(first, last, BLOCK):
+            yield i0, i1, pure
+
+
+def _even(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    """start:end in as few, nearly equal pieces of at most `most` as possible."""
+    pieces = -(-(end - start) // most)
+    for piece in range(pieces):
+        yield start + piece * (end - start) // pieces, start + (piece + 1) * (end - start) // pieces
+
+
+def _cut(i0: int, i1: int, a0: int, a1: int, c0: int, c1: int, masked: bool, symmetric: bool) -> Iterator[Tile]:
+    """Tiles of rows i0:i1 and columns c0:c1. In self-contrast, anchors left of the block have already met its rows."""
+    parts = [(c0, c1, False)]
+    if symmetric:
+        if c0 < i1 and c1 > i0:
+            yield Tile(i0, i1, i0, i1, diagonal=True, masked=masked)
+        parts = [(c0, min(c1, a0), False), (max(c0, i1), min(c1, a1), True), (max(c0, a1), c1, False)]
+    for first, last, mirrored in parts:
+        for j0, j1 in _even(first, last, BLOCK * BLOCK // (i1 - i0)):
+            yield Tile(i0, i1, j0, j1, mirrored=mirrored, masked=masked)
+
+
+def _allowed(tile: Tile, at: Intervals, rule: str, symmetric: bool) -> Tensor:
+    """Which pairs of a masked tile the rule counts, [rows, columns]."""
+    rows = slice(tile.i0, tile.i1)
+    keys = torch.arange(tile.j0, tile.j1, device=at.pos_start.device)
+    inside = (keys >= at.pos_start[rows, None]) & (keys < at.pos_end[rows, None])
+    if rule == "positives":
+        allowed = inside
+    else:
+        last_key = at.key_end if symmetric else at.anchor_end  # in self-contrast key rows belong to a region as well
+        row_numbers = torch.arange(tile.i0, tile.i1, device=keys.device, dtype=last_key.dtype)
+        region = torch.searchsorted(last_key, row_numbers, right=True).clamp_(max=last_key.numel() - 1)
+        allowed = (keys >= at.key_start[region, None]) & (keys < at.key_end[region, None])
+        if rule == "negatives":
+            allowed &= ~inside
+    if rule != "every":
+        allowed &= keys != at.self_pos[rows, None]
+    return allowed
+
+
+# -------------------------------------------------------------------------------------------------------- tiles
+
+
+class _Tiles:
+    """Similarity tiles of one call, each computed into the same buffer."""
+
+    def __init__(
+        self, anchors: Tensor, keys: Tensor | None, at: Intervals, rule: str, anchor_scale: Tensor | float = 1.0
+    ):
+        self.symmetric = keys is None
+        self.anchors = anchors
+        self.keys = anchors if keys is None else keys
+        self.at, self.rule, self.anchor_scale = at, rule, anchor_scale
+        self.blocks = _schedule(at, self.keys.shape[0], rule, self.symmetric)
+        self.buffer = anchors.new_empty(0)
+
+    def __iter__(self) -> Iterator[tuple[Tile, Tensor]]:
+        """Each tile with its similarities times `anchor_scale`; the next tile overwrites them."""
+        for block in self.blocks:
+            rows = self.anchors[block[0].i0 : block[0].i1] * self.anchor_scale
+            for tile in block:
+                shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)
+                if self.buffer.numel() < shape[0] * shape[1]:
+                    self.buffer = rows.new_empty(max(shape[0] * shape[1], 1))
+                out = self.buffer[: shape[0] * shape[1]].view(shape)
+                yield tile, torch.mm(rows, self.keys[tile.j0 : tile.j1].T, out=out)
+
+    def exclude(self, tile: Tile, values: Tensor, fill: float) -> Tensor:
+        """Overwrite the pairs of the tile that the rule does not count."""
+        if tile.masked:
+            values.masked_fill_(~_allowed(tile, self.at, self.rule, self.symmetric), fill)
+        elif tile.diagonal and self.rule != "every":
+            values.fill_diagonal_(fill)
+        return values
+
+    def scatter(self, tile: Tile, slope: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None) -> None:
+        """Add slope @ keys to the rows and slope.T @ anchors to the columns (a diagonal tile's rows have both)."""
+        if d_anchors is not None:
+            d_anchors[tile.i0 : tile.i1].addmm_(slope, self.keys[tile.j0 : tile.j1])
+        if d_keys is not None and not tile.diagonal:
+            d_keys[tile.j0 : tile.j1].addmm_(slope.T, self.anchors[tile.i0 : tile.i1])
+
+
+def _accumulation(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows in the dtype of the arithmetic: fp32, or float64 for float64 rows."""
+    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    return anchors.to(dtype), None if keys is None else keys.to(dtype)
+
+
+def _is_anchor(at: Intervals) -> Tensor:
+    rows = torch.arange(at.pos_start.numel(), device=at.pos_start.device, dtype=at.anchor_end.dtype)
+    region = torch.searchsorted(at.anchor_end, rows, right=True).clamp_(max=at.anchor_end.numel() - 1)
+    return (rows >= at.anchor_start[region]) & (rows < at.anchor_end[region])
+
+
+# ----------------------------------------------------------------------------------------------------- pair_lse
+
+
+def pair_lse(
+    anchors: Tensor,
+    keys: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    scale_bound: float | None,
+    intervals: list[Tensor],
+    rule: str,
+) -> Tensor:
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
+    at = Intervals(*intervals)
+    anchors, keys = _accumulation(anchors, keys)
+    tiles = _Tiles(anchors, keys, at, rule, scale.to(anchors.dtype))
+    if bias is None and scale_bound is not None and scale_bound <= SAFE_EXPONENT[anchors.dtype]:
+        total = anchors.new_zeros(anchors.shape[0])
+        for tile, logits in tiles:
+            terms = tiles.exclude(tile, logits.exp_(), 0.0)
+            total[tile.i0 : tile.i1] += terms.sum(1)
+            if tile.mirrored:
+                total[tile.j0 : tile.j1] += terms.sum(0)
+        lse = total.log_()
+    else:
+        lse = anchors.new_full(anchors.shape[:1], -INF)
+        for tile, logits in tiles:
+            tiles.exclude(tile, logits, -INF)
+            rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+            toward = logits if bias is None else logits + bias[columns]
+            lse[rows] = torch.logaddexp(lse[rows], torch.logsumexp(toward, 1))
+            if tile.mirrored:
+                toward = logits if bias is None else logits + bias[rows, None]
+                lse[columns] = torch.logaddexp(lse[columns], torch.logsumexp(toward, 0))
+    return lse.masked_fill_(~_is_anchor(at), -INF)
+
+
+def pair_lse_backward(
+    grad: Tensor,
+    lse: Tensor,
+    anchors: Tensor,
+    keys: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    intervals: list[Tensor],
+    rule: str,
+    needs_anchors: bool,
+    needs_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dS_ij = g_i scale exp(scale s_ij + bias_j - lse_i), as d anchors, d keys (one sum in self-contrast), d scale."""
+    at = Intervals(*intervals)
+    anchors, keys = _accumulation(anchors, keys)
+    scale = scale.to(anchors.dtype)
+    tiles = _Tiles(anchors, keys, at, rule, scale)
+    d_anchors = torch.zeros_like(anchors) if needs_anchors else None
+    d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
+    empty = lse == -INF
+    grad = torch.where(empty, 0.0, grad.to(anchors.dtype))
+    lse = torch.where(empty, INF, lse)  # exp(. - inf) = 0
+    for tile, logits in tiles:
+        tiles.exclude(tile, logits, -INF)
+        rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+        toward = logits - lse[rows, None]
+        if bias is not None:
+            toward += bias[columns]
+        slope = toward.exp_().mul_(grad[rows, None])
+        if tile.mirrored or tile.diagonal:
+            back = logits.sub_(lse[columns])
+            if bias is not None:
+                back += bias[rows, None]
+            slope.addcmul_(back.exp_(), grad[columns])
+        tiles.scatter(tile, slope, d_anchors, d_keys)
+    d_scale = anchors.new_zeros(())
+    if d_anchors is not None:
+        # S depends on the scale as it depends on the anchors' length; in self-contrast both sides of a pair are in d.
+        d_scale = (anchors * d_anchors).sum() / (2 if keys is None else 1)
+        d_anchors *= scale
+    if keys is not None and d_keys is not None:
+        d_keys *= scale
+    nothing = anchors.new_empty(0)
+    return (
+        nothing if d_anchors is None else d_anchors,
+        nothing if keys is None or d_keys is None else d_keys,
+        d_scale,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- pair_mean
+
+
+def pair_mean(
+    anchors: Tensor,
+    keys: Tensor | None,
+    stat: Tensor | None,
+    log_weight: Tensor | None,
+    scale: Tensor,
+    hardness: float,
+    discount: float,
+    intervals: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out_i = sum_{j in positives(i)} w_ij t_ij, w = softmax over the positives of (-hardness s_ij + log_weight_j).
+
+    t = scale s without `stat` (term "logit"), else t = softplus(stat_i - (scale - discount) s) - discount s ("own").
+    Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all [N].
+    """
+    at = Intervals(*intervals)
+    anchors, keys = _accumulation(anchors, keys)
+    scale = scale.to(anchors.dtype)
+    mass = _weight_mass(anchors, keys, log_weight, hardness, at)
+    out, slope = torch.zeros_like(mass), torch.zeros_like(mass)
+    if stat is None and hardness == 0 and log_weight is None and keys is None:
+        return scale * (anchors * _positive_means(anchors, mass, at)).sum(1), mass, slope
+    weights = _Weights(mass, log_weight, hardness)
+    tiles = _Tiles(anchors, keys, at, "positives")
+    for tile, similarity in tiles:
+        for side in _sides(tile, both=tile.mirrored):
+            weight = weights(similarity, side)
+            if stat is None:
+                out[side.own] += tiles.exclude(tile, weight * similarity, 0.0).sum(side.dim) * scale
+                continue
+            logits = side.along(stat) - similarity * (scale - discount)
+            terms = softplus(logits, threshold=SOFTPLUS_LINEAR)
+            if discount:
+                terms -= discount * similarity
+            out[side.own] += tiles.exclude(tile, terms.mul_(weight), 0.0).sum(side.dim)
+            slope[side.own] += tiles.exclude(tile, logits.sigmoid_().mul_(weight), 0.0).sum(side.dim)
+    return out, mass, slope
+
+
+def pair_mean_backward(
+    grad: Tensor,
+    out: Tensor,
+    mass: Tensor,
+    anchors: Tensor,
+    keys: Tensor | None,
+    stat: Tensor | None,
+    log_weight: Tensor | None,
+    scale: Tensor,
+    hardness: float,
+    discount: float,
+    detach_weights: bool,
+    intervals: list[Tensor],
+    needs_anchors: bool,
+    needs_keys: bool,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dS_ij = g_i w_ij (dt/ds - hardness (t_ij - out_i), the second part unless weights are detached)."""
+    at = Intervals(*intervals)
+    anchors, keys = _accumulation(anchors, keys)
+    scale = scale.to(anchors.dtype)
+    grad = torch.where(mass == -INF, 0.0, grad.to(anchors.dtype))
+    nothing, d_scale = anchors.new_empty(0), anchors.new_zeros(())
+    differentiated = hardness != 0 and not detach_weights
+    if stat is None and hardness == 0 and log_weight is None and keys is None:
+        means = grad[:, None] * _positive_means(anchors, mass, at)
+        d_scale = (anchors * means).sum()
+        # Pair (i, j) counts once for anchor i and, j being an anchor of the same class, once for anchor j.
+        per_pair = grad[:, None] * anchors * torch.exp(-_finite_mass(mass))[:, None]
+        return scale * (means + _positive_sums(per_pair, at)), nothing, d_scale
+    d_anchors = torch.zeros_like(anchors) if needs_anchors else None
+    d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
+    weights = _Weights(mass, log_weight, hardness)
+    tiles = _Tiles(anchors, keys, at, "positives")
+    for tile, similarity in tiles:
+        slopes = []
+        for side in _sides(tile, both=tile.mirrored or tile.diagonal):
+            weight = weights(similarity, side) * side.along(grad)
+            if stat is None:
+                terms = similarity * scale if differentiated else None
+                by_scale, slope = weight * similarity if needs_scale else None, weight * scale
+            else:
+                logits = side.along(stat) - similarity * (scale - discount)
+                terms = softplus(logits, threshold=SOFTPLUS_LINEAR) if differentiated else None
+                if terms is not None and discount:
+                    terms -= discount * similarity
+                share = logits.sigmoid_().mul_(weight)
+                by_scale = share * -similarity if needs_scale else None
+                slope = share.mul_(discount - scale)
+                if discount:
+                    slope -= discount * weight
+            if terms is not None:
+                slope = slope + weight * terms.sub_(side.along(out)).mul_(-hardness)
+            if by_scale is not None and (side.dim == 1 or tile.mirrored):
+                d_scale += tiles.exclude(tile, by_scale, 0.0).sum()
+            slopes.append(slope)
+        # Constant slopes are broadcast; the rule is symmetric, so one mask serves both directions.
+        total = torch.add(*slopes) if len(slopes) == 2 else slopes[0]
+        total = tiles.exclude(tile, total.expand_as(similarity).contiguous(), 0.0)
+        tiles.scatter(tile, total, d_anchors, d_keys)
+    return (
+        nothing if d_anchors is None else d_anchors,
+        nothing if keys is None or d_keys is None else d_keys,
+        d_scale,
+    )
+
+
+def _weight_mass(
+    anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Intervals
+) -> Tensor:
+    """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number where both are 0."""
+    if hardness == 0 and log_weight is None:
+        count = at.pos_end - at.pos_start
+        count = count - _self_is_positive(at).to(count.dtype)
+        return (count * _is_anchor(at)).to(anchors.dtype).log()
+    return pair_lse(anchors, keys, log_weight, anchors.new_tensor(-hardness), None, list(at), "positives")
+
+
+class _Side(NamedTuple):
+    """One direction of a tile: statistics of the anchors `own` lie along its rows (dim 1 summed) or columns (dim 0)."""
+
+    own: slice
+    other: slice
+    dim: int
+
+    def along(self, values: Tensor) -> Tensor:
+        return values[self.own, None] if self.dim == 1 else values[self.own]
+
+    def across(self, values: Tensor) -> Tensor:
+        return values[self.other] if self.dim == 1 else values[self.other, None]
+
+
+def _sides(tile: Tile, both: bool) -> list[_Side]:
+    rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+    return [_Side(rows, columns, 1), _Side(columns, rows, 0)][: 2 if both else 1]
+
+
+class _Weights:
+    """w_ij of a tile, normalised: exp(-hardness s_ij + log_weight_j - mass_i); one number a row where constant."""
+
+    def __init__(self, mass: Tensor, log_weight: Tensor | None, hardness: float):
+        self.mass = _finite_mass(mass)
+        self.log_weight, self.hardness = log_weight, hardness
+
+    def __call__(self, similarity: Tensor, side: _Side) -> Tensor:
+        exponent = -side.along(self.mass)
+        if self.hardness != 0:
+            exponent = exponent - self.hardness * similarity
+        if self.log_weight is not None:
+            exponent = exponent + side.across(self.log_weight)
+        return exponent.exp()
+
+
+def _finite_mass(mass: Tensor) -> Tensor:
+    """With -inf replaced by inf, so that exp(. - mass) is 0 for an empty set."""
+    return torch.where(mass == -INF, INF, mass)
+
+
+def _positive_means(rows: Tensor, mass: Tensor, at: Intervals) -> Tensor:
+    """Mean of the positives of each row in self-contrast, all that a linear term needs: no pair is visited."""
+    return _positive_sums(rows, at) * torch.exp(-_finite_mass(mass))[:, None]
+
+
+def _positive_sums(rows: Tensor, at: Intervals) -> Tensor:
+    """Sum of the positives of each row in self-contrast, by prefix sums in float64.
+
+    A few columns at a time keep the memory O(N D). Infinite and NaN rows stay in the intervals that hold them.
+    """
+    sums = torch.empty_like(rows)
+    start, end = at.pos_start.long(), at.pos_end.long()
+    broken = ~rows.isfinite().all(1)
+    rows = torch.where(broken[:, None], 0.0, rows)
+    broken_before = torch.nn.functional.pad(broken.cumsum(0), (1, 0))
+    for d0 in range(0, rows.shape[1], 16):
+        prefix = torch.nn.functional.pad(rows[:, d0 : d0 + 16].double().cumsum(0), (0, 0, 1, 0))
+        sums[:, d0 : d0 + 16] = prefix[end] - prefix[start]
+    sums -= rows * _self_is_positive(at)[:, None]
+    return sums.masked_fill_((broken_before[end] > broken_before[start])[:, None], NAN)
+
+
+def _self_is_positive(at: Intervals) -> Tensor:
+    return (at.self_pos >= at.pos_start) & (at.self_pos < at.pos_end)

@@ -1,0 +1,626 @@
+"""One function per loss: check once, say which pairs count, pack, compose the primitives, reduce.
+
+Each loss is a recipe of a few lines over `pair_lse` and `pair_mean` on [N] vectors. The modules of `hpcloss.losses`
+hold hyper-parameters and call these; `hpcloss.reference` writes the same losses out densely.
+
+Common to all: `ignore_index` removes rows as anchors and as keys; an anchor that cannot be contrasted adds nothing
+and is not counted; without any counted anchor the loss is 0, joined to the graph. Results are fp32, or float64
+for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from hpcloss.backends import resolve
+from hpcloss.pack import Rows, pack
+from hpcloss.pairs import pair_lse, pair_mean
+from hpcloss.partition import (
+    Pairs,
+    against_cells,
+    class_offsets,
+    from_offsets,
+    is_ignored,
+    one_to_one,
+    paired,
+    partition,
+    partition_against,
+    segment_bounds,
+)
+from hpcloss.regions import cells_of_regions, choose_regions, grid_regions, region_shape
+from hpcloss.sampling import sample
+
+IGNORED = (-100, -1, 255)
+DENOMINATORS = ("own", "all", "negatives")
+UNFILLED = torch.iinfo(torch.int64).min + 1  # group of a memory bank's row that holds nothing yet
+EXACT_SOFTPLUS = 40.0  # the default threshold of 20 is off by 2e-9
+
+# ------------------------------------------------------------------------------------------------- pixel losses
+
+
+def region_phpc_loss(
+    features: Tensor,
+    labels: Tensor,
+    region_size: int | Sequence[int] | None = 16,
+    temperature: float | Tensor = 0.1,
+    hardness: float = 1.0,
+    *,
+    num_classes: int | None = None,
+    samples_per_class: int | None = None,
+    max_regions: int | None = None,
+    local_size: int | Sequence[int] | None = None,
+    denominator: str = "own",
+    discount: float = 0.0,
+    background: int | None = 0,
+    ignore_index: int | Sequence[int] = IGNORED,
+    per_image: bool = False,
+    detach_weights: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+    check_labels: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Region-based hard-positive pixel contrast; equations, arguments and sources in `RegionPHPCLoss`.
+
+    `discount` is the published in-denominator weight exp(-discount s_ij) of a positive in its own denominator.
+    """
+    check_region_options(
+        region_size, temperature, hardness, num_classes=num_classes, samples_per_class=samples_per_class,
+        max_regions=max_regions, local_size=local_size, denominator=denominator, discount=discount,
+        background=background, ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
+    labels = _labels_of_map(features, labels)
+    ignored = _as_tuple(ignore_index)
+    if check_labels:
+        _check_label_values(labels, ignored, num_classes)
+    backend = resolve(backend, features)
+    batch, spatial = features.shape[0], features.shape[2:]
+    size = region_shape(region_size, spatial)
+    flat = labels.reshape(-1)
+
+    regions, num_regions = grid_regions(batch, spatial, size, per_image=per_image, device=features.device)
+    region_ids = torch.arange(num_regions, device=features.device)
+    keep_rows = None
+    if max_regions is not None and max_regions < num_regions:
+        anchor = ~is_ignored(flat, ignored, num_classes)
+        if background is not None:
+            anchor = anchor & (flat != background)
+        regions, region_ids = choose_regions(regions, num_regions, anchor, max_regions)
+        num_regions = max_regions
+        keep_rows = max_regions * math.prod(size) * (1 if per_image else batch)
+    pairs = partition(flat, regions, num_regions, background=background, ignore_index=ignored, num_classes=num_classes)
+    if keep_rows is not None:
+        pairs = pairs.head(keep_rows)
+    if samples_per_class is not None and num_classes is not None:
+        offsets, background_ranked = class_offsets(pairs, flat, num_classes, background)
+        seed = torch.randint(2**62, (), device=features.device)
+        chosen = sample(pairs.order, offsets, samples_per_class, seed=seed, num_pixels=flat.numel())
+        pairs = from_offsets(chosen.order, chosen.offsets, num_classes, background_ranked)
+
+    rows = pack(features, pairs.order, pairs.live(), normalize=normalize, backend=backend)
+    scale, bound = _scale(temperature, rows, normalize)
+    recipe = _Recipe(rows, denominator, hardness, discount, scale, bound, detach_weights, backend)
+    loss, counted = recipe(pairs)
+    if local_size is not None:
+        local = region_shape(local_size, spatial, "local_size")
+        loss = loss + _local_contrast(
+            recipe, pairs, features, flat, region_ids, size, local, per_image, background, normalize
+        )
+
+    ids = {"class": flat[pairs.order], "region": pairs.region()}
+    if reduction == "none":
+        result = loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
+    else:
+        result = _reduce(loss, counted, reduction, ids)
+    if not return_stats:
+        return result
+    return result, _stats(recipe, pairs, counted)
+
+
+def region_supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    region_size: int | Sequence[int] | None = 32,
+    temperature: float | Tensor = 0.1,
+    *,
+    num_classes: int | None = None,
+    samples_per_class: int | None = None,
+    max_regions: int | None = None,
+    background: int | None = 0,
+    ignore_index: int | Sequence[int] = IGNORED,
+    per_image: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    check_labels: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Local supervised contrast of Hu et al. 2021; equation and arguments in `RegionSupConLoss`."""
+    return region_phpc_loss(
+        features, labels, region_size, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class,
+        max_regions=max_regions, denominator="all", background=background, ignore_index=ignore_index,
+        per_image=per_image, normalize=normalize, reduction=reduction, check_labels=check_labels,
+        return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+
+
+class _Recipe:
+    """The three denominators of a label-driven contrast, for one set of anchors and any set of keys."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        denominator: str,
+        hardness: float,
+        discount: float,
+        scale: Tensor,
+        scale_bound: float | None,
+        detach_weights: bool,
+        backend: str,
+    ):
+        self.rows, self.denominator, self.hardness, self.discount = rows, denominator, hardness, discount
+        self.scale, self.scale_bound, self.detach_weights, self.backend = scale, scale_bound, detach_weights, backend
+
+    def __call__(self, pairs: Pairs, keys: Rows | None = None, multiplicity: int = 1) -> tuple[Tensor, Tensor]:
+        """Loss of each anchor [N], 0 where it is not counted, and which are counted.
+
+        multiplicity: how often each key stands in the denominators.
+        """
+        positives, negatives = pairs.counts()
+        counted = positives > 0
+        if self.denominator != "all":
+            counted = counted & (negatives > 0)
+        rule = "others" if self.denominator == "all" else "negatives"
+        lse = pair_lse(
+            self.rows, pairs, rule, self.scale, keys=keys, scale_bound=self.scale_bound, backend=self.backend
+        )
+        if multiplicity > 1:
+            lse = lse + math.log(multiplicity)
+        own = self.denominator == "own"
+        mean, _ = pair_mean(
+            self.rows, pairs, "own" if own else "logit", self.scale, keys=keys, stat=lse if own else None,
+            hardness=self.hardness, discount=self.discount, detach_weights=self.detach_weights, backend=self.backend,
+        )  # fmt: skip
+        return torch.where(counted, mean if own else lse - mean, 0.0), counted
+
+
+def _local_contrast(
+    recipe: _Recipe,
+    pairs: Pairs,
+    features: Tensor,
+    labels: Tensor,
+    region_ids: Tensor,
+    size: tuple[int, ...],
+    local: tuple[int, ...],
+    per_image: bool,
+    background: int | None,
+    normalize: bool,
+) -> Tensor:
+    """Mean over the small cells of its region of each anchor's contrast against that cell alone [N]."""
+    batch, spatial = features.shape[0], features.shape[2:]
+    cells, num_cells = grid_regions(batch, spatial, local, per_image=per_image, device=features.device)
+    alive = torch.arange(pairs.order.numel(), device=features.device) < pairs.live()
+    # Only pixels that are rows take part: the others (ignored, not sampled, region not chosen) get no cell.
+    pixels = torch.where(alive, pairs.order.long(), labels.numel())
+    taken = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=features.device).scatter_(0, pixels, True)[:-1]
+    keys = partition(labels, torch.where(taken, cells, num_cells), num_cells, background=background)
+    key_rows = pack(features, keys.order, keys.live(), normalize=normalize, backend=recipe.backend)
+    multiplicity = math.prod([large // small for large, small in zip(size, local, strict=True)])
+    total = torch.zeros_like(recipe.rows.data[:, 0], dtype=recipe.scale.dtype)
+    cells_met = torch.zeros_like(total)
+    for cell_of_region in cells_of_regions(region_ids, batch, spatial, size, local, per_image=per_image):
+        cell_pairs = against_cells(pairs, keys, cell_of_region, labels, background)
+        loss, counted = recipe(cell_pairs, key_rows, multiplicity)
+        total, cells_met = total + loss, cells_met + counted
+    return total / cells_met.clamp(min=1)
+
+
+def _stats(recipe: _Recipe, pairs: Pairs, counted: Tensor) -> dict[str, Tensor]:
+    """What a trainer logs, as 0-dim tensors without gradient; means over the counted anchors."""
+    with torch.no_grad():
+        rows, backend = recipe.rows.detach(), recipe.backend
+        unit_scale = torch.ones_like(recipe.scale)
+        positives, negatives = pairs.counts()
+        region = pairs.region()
+        whole_region = pairs._replace(pos_start=pairs.key_start[region], pos_end=pairs.key_end[region])
+        positive_mean, _ = pair_mean(rows, pairs, "logit", unit_scale, backend=backend)
+        others_mean, _ = pair_mean(rows, whole_region, "logit", unit_scale, backend=backend)
+        others_sum = others_mean * (positives + negatives)
+        negative_mean = (others_sum - positive_mean * positives) / negatives.clamp(min=1)
+        effective = torch.ones_like(positive_mean)
+        if recipe.hardness:
+            # 1 / sum of squared weights, over the number of positives.
+            mass, double_mass = (
+                pair_lse(rows, pairs, "positives", -factor * recipe.hardness * unit_scale, backend=backend)
+                for factor in (1, 2)
+            )
+            effective = torch.where(counted, torch.exp(2 * mass - double_mass) / positives.clamp(min=1), 0.0)
+        weight = counted.to(positive_mean.dtype) / counted.sum().clamp(min=1)
+        anchors = pairs.is_anchor().sum()
+
+        def average(values: Tensor) -> Tensor:
+            return (weight * values).sum()
+
+        return {
+            "counted_anchors": counted.sum() / anchors.clamp(min=1),
+            "positives_per_anchor": average(positives),
+            "positive_similarity": average(positive_mean),
+            "negative_similarity": average(negative_mean),
+            "effective_positives": average(effective),
+        }
+
+
+# ------------------------------------------------------------------------------------------------ vector losses
+
+
+def supcon_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    form: str = "out",
+    ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Supervised contrast of vectors; equations and arguments in `SupConLoss`."""
+    check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
+    _check_vectors("embeddings", embeddings)
+    labels = _labels_of_vectors("labels", embeddings, labels)
+    ignored = _as_tuple(ignore_index)
+    backend = resolve(backend, embeddings)
+    key_rows = None
+    if (keys is None) != (key_labels is None):
+        raise ValueError("keys and key_labels go together, got only one of them")
+    if keys is not None and key_labels is not None:
+        _check_vectors("keys", keys, like=embeddings)
+        key_labels = _labels_of_vectors("key_labels", keys, key_labels)
+        pairs, key_order = partition_against(labels, key_labels, ignore_index=ignored)
+        key_rows = pack(keys, key_order, pairs.key_end, normalize=normalize, backend=backend)
+    else:
+        pairs = partition(labels, ignore_index=ignored)
+    rows = pack(embeddings, pairs.order, pairs.live(), normalize=normalize, backend=backend)
+    scale, bound = _scale(temperature, rows, normalize)
+    positives, _ = pairs.counts()
+    counted = positives > 0
+    lse = pair_lse(rows, pairs, "others", scale, keys=key_rows, scale_bound=bound, backend=backend)
+    if form == "out":
+        loss = lse - pair_mean(rows, pairs, "logit", scale, keys=key_rows, backend=backend)[0]
+    else:
+        own = pair_lse(rows, pairs, "positives", scale, keys=key_rows, scale_bound=bound, backend=backend)
+        # Not -inf minus -inf where there is no positive: that would be NaN in the gradient.
+        loss = lse - torch.where(counted, own, 0.0) + positives.clamp(min=1).to(lse.dtype).log()
+    loss = torch.where(counted, loss, 0.0)
+    if reduction == "none":
+        return loss.new_zeros(labels.numel()).index_add(0, pairs.order, loss)
+    return _reduce(loss, counted, reduction, {"class": labels[pairs.order]})
+
+
+def ntxent_loss(
+    view1: Tensor,
+    view2: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of two views; equation and arguments in `NTXentLoss`."""
+    check_vector_options(temperature, reduction)
+    images = torch.arange(view1.shape[0], device=view1.device)
+    rows, by_image, own, backend = _two_views(view1, view2, images, normalize, backend)
+    scale, bound = _scale(temperature, rows, normalize)
+    lse = pair_lse(rows, own, "others", scale, scale_bound=bound, backend=backend)
+    loss = lse - pair_mean(rows, own, "logit", scale, backend=backend)[0]
+    if reduction == "none":
+        return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
+    return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+
+
+def ihpc_loss(
+    view1: Tensor,
+    view2: Tensor,
+    groups: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    hardness: float = 1.0,
+    *,
+    beta: float | None = None,
+    bank: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Image-level hard-positive contrast of two views; equations and arguments in `IHPCLoss`.
+
+    beta: the published form instead of the reweighted one. bank [M, D]: further negatives, not differentiated;
+    bank_groups [M]: their groups, of which those equal to `UNFILLED` mark rows that do not exist yet.
+    """
+    check_vector_options(temperature, reduction, hardness=hardness, beta=beta)
+    images = torch.arange(view1.shape[0], device=view1.device)
+    owner = images if groups is None else _labels_of_vectors("groups", view1, groups)
+    rows, by_group, own, backend = _two_views(view1, view2, owner, normalize, backend)
+    scale, bound = _scale(temperature, rows, normalize)
+    negative = pair_lse(rows, by_group, "negatives", scale, scale_bound=bound, backend=backend)
+    negatives = by_group.counts()[1]
+    if bank is not None:
+        _check_vectors("bank", bank, like=view1)
+        if bank_groups is None:
+            bank_groups = torch.full_like(bank[:, 0], -1, dtype=torch.int64)
+        if groups is None:  # no image of the batch is in the bank, whatever its number
+            bank_groups = torch.where(bank_groups == UNFILLED, UNFILLED, -1)
+        bank_pairs, bank_order = partition_against(owner.repeat(2), bank_groups, ignore_index=(UNFILLED,))
+        bank_rows = pack(bank.detach(), bank_order, bank_pairs.key_end, normalize=normalize, backend=backend)
+        old = pair_lse(rows, bank_pairs, "negatives", scale, keys=bank_rows, scale_bound=bound, backend=backend)
+        negative = _merge(negative, old)
+        negatives = negatives + bank_pairs.counts()[1]
+    positive, _ = pair_mean(rows, own, "logit", scale, backend=backend)
+    counted = negatives > 0
+    factor = 1.0 if beta is None else 1 - beta
+    loss = softplus(negative - factor * positive, threshold=EXACT_SOFTPLUS)
+    if beta is None and hardness:
+        exponent = torch.where(counted, -hardness * positive.detach() / scale.detach(), -math.inf)
+        # Softmax over no anchor at all is NaN; `where` below drops it, but only if it is finite.
+        exponent = torch.where(counted.any(), exponent, 0.0)
+        loss = loss * (torch.softmax(exponent, 0) * counted.sum())
+    loss = torch.where(counted, loss, 0.0)
+    if reduction == "none":
+        return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
+    return _reduce(loss, counted, reduction)
+
+
+def infonce_loss(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of each query with its positive key; equations and arguments in `InfoNCELoss`."""
+    check_vector_options(temperature, reduction)
+    _check_vectors("query", query)
+    _check_vectors("positive", positive, like=query, same_length=True)
+    backend = resolve(backend, query)
+    pairs = one_to_one(query.shape[0], query.device)
+    rows = pack(query, pairs.order, normalize=normalize, backend=backend)
+    keys = pack(positive, pairs.order, normalize=normalize, backend=backend)
+    scale, bound = _scale(temperature, rows, normalize)
+    own, _ = pair_mean(rows, pairs, "logit", scale, keys=keys, backend=backend)
+    if negatives is None:
+        loss = pair_lse(rows, pairs, "every", scale, keys=keys, scale_bound=bound, backend=backend) - own
+    else:
+        _check_vectors("negatives", negatives, like=query)
+        order = torch.arange(negatives.shape[0], device=query.device)
+        others = pack(negatives, order, normalize=normalize, backend=backend)
+        whole = pairs._replace(key_end=torch.full_like(pairs.key_end, negatives.shape[0]))
+        lse = pair_lse(rows, whole, "every", scale, keys=others, scale_bound=bound, backend=backend)
+        loss = softplus(lse - own, threshold=EXACT_SOFTPLUS)
+    return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+
+
+def _two_views(
+    view1: Tensor, view2: Tensor, groups: Tensor, normalize: bool, backend: str
+) -> tuple[Rows, Pairs, Pairs, str]:
+    """The rows of both views, sorted by group; pairs by group, and the same with the other view as only positive."""
+    _check_vectors("view1", view1)
+    _check_vectors("view2", view2, like=view1, same_length=True)
+    backend = resolve(backend, view1)
+    by_group = partition(groups.repeat(2))
+    order, count = by_group.order.long(), view1.shape[0]
+    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(2 * count, device=order.device))
+    own = paired(by_group, row_of[(order + count) % max(2 * count, 1)])
+    rows = pack(torch.cat([view1, view2]), by_group.order, normalize=normalize, backend=backend)
+    return rows, by_group, own, backend
+
+
+# ------------------------------------------------------------------------------------------ reduction, helpers
+
+
+def _reduce(loss: Tensor, counted: Tensor, reduction: str, groups: dict[str, Tensor] | None = None) -> Tensor:
+    """Weighted sum of the losses [N] of counted anchors; weights come from integer counts: deterministic."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / counted.sum().clamp(min=1)
+    return (loss * _group_weight((groups or {})[reduction], counted).to(loss.dtype)).sum()
+
+
+def _group_weight(ids: Tensor, counted: Tensor) -> Tensor:
+    """1 / (groups with a counted anchor x counted anchors of the own group), for a mean of group means [N]."""
+    ids, order = torch.sort(ids)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ids[1:] != ids[:-1]
+    start, end = segment_bounds(first)
+    seen = torch.nn.functional.pad(torch.cumsum(counted[order], 0), (1, 0))
+    members = seen[end] - seen[start]
+    present = (first & (members > 0)).sum()
+    weight = torch.where(members > 0, 1.0 / (members * present).clamp(min=1).double(), 0.0)
+    return torch.empty_like(weight).scatter_(0, order, weight)
+
+
+def _merge(a: Tensor, b: Tensor) -> Tensor:
+    """logaddexp whose gradient is 0, not NaN, where both are -inf."""
+    empty = (a == -math.inf) & (b == -math.inf)
+    merged = torch.logaddexp(torch.where(empty, 0.0, a), torch.where(empty, 0.0, b))
+    return torch.where(empty, -math.inf, merged)
+
+
+def _scale(temperature: float | Tensor, rows: Rows, normalize: bool) -> tuple[Tensor, float | None]:
+    """1 / temperature as a 0-dim tensor in the statistics' dtype, and a bound of |similarity / temperature|."""
+    dtype = torch.float64 if rows.data.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor):
+        return temperature.to(device=rows.data.device, dtype=dtype).reciprocal(), None
+    scale = torch.full((), 1.0 / temperature, dtype=dtype, device=rows.data.device)
+    return scale, 1.0 / temperature if normalize else None
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+
+
+def check_region_options(
+    region_size: int | Sequence[int] | None,
+    temperature: float | Tensor,
+    hardness: float,
+    *,
+    num_classes: int | None,
+    samples_per_class: int | None,
+    max_regions: int | None,
+    local_size: int | Sequence[int] | None,
+    denominator: str,
+    discount: float,
+    background: int | None,
+    ignore_index: int | Sequence[int],
+    reduction: str,
+) -> None:
+    """Raise ValueError for hyper-parameters of the pixel losses that cannot be meant."""
+    _check_temperature(temperature)
+    if not math.isfinite(hardness):
+        raise ValueError(f"hardness must be a finite number, got {hardness}")
+    _check_choice("denominator", denominator, DENOMINATORS)
+    _check_choice("reduction", reduction, ("mean", "class", "region", "sum", "none"))
+    for name, number in (
+        ("num_classes", num_classes),
+        ("samples_per_class", samples_per_class),
+        ("max_regions", max_regions),
+    ):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if samples_per_class is not None and num_classes is None:
+        raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
+    if discount and denominator != "own":
+        raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
+    if background is not None and background in _as_tuple(ignore_index):
+        raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")
+    for name, size in (("region_size", region_size), ("local_size", local_size)):
+        sizes = (size,) if isinstance(size, int) else () if size is None else tuple(size)
+        if any(value < 1 for value in sizes):
+            raise ValueError(f"{name} must be at least 1 on every axis, got {size!r}")
+    if local_size is not None:
+        if region_size is None:
+            raise ValueError(f"local_size={local_size!r} needs a region_size, got None")
+        large = (region_size,) if isinstance(region_size, int) else tuple(region_size)
+        small = (local_size,) if isinstance(local_size, int) else tuple(local_size)
+        if len(large) != len(small):
+            large, small = large * len(small), small * len(large)
+        if any(whole % part for whole, part in zip(large, small, strict=False)):
+            raise ValueError(f"local_size must divide region_size {region_size!r} on every axis, got {local_size!r}")
+
+
+def check_vector_options(
+    temperature: float | Tensor,
+    reduction: str,
+    reductions: Sequence[str] = ("mean", "sum", "none"),
+    *,
+    form: str = "out",
+    hardness: float = 0.0,
+    beta: float | None = None,
+) -> None:
+    """Raise ValueError for hyper-parameters of the vector losses that cannot be meant."""
+    _check_temperature(temperature)
+    _check_choice("reduction", reduction, reductions)
+    _check_choice("form", form, ("out", "in"))
+    if not math.isfinite(hardness):
+        raise ValueError(f"hardness must be a finite number, got {hardness}")
+    if beta is not None and not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), got {beta}")
+
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    if not isinstance(temperature, Tensor):
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be positive, got {temperature}")
+    elif temperature.numel() != 1:
+        raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _as_tuple(ignore_index: int | Sequence[int]) -> tuple[int, ...]:
+    return (ignore_index,) if isinstance(ignore_index, int) else tuple(ignore_index)
+
+
+def _check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_length: bool = False) -> None:
+    if not vectors.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {vectors.dtype}")
+    if vectors.dim() != 2:
+        raise ValueError(f"{name} must have shape [N, D], got {tuple(vectors.shape)}")
+    if like is None:
+        return
+    if vectors.shape[1] != like.shape[1] or (same_length and vectors.shape[0] != like.shape[0]):
+        expected = f"[{like.shape[0] if same_length else 'M'}, {like.shape[1]}]"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(vectors.shape)}")
+    if vectors.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {vectors.device}")
+
+
+def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
+    """Labels of any integer dtype, or whole-number floats, as int64 on the device."""
+    if labels.is_complex():
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+    # Looking at the values is free of waiting on the CPU only.
+    if labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        broken = labels != labels.round()
+        if bool(broken.any()):
+            raise ValueError(f"{name} must be whole numbers, got {labels[broken][0].item()}")
+    return labels.to(device).long()
+
+
+def _labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
+    if labels.shape not in ((vectors.shape[0],), (vectors.shape[0], 1)):
+        raise ValueError(f"{name} must have shape [{vectors.shape[0]}], got {tuple(labels.shape)}")
+    return _integers(name, labels.reshape(-1), vectors.device)
+
+
+def _labels_of_map(features: Tensor, labels: Tensor) -> Tensor:
+    """Labels [B, *S] of a feature map [B, D, *S], from [B, *S'] or [B, 1, *S'] of any resolution."""
+    if not features.is_floating_point():
+        raise TypeError(f"features must be floating point, got {features.dtype}")
+    if features.dim() < 3:
+        raise ValueError(
+            f"features must have shape [B, D, *S], got {tuple(features.shape)}; for vectors [N, D] use SupConLoss"
+        )
+    dims = features.dim()
+    if labels.dim() == dims and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    elif labels.dim() == dims and labels.shape[0] == features.shape[0]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} look one-hot; pass class indices: labels.argmax(1), shape [B, *S]"
+        )
+    if labels.dim() != dims - 1 or labels.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"labels must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
+            f" got {tuple(labels.shape)}"
+        )
+    labels = _integers("labels", labels, features.device)
+    for axis, (extent, wanted) in enumerate(zip(labels.shape[1:], features.shape[2:], strict=True), start=1):
+        if extent != wanted:
+            nearest = torch.arange(wanted, device=labels.device) * extent // max(wanted, 1)
+            labels = labels.index_select(axis, nearest)
+    return labels
+
+
+def _check_label_values(labels: Tensor, ignored: tuple[int, ...], num_classes: int | None) -> None:
+    """Raise for a label outside [0, num_classes) that is not ignored. Waits for the device."""
+    if num_classes is None:
+        raise ValueError("check_labels=True needs num_classes, got None")
+    outside = is_ignored(labels, (), num_classes) & ~is_ignored(labels, ignored)
+    if bool(outside.any()):
+        value = labels[outside][0].item()
+        raise ValueError(f"labels must be in [0, {num_classes}) or one of ignore_index {ignored}, got {value}")

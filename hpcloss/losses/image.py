@@ -1,0 +1,110 @@
+"""Image-level contrast: hard-positive (IHPC)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcloss.functional import UNFILLED, check_vector_options, ihpc_loss
+from hpcloss.losses.base import Loss
+
+
+class IHPCLoss(Loss):
+    r"""Contrast of two views of images in which images whose views disagree weigh more.
+
+        L = Σ_i v_i [ log( e^{l_i+} + Σ_{n∈N(i)} e^{l_in} ) - l_i+ ],      v = softmax_i( -hardness · s_i+ )
+
+    over the 2N rows of both views; s_i+ is the cosine of row i and its other view, l = s / temperature, N(i) the rows
+    of other images. The weights v are constants to the gradient; hardness 0 is NT-Xent.
+
+    Source: the image-level stage of Tang et al. (ISBI 2023; Pattern Recognition 2024). As for `RegionPHPCLoss`, the
+    weighting is our reading of their abstract and figure; the form of their code is `IHPCLoss.published`.
+
+    Args:
+        temperature: positive number, or a 0-dim tensor (learnable).
+        hardness: 0 weighs all images alike; larger weighs images with dissimilar views more.
+        memory_bank: (rows, D) of a queue of past `view2` embeddings that serve as further negatives without gradient;
+            kept in `state_dict`. None: the batch alone.
+        normalize: L2-normalise the rows.
+        reduction: "mean", "sum" or "none" ([2N], view1 first; the mean of them is the loss).
+        backend: "auto", "blockwise" or "triton".
+    """
+
+    beta: float | None  # of the published form, else None
+    bank: Tensor
+    bank_groups: Tensor
+    bank_next: Tensor
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        hardness: float = 1.0,
+        *,
+        memory_bank: tuple[int, int] | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(
+            temperature=temperature,
+            hardness=hardness,
+            beta=None,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+        check_vector_options(temperature, reduction, hardness=hardness)
+        self.memory_bank = memory_bank
+        if memory_bank is not None:
+            rows, dim = memory_bank
+            if rows < 1 or dim < 1:
+                raise ValueError(f"memory_bank must be (rows, dim), both at least 1, got {memory_bank}")
+            self.register_buffer("bank", torch.zeros(rows, dim))
+            self.register_buffer("bank_groups", torch.full((rows,), UNFILLED, dtype=torch.int64))
+            self.register_buffer("bank_next", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def published(cls, beta: float = 0.1, **options: Any) -> IHPCLoss:
+        """The form of the authors' code (recovered from their compiled files): the positive's logit is damped by 1 - β.
+
+            L_i = log( e^{(1-β) l_i+} + Σ_{n∈N(i)} e^{l_in} ) - (1-β) l_i+,      unweighted mean
+
+        Raises ValueError unless 0 <= beta < 1.
+        """
+        check_vector_options(0.5, "mean", beta=beta)
+        loss = cls(hardness=options.pop("hardness", 0.0), **options)
+        loss.beta = float(beta)
+        return loss
+
+    def forward(self, view1: Tensor, view2: Tensor, groups: Tensor | None = None) -> Tensor:
+        """view1, view2 [N, D]: row i of both shows image i.
+
+        groups [N]: pairs of one group but different images are neither positive nor negative (slices of one plane of
+        different patients look alike: as negatives they would be false).
+        """
+        if self.memory_bank is None:
+            return ihpc_loss(view1, view2, groups, **self.options)
+        # The loss keeps a reference to what it read, and the enqueue below writes in place.
+        bank, bank_groups = self.bank.clone(), self.bank_groups.clone()
+        loss = ihpc_loss(view1, view2, groups, **self.options, bank=bank, bank_groups=bank_groups)
+        if self.training:
+            self._enqueue(view2, groups)
+        return loss
+
+    @torch.no_grad()
+    def _enqueue(self, view: Tensor, groups: Tensor | None) -> None:
+        """Write the newest rows over the oldest."""
+        rows = self.bank.shape[0]
+        view = view[-rows:].to(self.bank.dtype)
+        if self.normalize:
+            view = torch.nn.functional.normalize(view, dim=1)
+        slots = (self.bank_next + torch.arange(view.shape[0], device=view.device)) % rows
+        newest = torch.full_like(slots, -1) if groups is None else groups.reshape(-1)[-rows:].to(slots)
+        self.bank.index_copy_(0, slots, view)
+        self.bank_groups.index_copy_(0, slots, newest)
+        self.bank_next.copy_((self.bank_next + view.shape[0]) % rows)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, memory_bank={self.memory_bank}"

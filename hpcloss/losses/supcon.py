@@ -1,0 +1,123 @@
+"""Contrast of vectors: supervised (SupCon), two views (NT-Xent), one positive key (InfoNCE)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hpcloss.functional import IGNORED, check_vector_options, infonce_loss, ntxent_loss, supcon_loss
+from hpcloss.losses.base import Loss
+
+
+class SupConLoss(Loss):
+    r"""Supervised contrastive loss of vectors; same label, positive pair.
+
+        form "out":  L_i = -1/|P(i)| Σ_{p∈P(i)} [ l_ip - log Σ_{j≠i} e^{l_ij} ]
+        form "in":   L_i = -log( 1/|P(i)| Σ_{p∈P(i)} e^{l_ip} / Σ_{j≠i} e^{l_ij} )
+
+    Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), eq. 2 and 3. l_ij = cosine / temperature.
+    Anchors without a positive add nothing and are not counted. With explicit keys, all of them form the denominator.
+
+    Args:
+        temperature: positive number, or a 0-dim tensor (learnable).
+        form: "out" (positives averaged outside the logarithm, the better one in the paper) or "in".
+        ignore_index: label or labels of rows that take no part, as anchors or keys.
+        normalize: L2-normalise the rows.
+        reduction: "mean" over counted anchors, "class" (mean of class means), "sum" or "none" ([N], 0 if not counted).
+        backend: "auto", "blockwise" or "triton".
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        form: str = "out",
+        ignore_index: int | Sequence[int] = IGNORED,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(
+            temperature=temperature, form=form, ignore_index=ignore_index, normalize=normalize, reduction=reduction,
+            backend=backend,
+        )  # fmt: skip
+        check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, keys: Tensor | None = None, key_labels: Tensor | None = None
+    ) -> Tensor:
+        """embeddings [N, D], labels [N]; optionally keys [M, D], key_labels [M] in place of the embeddings."""
+        return supcon_loss(embeddings, labels, keys, key_labels, **self.options)
+
+
+class NTXentLoss(Loss):
+    r"""Normalised temperature-scaled cross-entropy of two views: each row's other view against the rest of the batch.
+
+        L_i = -log( e^{l_i,pair(i)} / Σ_{j≠i} e^{l_ij} )       over all 2N rows
+
+    Chen et al., "A simple framework for contrastive learning of visual representations" (ICML 2020), eq. 1.
+
+    Args: temperature, normalize and backend as in `SupConLoss`; reduction "mean" over 2N rows, "sum" or "none" ([2N],
+    the rows of view1 first).
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+        check_vector_options(temperature, reduction)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
+        """view1, view2 [N, D]: row i of both shows image i."""
+        return ntxent_loss(view1, view2, **self.options)
+
+
+class InfoNCELoss(Loss):
+    r"""Cross-entropy of each query's positive key against other keys.
+
+        without negatives:  L_i = -log( e^{q_i·k_i/τ} / Σ_j e^{q_i·k_j/τ} )       the other positives are the negatives
+        with negatives n:   L_i = -log( e^{q_i·k_i/τ} / ( e^{q_i·k_i/τ} + Σ_m e^{q_i·n_m/τ} ) )
+
+    van den Oord et al., "Representation learning with contrastive predictive coding" (2018), eq. 4.
+
+    Args:
+        temperature: positive number, or a 0-dim tensor.
+        learnable: make log(1 / temperature) a parameter of the module, as CLIP does.
+        normalize, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        learnable: bool = False,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        check_vector_options(temperature, reduction)
+        super().__init__(normalize=normalize, reduction=reduction, backend=backend)
+        self.learnable = learnable
+        if learnable:
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature))))
+        else:
+            self._temperature = temperature
+
+    @property
+    def temperature(self) -> float | Tensor:
+        return torch.exp(-self.log_scale) if self.learnable else self._temperature
+
+    def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """query, positive [N, D]; negatives [M, D], shared by all queries."""
+        return infonce_loss(query, positive, negatives, self.temperature, **self.options)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature!r}, learnable={self.learnable}, {super().extra_repr()}"

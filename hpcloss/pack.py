@@ -1,0 +1,159 @@
+"""Gather the pixels of a feature map in a plan's order and normalise them: [B, D, *S] -> rows [N, D].
+
+Gradients between the primitives and the feature map are fp32 whatever the rows' dtype. Autograd would cast them to the
+rows' dtype, and in fp16 the gradient of a mean over 65 536 rows loses up to a quarter of itself, so rows are not
+differentiable; a zero-stride companion of the gradient's dtype stands in for them in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpcloss.ops import register
+
+# A row at most this long has no direction: it becomes the zero row and gets no gradient.
+# (Dividing by a floor instead would give such a row a gradient 1e12 times too large.)
+NORM_EPS = 1e-12
+
+
+class Rows(NamedTuple):
+    """Packed embeddings: `data` [N, D] is what the primitives read, `grad` [N, D] is what their gradient flows to."""
+
+    data: Tensor
+    grad: Tensor
+
+    def detach(self) -> Rows:
+        return Rows(self.data.detach(), self.grad.detach())
+
+
+def rows_dtype(features: Tensor, backend: str) -> torch.dtype:
+    """Compute dtype of packed rows: the blockwise backend computes half precision in fp32, float64 stays float64."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def pack(features: Tensor, order: Tensor, live: Tensor | None = None, *, normalize: bool, backend: str) -> Rows:
+    """Rows `order` of `features` [B, D, *S] (any strides), L2-normalised if asked.
+
+    order [n]: flat pixel indices b * prod(S) + s. live: 0-dim or [1] number of leading rows that count; the rest become
+    zero rows, so that whatever an ignored pixel holds reaches nothing. Differentiable with respect to features.
+    """
+    if live is None:
+        live = torch.full((1,), order.numel(), dtype=order.dtype, device=order.device)
+    return Rows(*_Pack.apply(features, order, live.reshape(1), normalize, rows_dtype(features, backend)))
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, order: Tensor, live: Tensor, normalize: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        data, inverse_norm = torch.ops.hpcloss.pack(features, order, live, normalize, dtype)
+        ctx.save_for_backward(data, inverse_norm, order)
+        ctx.shape, ctx.stride, ctx.dtype, ctx.normalize = features.shape, features.stride(), features.dtype, normalize
+        ctx.mark_non_differentiable(data)
+        ctx.set_materialize_grads(False)
+        companion = torch.zeros((), dtype=inverse_norm.dtype, device=features.device).expand(data.shape)
+        return data, companion
+
+    @staticmethod
+    def backward(ctx: Any, grad_data: None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        data, inverse_norm, order = ctx.saved_tensors
+        grad_features = torch.ops.hpcloss.pack_backward(
+            grad, data, inverse_norm, order, ctx.normalize, list(ctx.shape), list(ctx.stride), ctx.dtype
+        )
+        return grad_features, None, None, None, None
+
+
+def _pixels(features: Tensor) -> Tensor:
+    """[B, D, *S] as [B * prod(S), D]; a copy unless the map is channels-last."""
+    return features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])
+
+
+def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pack_impl(
+    features: Tensor, order: Tensor, live: Tensor, normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    accumulate = _norm_dtype(features.dtype)
+    alive = torch.arange(order.numel(), device=order.device) < live
+    rows = _pixels(features.unsqueeze(-1) if features.dim() == 2 else features).index_select(0, order)
+    # Filled, not multiplied by zero: an ignored pixel may hold inf or NaN.
+    rows = rows.to(accumulate).masked_fill_(~alive[:, None], 0.0)
+    if not normalize:
+        return rows.to(dtype), alive.to(accumulate)
+    # In float64 the squares of a row of 1e30 neither overflow nor vanish.
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    inverse_norm = torch.where(norm <= NORM_EPS, 0.0, 1 / norm).to(accumulate)
+    return rows.mul_(inverse_norm[:, None]).to(dtype), inverse_norm
+
+
+def _pack_backward_impl(
+    grad: Tensor,
+    data: Tensor,
+    inverse_norm: Tensor,
+    order: Tensor,
+    normalize: bool,
+    shape: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    grad = grad.to(inverse_norm.dtype)
+    if normalize:
+        data = data.to(inverse_norm.dtype)
+        along = (grad * data).sum(1, keepdim=True)
+        grad = torch.addcmul(grad, data, along, value=-1).mul_(inverse_norm[:, None])
+    else:
+        grad = grad * inverse_norm[:, None]
+    batch, channels = shape[0], shape[1]
+    pixels = 1
+    for extent in shape[2:]:
+        pixels *= extent
+    # Dead rows of a sample repeat pixel 0 with gradient 0, so rows are added, not copied.
+    out = torch.zeros(batch * pixels, channels, dtype=grad.dtype, device=grad.device).index_add_(0, order, grad)
+    features_grad = torch.empty_strided(shape, stride, dtype=dtype, device=grad.device)
+    return features_grad.copy_(out.view(batch, pixels, channels).transpose(1, 2).reshape(shape))
+
+
+def _pack_fake(
+    features: Tensor, order: Tensor, live: Tensor, normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    count, channels = order.numel(), features.shape[1]
+    return (
+        features.new_empty((count, channels), dtype=dtype),
+        features.new_empty((count,), dtype=_norm_dtype(features.dtype)),
+    )
+
+
+def _pack_backward_fake(
+    grad: Tensor,
+    data: Tensor,
+    inverse_norm: Tensor,
+    order: Tensor,
+    normalize: bool,
+    shape: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device=grad.device)
+
+
+register(
+    "pack",
+    "(Tensor features, Tensor order, Tensor live, bool normalize, ScalarType dtype) -> (Tensor, Tensor)",
+    _pack_impl,
+    _pack_fake,
+)
+register(
+    "pack_backward",
+    "(Tensor grad, Tensor data, Tensor inverse_norm, Tensor order, bool normalize, SymInt[] shape, SymInt[] stride,"
+    " ScalarType dtype) -> Tensor",
+    _pack_backward_impl,
+    _pack_backward_fake,
+)

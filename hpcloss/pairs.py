@@ -1,0 +1,281 @@
+"""The two streaming primitives: `pair_lse` and `pair_mean`. Every loss of the package is a recipe over them.
+
+Both work on packed rows and on intervals (`Pairs`); neither ever holds an N x M matrix. `keys=None` is self-contrast:
+the keys are the anchors, and one backward pass serves both sides of every pair.
+
+Forward and backward are separate operators, joined here by autograd functions. Backward twice raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hpcloss.backends import BACKENDS
+from hpcloss.ops import register
+from hpcloss.pack import Rows
+from hpcloss.partition import Pairs
+
+RULES = ("positives", "negatives", "others", "every")
+
+
+def pair_lse(
+    anchors: Rows,
+    pairs: Pairs,
+    rule: str,
+    scale: Tensor,
+    *,
+    keys: Rows | None = None,
+    bias: Tensor | None = None,
+    scale_bound: float | None = None,
+    backend: str = "blockwise",
+) -> Tensor:
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j), with s_ij = <anchor_i, key_j>. [N], fp32 (float64).
+
+    rule: "positives", "negatives", "others" (both; never the anchor itself) or "every" (all keys of the region).
+    An empty set, and a row that is no anchor, gives -inf and no gradient. Results over parts of the keys merge by
+    logaddexp. scale: 0-dim tensor, differentiable. bias [M]: log-multiplicity of each key, not differentiable.
+    scale_bound: a number that |scale s_ij| cannot exceed, if one is known; it only chooses a faster, equal sum.
+    """
+    grad_keys = None if keys is None else keys.grad
+    key_data = None if keys is None else keys.data
+    return _PairLse.apply(
+        anchors.data, anchors.grad, key_data, grad_keys, bias, scale, scale_bound, rule, backend, *pairs.intervals()
+    )
+
+
+def pair_mean(
+    anchors: Rows,
+    pairs: Pairs,
+    term: str,
+    scale: Tensor,
+    *,
+    keys: Rows | None = None,
+    stat: Tensor | None = None,
+    hardness: float = 0.0,
+    log_weight: Tensor | None = None,
+    discount: float = 0.0,
+    detach_weights: bool = True,
+    backend: str = "blockwise",
+) -> tuple[Tensor, Tensor]:
+    """out_i = sum_{j in positives(i)} w_ij t_ij, w = softmax over the positives of (-hardness s_ij + log_weight_j).
+
+    term "logit": t = scale s.  term "own": t = softplus(stat_i - (scale - discount) s) - discount s, the cross-entropy
+    of a positive against its own denominator e^{(scale - discount) s} + e^{stat_i}.
+    Returns (out, mass), [N] each; mass is the log-sum-exp of the weights, not differentiable: results over parts of the
+    keys merge by their masses. An empty set gives out 0 and mass -inf. Differentiable in rows, scale and stat; through
+    the weights only with `detach_weights=False`.
+    """
+    if (term == "own") != (stat is not None):
+        raise ValueError(f"term {term!r} {'needs' if stat is None else 'takes no'} stat")
+    grad_keys = None if keys is None else keys.grad
+    key_data = None if keys is None else keys.data
+    return _PairMean.apply(
+        anchors.data, anchors.grad, key_data, grad_keys, stat, log_weight, scale,
+        float(hardness), float(discount), detach_weights, backend, *pairs.intervals(),
+    )  # fmt: skip
+
+
+class _PairLse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        grad_anchors: Tensor,
+        keys: Tensor | None,
+        grad_keys: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        scale_bound: float | None,
+        rule: str,
+        backend: str,
+        *intervals: Tensor,
+    ) -> Tensor:
+        lse = torch.ops.hpcloss.pair_lse(anchors, keys, bias, scale, scale_bound, list(intervals), rule, backend)
+        ctx.save_for_backward(lse, anchors, keys, bias, scale, *intervals)
+        ctx.rule, ctx.backend = rule, backend
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lse, anchors, keys, bias, scale, *intervals = ctx.saved_tensors
+        needs_anchors, needs_keys, needs_scale = (ctx.needs_input_grad[index] for index in (1, 3, 5))
+        d_anchors, d_keys, d_scale = torch.ops.hpcloss.pair_lse_backward(
+            grad,
+            lse,
+            anchors,
+            keys,
+            bias,
+            scale,
+            intervals,
+            ctx.rule,
+            needs_anchors or needs_scale,
+            needs_keys,
+            ctx.backend,
+        )
+        return (
+            None,
+            d_anchors if needs_anchors else None,
+            None,
+            d_keys if needs_keys else None,
+            None,
+            d_scale.to(scale.dtype) if needs_scale else None,
+            *(None,) * (3 + len(intervals)),
+        )
+
+
+class _PairMean(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        grad_anchors: Tensor,
+        keys: Tensor | None,
+        grad_keys: Tensor | None,
+        stat: Tensor | None,
+        log_weight: Tensor | None,
+        scale: Tensor,
+        hardness: float,
+        discount: float,
+        detach_weights: bool,
+        backend: str,
+        *intervals: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        out, mass, slope = torch.ops.hpcloss.pair_mean(
+            anchors, keys, stat, log_weight, scale, hardness, discount, list(intervals), backend
+        )
+        ctx.save_for_backward(out, mass, slope, anchors, keys, stat, log_weight, scale, *intervals)
+        ctx.options = hardness, discount, detach_weights
+        ctx.backend = backend
+        ctx.mark_non_differentiable(mass)
+        return out, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
+        out, mass, slope, anchors, keys, stat, log_weight, scale, *intervals = ctx.saved_tensors
+        needs_anchors, needs_keys, needs_stat, needs_scale = (ctx.needs_input_grad[index] for index in (1, 3, 4, 6))
+        d_anchors = d_keys = d_scale = None
+        if needs_anchors or needs_keys or needs_scale:
+            d_anchors, d_keys, d_scale = torch.ops.hpcloss.pair_mean_backward(
+                grad, out, mass, anchors, keys, stat, log_weight, scale, *ctx.options, intervals,
+                needs_anchors, needs_keys, needs_scale, ctx.backend,
+            )  # fmt: skip
+        return (
+            None,
+            d_anchors if needs_anchors else None,
+            None,
+            d_keys if needs_keys else None,
+            grad * slope if needs_stat else None,
+            None,
+            d_scale.to(scale.dtype) if d_scale is not None and needs_scale else None,
+            *(None,) * (4 + len(intervals)),
+        )
+
+
+def _statistic_dtype(anchors: Tensor) -> torch.dtype:
+    return torch.float64 if anchors.dtype == torch.float64 else torch.float32
+
+
+def _pair_lse(
+    anchors: Tensor,
+    keys: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    scale_bound: float | None,
+    intervals: list[Tensor],
+    rule: str,
+    backend: str,
+) -> Tensor:
+    return BACKENDS[backend].pair_lse(anchors, keys, bias, scale, scale_bound, intervals, rule)
+
+
+def _pair_lse_fake(anchors: Tensor, *_: Any) -> Tensor:
+    return anchors.new_empty(anchors.shape[:1], dtype=_statistic_dtype(anchors))
+
+
+def _pair_lse_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *args, backend = args  # type: ignore[assignment]
+    return BACKENDS[backend].pair_lse_backward(grad, *args)
+
+
+def _gradients_fake(
+    anchors: Tensor, keys: Tensor | None, needs_anchors: bool, needs_keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _statistic_dtype(anchors)
+    d_anchors = anchors.new_empty(anchors.shape if needs_anchors else (0,), dtype=dtype)
+    d_keys = anchors.new_empty(keys.shape if keys is not None and needs_keys else (0,), dtype=dtype)
+    return d_anchors, d_keys, anchors.new_empty((), dtype=dtype)
+
+
+def _pair_lse_backward_fake(
+    grad: Tensor,
+    lse: Tensor,
+    anchors: Tensor,
+    keys: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    intervals: list[Tensor],
+    rule: str,
+    needs_anchors: bool,
+    needs_keys: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_fake(anchors, keys, needs_anchors, needs_keys)
+
+
+def _pair_mean(anchors: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *args, backend = args  # type: ignore[assignment]
+    return BACKENDS[backend].pair_mean(anchors, *args)
+
+
+def _pair_mean_fake(anchors: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _statistic_dtype(anchors)
+    return tuple(anchors.new_empty(anchors.shape[:1], dtype=dtype) for _ in range(3))  # type: ignore[return-value]
+
+
+def _pair_mean_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *args, backend = args  # type: ignore[assignment]
+    return BACKENDS[backend].pair_mean_backward(grad, *args)
+
+
+def _pair_mean_backward_fake(
+    grad: Tensor, out: Tensor, mass: Tensor, anchors: Tensor, keys: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_anchors, needs_keys, _, _ = rest[-4:]
+    return _gradients_fake(anchors, keys, needs_anchors, needs_keys)
+
+
+register(
+    "pair_lse",
+    "(Tensor anchors, Tensor? keys, Tensor? bias, Tensor scale, float? scale_bound, Tensor[] intervals, str rule,"
+    " str backend) -> Tensor",
+    _pair_lse,
+    _pair_lse_fake,
+)
+register(
+    "pair_lse_backward",
+    "(Tensor grad, Tensor lse, Tensor anchors, Tensor? keys, Tensor? bias, Tensor scale, Tensor[] intervals, str rule,"
+    " bool needs_anchors, bool needs_keys, str backend) -> (Tensor, Tensor, Tensor)",
+    _pair_lse_backward,
+    _pair_lse_backward_fake,
+)
+register(
+    "pair_mean",
+    "(Tensor anchors, Tensor? keys, Tensor? stat, Tensor? log_weight, Tensor scale, float hardness, float discount,"
+    " Tensor[] intervals, str backend) -> (Tensor, Tensor, Tensor)",
+    _pair_mean,
+    _pair_mean_fake,
+)
+register(
+    "pair_mean_backward",
+    "(Tensor grad, Tensor out, Tensor mass, Tensor anchors, Tensor? keys, Tensor? stat, Tensor? log_weight,"
+    " Tensor scale, float hardness, float discount, bool detach_weights, Tensor[] intervals, bool needs_anchors,"
+    " bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
+    _pair_mean_backward,
+    _pair_mean_backward_fake,
+)

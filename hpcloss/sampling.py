@@ -1,0 +1,472 @@
+"""Sampling: a few pixels of every interval of a partition, and a few positives of every anchor.
+
+This text is the definition. Every implementation (this one, C++, CUDA) gives the same integers, bit for bit.
+All arithmetic is on integers unless it says float32; `>>` is the arithmetic shift (floor), `x[a:b]` bits a to b - 1.
+
+**Random words.** `Philox4x32-10` (Salmon, Moraes, Dror, Shaw, SC 2011) maps a counter of four 32-bit words and a key of
+two to four words. The key is the low and the high word of the seed, an int64. The counter's last word is a *stream*,
+which keeps the uses of one seed apart.
+
+    word of pixel p:                 output word p mod 4 of counter (b[0:32], b[32:64], 0, 0), b = p >> 2
+    word of draw d for anchor row i: output word d mod 4 of counter (i[0:32], i[32:64], d >> 2, 1)
+
+`p` is the flat pixel index (not the row), so a pixel's word does not depend on the partition it is drawn through.
+
+**Keys.** Every element of an interval gets a key, a 32-bit unsigned integer. `image(f)` is the order-preserving image
+of a float32 with bits `b`: `~b` if the sign bit is set, else `b | 0x80000000`.
+
+* uniform: the pixel's word.
+* weighted (exponential race, Efraimidis and Spirakis 2006): `image(-log2(u) / weight)` with `u = (2 r + 1) / 2^33`,
+  `r` the pixel's word. `-log2(u)` is a fixed-point integer E with 40 fraction bits:
+
+      e = number of leading zeros of r in 32 bits (32 for r = 0)
+      v = 2^33 - ((2 r + 1) << e)                       so 1 <= v <= 2^32 and u = 2^-e (1 - v / 2^33)
+      q = C[7];  q = ((q * v) >> 32) + C[n] for n = 6 ... 0
+      E = (e << 40) + ((v * q) >> 22)
+
+  q is a polynomial for -log2(1 - x) / x at x = v / 2^33 with 29 fraction bits; its coefficients C are in
+  `_LOG2_COEFFICIENTS`. All products are below 2^62, and E is off by at most 2^-22 of itself and one unit: the small
+  values, which win, are as exact as the large ones. Then E is rounded to float32 (to nearest, ties to even), multiplied
+  by 2^-40 (exact) and divided by the float32 weight: one correctly rounded IEEE division, subnormal results kept.
+  An element whose weight is zero, negative or NaN is absent: it is never chosen and does not count. Elements of
+  infinite weight come first, by position.
+* hardest first: `image(0 - score)`, one float32 subtraction (so -0 and +0 tie); a NaN score has key 0xffffffff, the
+  last.
+
+Weights and scores of another floating type are rounded to float32 first.
+
+**Sample.** Of an interval with n present elements, the min(k, n) with the smallest (key, position). They are listed by
+ascending position, interval after interval without gaps; new offsets say where each interval's begin.
+
+**Hard and easy** (`tfzhou/ContrastiveSeg`). An interval has nh wrongly and ne rightly predicted elements. Of the wrong
+ones `h = min(nh, max(floor(k / 2), k - ne))` and of the right ones `min(ne, k - h)` are drawn, uniformly by the keys
+above, and listed together by ascending position.
+
+**Positives of an anchor.** Floyd's algorithm (Bentley and Floyd, CACM 1987). The candidates of anchor i are the rows of
+its interval without itself, numbered 0 ... n-1 in order, n <= 2^31; m = min(k, n). For d = 0 ... m-1 let j = n - m + d
+and `t = (w * (j + 1)) >> 32` with `w` the word of draw d; take t, or j if t was taken before. Listed ascending. (A
+value's probability is off by at most n / 2^32 of itself, the price of multiply-shift.)
+
+Everything here has static shapes and reads no device data on the host: it compiles with fullgraph=True and can be
+captured in a CUDA graph, where the seed, a device tensor, gives every replay a fresh sample if the graph advances it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sample", "philox", "sample", "sample_hard_easy", "sample_positives"]
+
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+# The multipliers less 2^32: 32-bit words times these stay inside int64, whereas the true products reach 2^64.
+_MULTIPLIERS = (0xD2511F53 - (1 << 32), 0xCD9E8D57 - (1 << 32))
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_PIXELS, _POSITIVES = 0, 1  # streams
+
+_CHUNK = 1 << 16  # 512 KiB of int64
+_ABSENT = 1 << 32  # above every key
+# -log2(1 - x) / x on 0 < x <= 1/2 as a polynomial in 2 x, minimax in relative error, 29 fraction bits; C[0] first
+_LOG2_COEFFICIENTS = (774540888, 193649403, 64260302, 26358647, 1840421, 19010875, -13089007, 7170137)
+
+
+class Sample(NamedTuple):
+    """A compact plan: pixels `order[offsets[s]:offsets[s + 1]]` were chosen from interval s.
+
+    order: [S * k] flat pixel indices, 0 in the unused tail. offsets: [S + 1].
+    """
+
+    order: Tensor
+    offsets: Tensor
+
+
+def philox(seed: Tensor | int, counter: Tensor, *, stream: int = _PIXELS) -> Tensor:
+    """One 32-bit random word per counter value (the word of a pixel), by Philox4x32-10.
+
+    Four consecutive counter values share a Philox block, `counter >> 2`, of which `counter & 3` is the word's number
+    (module docstring).
+
+    Args:
+        seed: 0-dim int64 tensor on the counter's device, or an int.
+        counter: integer tensor of any shape, values >= 0.
+        stream: 32-bit number that separates independent uses of one seed.
+
+    Returns:
+        int64 tensor of the counter's shape, values in [0, 2^32).
+
+    Raises:
+        ValueError: seed of another shape or device, or out of the int64 range. TypeError: seed or counter not integer.
+    """
+    _check_integers("counter", counter)
+    key = _key(seed, counter.device)
+    zero = torch.zeros_like(key[0])
+
+    def word(counter: Tensor) -> Tensor:
+        block = counter >> 2
+        words = _philox_block((block & _MASK, block >> 32, zero, zero + stream), key)
+        return torch.stack(words, 1).gather(1, (counter & 3)[:, None])[:, 0]
+
+    return _in_chunks(word, counter.long().reshape(-1)).reshape(counter.shape)
+
+
+def sample(
+    order: Tensor,
+    offsets: Tensor,
+    k: int,
+    *,
+    seed: Tensor | int,
+    weights: Tensor | None = None,
+    scores: Tensor | None = None,
+    num_pixels: int | None = None,
+) -> Sample:
+    """Draw k elements of every interval: uniformly, by weight, or hardest (highest score) first.
+
+    Without replacement, and deterministic in the seed; the definition is in the module docstring. With `weights`, an
+    element of weight w is the next one taken with probability w / (sum over those left). An interval of fewer than k
+    elements (of positive weight) is taken whole.
+
+    Args:
+        order: [N] int32 or int64, sorted row -> flat pixel index, as a partition gives it.
+        offsets: [S + 1] integers, not decreasing, in [0, N]: interval s is rows offsets[s] to offsets[s + 1]. Rows
+            outside [offsets[0], offsets[S]) are dead: never chosen, and their pixel index may be anything.
+        k: elements per interval.
+        seed: 0-dim int64 tensor on the device of `order` (advance it every step), or an int. Not used with `scores`.
+        weights: floating map with one weight per pixel, any shape, or None.
+        scores: floating map with one score per pixel, any shape, or None.
+        num_pixels: the pixel indices lie in [0, num_pixels). Default: the size of `weights` or `scores`, else N, which
+            holds for the partition of a whole batch; give it when `order` names only some of the pixels.
+
+    Returns:
+        Sample of static size S * k, with the dtypes of `order` and `offsets`.
+
+    Raises:
+        ValueError: k < 1, both weights and scores, shapes or devices that do not fit. TypeError: dtypes.
+    """
+    _check_plan(order, offsets, k)
+    if weights is not None and scores is not None:
+        raise ValueError("weights and scores exclude each other, got both")
+    for name, values in (("weights", weights), ("scores", scores)):
+        if values is not None:
+            _check_map(name, values, order)
+            num_pixels = _count_pixels(name, values, num_pixels)
+    num_pixels = order.numel() if num_pixels is None else num_pixels
+    key = _key(seed, order.device)
+    if order.numel() == 0:
+        return _empty(order, offsets, k)
+
+    starts = offsets.long()
+    group = _group_of_row(starts, order.numel())
+    pixels = _live_pixels(order, group, starts.numel() - 1)
+    # Keys are made per pixel, four to a Philox block, and gathered; where few of many pixels are named, per row.
+    dense = num_pixels <= 4 * order.numel()
+    if scores is not None:
+        keys = _in_chunks(_hardest_keys, _at(scores, pixels))
+    else:
+        words = _dense_words(key, num_pixels) if dense else philox(seed, pixels)
+        if weights is None:
+            keys = words.index_select(0, pixels) if dense else words
+        elif dense:
+            keys = _in_chunks(_weighted_keys, words, weights.detach().reshape(-1)).index_select(0, pixels)
+        else:
+            keys = _in_chunks(_weighted_keys, words, _at(weights, pixels))
+
+    if weights is None:
+        present = starts.diff()
+    else:
+        present = _count(keys < _ABSENT, starts)
+    limit = torch.nn.functional.pad(starts[:-1] + present.clamp(0, k), (1, 1))
+    return _compact(order, _smallest(group, keys, limit), offsets, k)
+
+
+def sample_hard_easy(
+    order: Tensor,
+    offsets: Tensor,
+    k: int,
+    wrong: Tensor,
+    *,
+    seed: Tensor | int,
+) -> Sample:
+    """Draw k elements of every interval, half of them wrongly predicted (hard) and half rightly (easy).
+
+    Where one half has too few, the other fills the quota: of nh wrong and ne right elements,
+    h = min(nh, max(k // 2, k - ne)) wrong and min(ne, k - h) right ones are drawn, each uniformly. This is the anchor
+    sampler of ContrastiveSeg (Wang et al., ICCV 2021; `_hard_anchor_sampling`), which wants at least k elements; here
+    a smaller interval is taken whole.
+
+    Args:
+        order, offsets, k, seed: as for `sample`.
+        wrong: bool map with one value per pixel, any shape: prediction != label.
+
+    Returns and raises as `sample`.
+    """
+    _check_plan(order, offsets, k)
+    _check_map("wrong", wrong, order, boolean=True)
+    key = _key(seed, order.device)
+    if order.numel() == 0:
+        return _empty(order, offsets, k)
+
+    starts = offsets.long()
+    group = _group_of_row(starts, order.numel())
+    pixels = _live_pixels(order, group, starts.numel() - 1)
+    hard = _at(wrong, pixels)
+    if wrong.numel() <= 4 * order.numel():
+        keys = _dense_words(key, wrong.numel()).index_select(0, pixels)
+    else:
+        keys = philox(seed, pixels)
+
+    # Each interval is two groups, the wrong elements before the right ones.
+    num_hard = _count(hard, starts)
+    num_easy = starts.diff() - num_hard
+    take_hard = torch.minimum(num_hard, (k - num_easy).clamp(min=k // 2))
+    take_easy = torch.minimum(num_easy, k - take_hard)
+    limit = torch.stack([starts[:-1] + take_hard, starts[:-1] + num_hard + take_easy], 1).reshape(-1)
+    chosen = _smallest(2 * group + ~hard, keys, torch.nn.functional.pad(limit, (2, 2)))
+    return _compact(order, chosen, offsets, k)
+
+
+def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, *, seed: Tensor | int) -> Tensor:
+    """Draw k distinct positives for every anchor, uniformly from its interval without itself.
+
+    Every subset of the right size is equally likely (up to n / 2^32); the definition is in the module docstring.
+
+    Args:
+        pos_start, pos_end: [N] integers: the positives of anchor i are the rows pos_start[i] to pos_end[i].
+        self_pos: [N] integers: the row that is anchor i itself; one outside the interval, such as -1, removes nothing.
+        k: positives per anchor. Time grows with k^2: it is meant for tens, not thousands.
+        seed: 0-dim int64 tensor on the same device (advance it every step), or an int.
+
+    Returns:
+        [N, k] row numbers, dtype of `pos_start`, each row ascending, then -1 where fewer than k exist.
+
+    Raises:
+        ValueError: k < 1, shapes or devices that do not fit. TypeError: dtypes that are not integer.
+    """
+    _check_k(k)
+    for name, values in (("pos_start", pos_start), ("pos_end", pos_end), ("self_pos", self_pos)):
+        _check_integers(name, values)
+        if values.dim() != 1:
+            raise ValueError(f"{name} must have one dimension, got shape {list(values.shape)}")
+        if values.shape != pos_start.shape:
+            raise ValueError(f"{name} must have {pos_start.numel()} elements, as pos_start, got {values.numel()}")
+        if values.device != pos_start.device:
+            raise ValueError(f"{name} must be on {pos_start.device}, as pos_start, got {values.device}")
+    key = _key(seed, pos_start.device)
+    first, own = pos_start.long(), self_pos.long()
+    has_self = (own >= first) & (own < pos_end)
+    n = (pos_end.long() - first - has_self.long()).clamp(min=0)
+    m = n.clamp(max=k)
+
+    rows = torch.arange(n.numel(), device=n.device)
+    zero = torch.zeros_like(key[0])
+    none = torch.iinfo(torch.int64).max
+    chosen: list[Tensor] = []
+    taken = n.new_empty((k, n.numel()))
+    for d in range(k):
+        if d % 4 == 0:
+            words = _philox_block((rows & _MASK, rows >> 32, zero + (d >> 2), zero + _POSITIVES), key)
+        j = n - m + d
+        t = (words[d % 4] * (j + 1)) >> 32
+        if d:
+            t = torch.where((taken[:d] == t).any(0), j, t)
+        t = torch.where(d < m, t, none)
+        taken[d] = t
+        chosen.append(t)
+    draws = torch.stack(chosen, 1).sort(1).values
+    result = first[:, None] + draws.clamp(max=none >> 1)
+    result = result + (has_self[:, None] & (result >= own[:, None])).long()
+    return torch.where(draws < none, result, -1).to(pos_start.dtype)
+
+
+# ---- random words ----
+
+
+def _philox_block(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The four output words of Philox4x32-10; counter words and key words are int64 in [0, 2^32) and broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # c * M = c * (M - 2^32) + c * 2^32: the first product fits in int64, the floor of its half adds exactly.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        high0, high1 = (p0 >> 32).add_(c0), (p1 >> 32).add_(c2)
+        c0, c1 = (high1 ^ c1).bitwise_xor_(k0), p1.bitwise_and_(_MASK)
+        c2, c3 = (high0 ^ c3).bitwise_xor_(k1), p0.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _dense_words(key: tuple[Tensor, Tensor], n: int) -> Tensor:
+    """The words of pixels 0 ... n-1, each Philox block computed once."""
+    zero = torch.zeros_like(key[0])
+
+    def words(block: Tensor) -> Tensor:
+        return torch.stack(_philox_block((block & _MASK, block >> 32, zero, zero + _PIXELS), key), 1)
+
+    return _in_chunks(words, torch.arange((n + 3) // 4, device=key[0].device)).reshape(-1)[:n]
+
+
+def _in_chunks(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """function(*values), which acts row by row; in eager mode on the CPU by pieces that stay in cache.
+
+    A long chain of whole-map operations spends most of its time on memory (2 to 5 times slower, measured).
+    """
+    if values[0].device.type != "cpu" or values[0].numel() <= _CHUNK or torch.compiler.is_compiling():
+        return function(*values)
+    return torch.cat([function(*chunk) for chunk in zip(*(v.split(_CHUNK) for v in values), strict=True)])
+
+
+def _key(seed: Tensor | int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The seed's (low, high) words as 0-dim tensors on `device`."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be int64, got {seed.dtype}")
+        if seed.dim() != 0:
+            raise ValueError(f"seed must have shape [], got {list(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"seed must be on {device}, as the data, got {seed.device}")
+    elif isinstance(seed, int) and not isinstance(seed, bool):
+        if not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"seed must fit in int64, got {seed}")
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
+    else:
+        raise TypeError(f"seed must be a 0-dim int64 tensor or an int, got {type(seed).__name__}")
+    return seed & _MASK, (seed >> 32) & _MASK
+
+
+# ---- keys ----
+
+
+def _weighted_keys(words: Tensor, weights: Tensor) -> Tensor:
+    """Keys of the exponential race; 2^32 where the weight is not positive."""
+    weights = weights.to(torch.float32)
+    race = _negative_log2(words).to(torch.float32) * 2.0**-40
+    # A float64 quotient of two float32 numbers, rounded to float32, is the correctly rounded float32 quotient
+    # (53 >= 2 * 24 + 2); a compiler's own float32 division need not be.
+    race = (race.double() / weights.double()).to(torch.float32)
+    return torch.where(weights > 0, _image(race), _ABSENT)
+
+
+def _negative_log2(words: Tensor) -> Tensor:
+    """-log2((2 r + 1) / 2^33) with 40 fraction bits, for 32-bit words r, as the module docstring defines it."""
+    # 2 r + 1 is exact as a float64: its exponent field gives the leading zeros, its fraction field the normalised word.
+    bits = (2 * words + 1).double().view(torch.int64)
+    exponent = (1023 + 32) - (bits >> 52)
+    v = (1 << 32) - ((bits >> 20) & _MASK)
+    q = v * _LOG2_COEFFICIENTS[7]
+    for coefficient in _LOG2_COEFFICIENTS[6::-1]:
+        q.bitwise_right_shift_(32).add_(coefficient).mul_(v)
+    return (exponent << 40) + (q >> 22)
+
+
+def _hardest_keys(scores: Tensor) -> Tensor:
+    """Keys by descending score, NaN last."""
+    scores = scores.to(torch.float32)
+    return torch.where(scores.isnan(), _MASK, _image(0.0 - scores))
+
+
+def _image(values: Tensor) -> Tensor:
+    """Order-preserving map of float32 to [0, 2^32), as int64."""
+    bits = values.view(torch.int32).long()
+    return torch.where(bits < 0, ~bits, bits + (1 << 31)) & _MASK
+
+
+# ---- intervals ----
+
+
+def _group_of_row(starts: Tensor, n: int) -> Tensor:
+    """Interval number + 1 of every row: 0 before the first interval, S + 1 past the last one."""
+    # Counting the offsets passed handles empty intervals, and costs one scan instead of a binary search per row.
+    passed = starts.new_zeros(n + 1).scatter_add(0, starts, torch.ones_like(starts))
+    return passed[:n].cumsum(0)
+
+
+def _live_pixels(order: Tensor, group: Tensor, num_intervals: int) -> Tensor:
+    """Pixel index of every row, 0 for dead rows, so that whatever those hold is never used as an index."""
+    return torch.where((group > 0) & (group <= num_intervals), order, 0).long()
+
+
+def _at(values: Tensor, pixels: Tensor) -> Tensor:
+    return values.detach().reshape(-1).index_select(0, pixels)
+
+
+def _count(flags: Tensor, starts: Tensor) -> Tensor:
+    """Number of set flags [N] in every interval."""
+    total = torch.nn.functional.pad(_running_count(flags), (1, 0))
+    return total.index_select(0, starts).diff().long()
+
+
+def _running_count(flags: Tensor) -> Tensor:
+    """Inclusive prefix count; int32 where that suffices (a bool scan into int64 is ten times slower on the CPU)."""
+    return flags.cumsum(0, dtype=torch.int32 if flags.numel() < 2**31 else torch.int64)
+
+
+def _smallest(group: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
+    """Mask of the rows that come before row limit[group] once sorted by (group, key, position)."""
+    # One stable sort of 64-bit integers: positions break ties by stability. Groups keep their places, so an interval's
+    # smallest elements stand at its start. 33 bits hold a key or the absent mark.
+    ordered, rows = torch.sort((group << 33) | keys, stable=True)
+    position = torch.arange(keys.numel(), device=keys.device)
+    chosen = position < limit.index_select(0, ordered >> 33)
+    return torch.zeros_like(chosen).scatter(0, rows, chosen)
+
+
+def _compact(order: Tensor, chosen: Tensor, offsets: Tensor, k: int) -> Sample:
+    """The chosen rows in ascending order, and how many of them precede each interval."""
+    count = _running_count(chosen)
+    size = (offsets.numel() - 1) * k
+    place = torch.arange(size, device=order.device, dtype=count.dtype)
+    rows = torch.searchsorted(count, place, right=True).clamp(max=order.numel() - 1)
+    picked = torch.where(place < count[-1], order.index_select(0, rows), 0)
+    starts = torch.nn.functional.pad(count, (1, 0)).index_select(0, offsets.long())
+    return Sample(picked, starts.to(offsets.dtype))
+
+
+def _empty(order: Tensor, offsets: Tensor, k: int) -> Sample:
+    return Sample(order.new_zeros((offsets.numel() - 1) * k), torch.zeros_like(offsets))
+
+
+# ---- checks (of shapes and dtypes, never of data) ----
+
+
+def _check_plan(order: Tensor, offsets: Tensor, k: int) -> None:
+    _check_k(k)
+    for name, values in (("order", order), ("offsets", offsets)):
+        _check_integers(name, values)
+        if values.dim() != 1:
+            raise ValueError(f"{name} must have one dimension, got shape {list(values.shape)}")
+    if offsets.numel() == 0:
+        raise ValueError("offsets must have shape [S + 1], got [0]")
+    if offsets.device != order.device:
+        raise ValueError(f"offsets must be on {order.device}, as order, got {offsets.device}")
+
+
+def _check_k(k: int) -> None:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+
+
+def _check_integers(name: str, values: Tensor) -> None:
+    if values.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {values.dtype}")
+
+
+def _check_map(name: str, values: Tensor, order: Tensor, boolean: bool = False) -> None:
+    if boolean and values.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {values.dtype}")
+    if not boolean and not values.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating, got {values.dtype}")
+    if values.device != order.device:
+        raise ValueError(f"{name} must be on {order.device}, as order, got {values.device}")
+    if values.numel() == 0 and order.numel() > 0:
+        raise ValueError(f"{name} must have one value per pixel, got none for {order.numel()} rows")
+
+
+def _count_pixels(name: str, values: Tensor, num_pixels: int | None) -> int:
+    if num_pixels is not None and num_pixels != values.numel():
+        raise ValueError(f"{name} must have num_pixels = {num_pixels} values, got {values.numel()}")
+    return values.numel()
