@@ -1,5 +1,6 @@
 """Exact contrastive losses for dense prediction in O(N D) memory."""
 
+from hpcloss.backends import info
 from hpcloss.functional import (
     ihpc_loss,
     infonce_loss,
@@ -24,6 +25,7 @@ __all__ = [
     "SupConLoss",
     "__version__",
     "ihpc_loss",
+    "info",
     "infonce_loss",
     "ntxent_loss",
     "region_phpc_loss",

@@ -211,7 +211,7 @@ def _local_contrast(
     taken = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=features.device).scatter_(0, pixels, True)[:-1]
     keys = partition(labels, torch.where(taken, cells, num_cells), num_cells, background=background)
     key_rows = pack(features, keys.order, keys.live(), normalize=normalize, backend=recipe.backend)
-    multiplicity = math.prod([large // small for large, small in zip(size, local, strict=True)])
+    multiplicity = math.prod([large // small for large, small in zip(size, local)])
     total = torch.zeros_like(recipe.rows.data[:, 0], dtype=recipe.scale.dtype)
     cells_met = torch.zeros_like(total)
     for cell_of_region in cells_of_regions(region_ids, batch, spatial, size, local, per_image=per_image):
@@ -516,7 +516,7 @@ def check_region_options(
         small = (local_size,) if isinstance(local_size, int) else tuple(local_size)
         if len(large) != len(small):
             large, small = large * len(small), small * len(large)
-        if any(whole % part for whole, part in zip(large, small, strict=False)):
+        if any(whole % part for whole, part in zip(large, small)):
             raise ValueError(f"local_size must divide region_size {region_size!r} on every axis, got {local_size!r}")
 
 
@@ -609,7 +609,8 @@ def _labels_of_map(features: Tensor, labels: Tensor) -> Tensor:
             f" got {tuple(labels.shape)}"
         )
     labels = _integers("labels", labels, features.device)
-    for axis, (extent, wanted) in enumerate(zip(labels.shape[1:], features.shape[2:], strict=True), start=1):
+    for axis in range(1, labels.dim()):
+        extent, wanted = labels.shape[axis], features.shape[axis + 1]
         if extent != wanted:
             nearest = torch.arange(wanted, device=labels.device) * extent // max(wanted, 1)
             labels = labels.index_select(axis, nearest)

@@ -10,7 +10,7 @@ import torch
 
 
 def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define `torch.ops.hpcloss.<name>`. The body runs with autocast off: it chooses its own precision."""
+    """Define `torch.ops.hpcloss.<name>`. The body runs with autocast off, as it chooses its own precision."""
 
     @functools.wraps(body)
     def without_autocast(*args: Any) -> Any:

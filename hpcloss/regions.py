@@ -26,7 +26,7 @@ def region_shape(
 
 def grid_shape(spatial: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
     """Number of cells on each axis; remainder pixels form smaller cells."""
-    return tuple(math.ceil(extent / cell) for extent, cell in zip(spatial, size, strict=True))
+    return tuple(math.ceil(extent / cell) for extent, cell in zip(spatial, size))
 
 
 def grid_regions(
@@ -44,7 +44,7 @@ def grid_regions(
     """
     cells = grid_shape(spatial, size)
     ids = torch.zeros((1,) * len(cells), dtype=torch.int64, device=device)
-    for axis, (extent, cell, count) in enumerate(zip(spatial, size, cells, strict=True)):
+    for axis, (extent, cell, count) in enumerate(zip(spatial, size, cells)):
         along = torch.arange(extent, device=device) // cell
         ids = ids * count + along.view(-1, *(1,) * (len(cells) - 1 - axis))
     number = math.prod(cells)
@@ -72,7 +72,7 @@ def cells_of_regions(
     num_cells = math.prod(cells) * (batch if per_image else 1)
     image, inside = region_ids // math.prod(regions), region_ids % math.prod(regions)
     corner = torch.unravel_index(inside, regions)
-    ratios = [large // small for large, small in zip(size, local, strict=True)]
+    ratios = [large // small for large, small in zip(size, local)]
     numbers = []
     for offset in itertools.product(*(range(ratio) for ratio in ratios)):
         number, exists = image, torch.ones_like(image, dtype=torch.bool)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from hpcloss.backends import blockwise
@@ -26,3 +27,11 @@ def resolve(backend: str, tensor: Tensor) -> str:
     if reasons:
         raise NotImplementedError(f"backend {backend!r} cannot run this call: " + "; ".join(reasons))
     return backend
+
+
+def info() -> str:
+    """What this installation found, and why the rest is not there: `print(hpcloss.info())`."""
+    lines = [f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}"]
+    lines += [f"backend {name}: available" for name in BACKENDS]
+    lines += [f"backend {name}: not available, {'; '.join(reasons)}" for name, reasons in UNAVAILABLE.items()]
+    return "\n".join(lines)
