@@ -17,6 +17,7 @@ from hpcloss.ops import register
 # A row at most this long has no direction: it becomes the zero row and gets no gradient.
 # (Dividing by a floor instead would give such a row a gradient 1e12 times too large.)
 NORM_EPS = 1e-12
+ROWS = 1 << 12  # handled at a time in the backward pass, to keep temporaries small
 
 
 class Rows(NamedTuple):
@@ -104,21 +105,23 @@ def _pack_backward_impl(
     stride: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    grad = grad.to(inverse_norm.dtype)
-    if normalize:
-        data = data.to(inverse_norm.dtype)
-        along = (grad * data).sum(1, keepdim=True)
-        grad = torch.addcmul(grad, data, along, value=-1).mul_(inverse_norm[:, None])
-    else:
-        grad = grad * inverse_norm[:, None]
     batch, channels = shape[0], shape[1]
     pixels = 1
     for extent in shape[2:]:
         pixels *= extent
-    # Dead rows of a sample repeat pixel 0 with gradient 0, so rows are added, not copied.
-    out = torch.zeros(batch * pixels, channels, dtype=grad.dtype, device=grad.device).index_add_(0, order, grad)
-    features_grad = torch.empty_strided(shape, stride, dtype=dtype, device=grad.device)
-    return features_grad.copy_(out.view(batch, pixels, channels).transpose(1, 2).reshape(shape))
+    out = torch.zeros(batch * pixels, channels, dtype=inverse_norm.dtype, device=grad.device)
+    for first in range(0, order.numel(), ROWS):
+        part = slice(first, first + ROWS)
+        rows = grad[part].to(out.dtype)
+        if normalize:
+            unit = data[part].to(out.dtype)
+            rows = torch.addcmul(rows, unit, (rows * unit).sum(1, keepdim=True), value=-1)
+        # Dead rows of a sample repeat pixel 0 with gradient 0, so rows are added, not copied.
+        out.index_add_(0, order[part], rows * inverse_norm[part, None])
+    grad_features = out.view(batch, *shape[2:], channels).movedim(-1, 1)
+    if grad_features.dtype == dtype and list(grad_features.stride()) == list(stride):
+        return grad_features
+    return torch.empty_strided(shape, stride, dtype=dtype, device=grad.device).copy_(grad_features)
 
 
 def _pack_fake(

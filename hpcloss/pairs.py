@@ -113,8 +113,9 @@ class _PairLse(torch.autograd.Function):
             scale,
             intervals,
             ctx.rule,
-            needs_anchors or needs_scale,
+            needs_anchors,
             needs_keys,
+            needs_scale,
             ctx.backend,
         )
         return (
@@ -223,9 +224,10 @@ def _pair_lse_backward_fake(
     rule: str,
     needs_anchors: bool,
     needs_keys: bool,
+    needs_scale: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_fake(anchors, keys, needs_anchors, needs_keys)
+    return _gradients_fake(anchors, keys, needs_anchors or needs_scale, needs_keys)
 
 
 def _pair_mean(anchors: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +262,7 @@ register(
 register(
     "pair_lse_backward",
     "(Tensor grad, Tensor lse, Tensor anchors, Tensor? keys, Tensor? bias, Tensor scale, Tensor[] intervals, str rule,"
-    " bool needs_anchors, bool needs_keys, str backend) -> (Tensor, Tensor, Tensor)",
+    " bool needs_anchors, bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
     _pair_lse_backward,
     _pair_lse_backward_fake,
 )

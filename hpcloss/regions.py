@@ -70,8 +70,8 @@ def cells_of_regions(
     """
     regions, cells = grid_shape(spatial, size), grid_shape(spatial, local)
     num_cells = math.prod(cells) * (batch if per_image else 1)
-    image, inside = region_ids // math.prod(regions), region_ids % math.prod(regions)
-    corner = torch.unravel_index(inside, regions)
+    image = region_ids // math.prod(regions)
+    corner = [region_ids // math.prod(regions[axis + 1 :]) % regions[axis] for axis in range(len(regions))]
     ratios = [large // small for large, small in zip(size, local)]
     numbers = []
     for offset in itertools.product(*(range(ratio) for ratio in ratios)):

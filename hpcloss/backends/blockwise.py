@@ -22,6 +22,7 @@ LONG_RUN = 128  # anchors of one class from which a block of their own is cheape
 STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
 # exp(scale * s) needs no shift while |scale * s| stays below this (headroom for a sum over 2^18 keys).
 SAFE_EXPONENT = {torch.float32: 75.0, torch.float64: 600.0}
+COLUMNS = 16  # of the rows, at a time, where a float64 copy of all of them would cost memory
 SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
 INF, NAN = float("inf"), float("nan")
 
@@ -269,13 +270,14 @@ def pair_lse_backward(
     rule: str,
     needs_anchors: bool,
     needs_keys: bool,
+    needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = g_i scale exp(scale s_ij + bias_j - lse_i), as d anchors, d keys (one sum in self-contrast), d scale."""
     at = Intervals(*intervals)
     anchors, keys = _accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     tiles = _Tiles(anchors, keys, at, rule, scale)
-    d_anchors = torch.zeros_like(anchors) if needs_anchors else None
+    d_anchors = torch.zeros_like(anchors) if needs_anchors or needs_scale else None
     d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
     empty = lse == -INF
     grad = torch.where(empty, 0.0, grad.to(anchors.dtype))
@@ -295,8 +297,9 @@ def pair_lse_backward(
         tiles.scatter(tile, slope, d_anchors, d_keys)
     d_scale = anchors.new_zeros(())
     if d_anchors is not None:
-        # S depends on the scale as it depends on the anchors' length; in self-contrast both sides of a pair are in d.
-        d_scale = (anchors * d_anchors).sum() / (2 if keys is None else 1)
+        if needs_scale:
+            # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
+            d_scale = (anchors * d_anchors).sum() / (2 if keys is None else 1)
         d_anchors *= scale
     if keys is not None and d_keys is not None:
         d_keys *= scale
@@ -332,7 +335,10 @@ def pair_mean(
     mass = _weight_mass(anchors, keys, log_weight, hardness, at)
     out, slope = torch.zeros_like(mass), torch.zeros_like(mass)
     if stat is None and hardness == 0 and log_weight is None and keys is None:
-        return scale * (anchors * _positive_means(anchors, mass, at)).sum(1), mass, slope
+        # Linear in the positives: their sums suffice, no pair is visited.
+        for part in anchors.split(COLUMNS, 1):
+            out += (part * _positive_sums(part, at)).sum(1)
+        return out.mul_(torch.exp(-_finite_mass(mass))).mul_(scale), mass, slope
     weights = _Weights(mass, log_weight, hardness)
     tiles = _Tiles(anchors, keys, at, "positives")
     for tile, similarity in tiles:
@@ -375,11 +381,14 @@ def pair_mean_backward(
     nothing, d_scale = anchors.new_empty(0), anchors.new_zeros(())
     differentiated = hardness != 0 and not detach_weights
     if stat is None and hardness == 0 and log_weight is None and keys is None:
-        means = grad[:, None] * _positive_means(anchors, mass, at)
-        d_scale = (anchors * means).sum()
-        # Pair (i, j) counts once for anchor i and, j being an anchor of the same class, once for anchor j.
-        per_pair = grad[:, None] * anchors * torch.exp(-_finite_mass(mass))[:, None]
-        return scale * (means + _positive_sums(per_pair, at)), nothing, d_scale
+        per_pair = (grad * torch.exp(-_finite_mass(mass)))[:, None]
+        d_rows = torch.empty_like(anchors)
+        for part, d_part in zip(anchors.split(COLUMNS, 1), d_rows.split(COLUMNS, 1)):
+            d_part.copy_(_positive_sums(part, at).mul_(per_pair))
+            d_scale += (part * d_part).sum()
+            # Pair (i, j) counts once for anchor i and, j being an anchor of the same class, once for anchor j.
+            d_part += _positive_sums(part * per_pair, at)
+        return d_rows.mul_(scale), nothing, d_scale
     d_anchors = torch.zeros_like(anchors) if needs_anchors else None
     d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
     weights = _Weights(mass, log_weight, hardness)
@@ -425,7 +434,8 @@ def _weight_mass(
         count = at.pos_end - at.pos_start
         count = count - _self_is_positive(at).to(count.dtype)
         return (count * _is_anchor(at)).to(anchors.dtype).log()
-    return pair_lse(anchors, keys, log_weight, anchors.new_tensor(-hardness), None, list(at), "positives")
+    scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for the copy
+    return pair_lse(anchors, keys, log_weight, scale, None, list(at), "positives")
 
 
 class _Side(NamedTuple):
@@ -468,24 +478,17 @@ def _finite_mass(mass: Tensor) -> Tensor:
     return torch.where(mass == -INF, INF, mass)
 
 
-def _positive_means(rows: Tensor, mass: Tensor, at: Intervals) -> Tensor:
-    """Mean of the positives of each row in self-contrast, all that a linear term needs: no pair is visited."""
-    return _positive_sums(rows, at) * torch.exp(-_finite_mass(mass))[:, None]
-
-
 def _positive_sums(rows: Tensor, at: Intervals) -> Tensor:
     """Sum of the positives of each row in self-contrast, by prefix sums in float64.
 
-    A few columns at a time keep the memory O(N D). Infinite and NaN rows stay in the intervals that hold them.
+    Infinite and NaN rows stay in the intervals that hold them.
     """
-    sums = torch.empty_like(rows)
     start, end = at.pos_start.long(), at.pos_end.long()
     broken = ~rows.isfinite().all(1)
     rows = torch.where(broken[:, None], 0.0, rows)
     broken_before = torch.nn.functional.pad(broken.cumsum(0), (1, 0))
-    for d0 in range(0, rows.shape[1], 16):
-        prefix = torch.nn.functional.pad(rows[:, d0 : d0 + 16].double().cumsum(0), (0, 0, 1, 0))
-        sums[:, d0 : d0 + 16] = prefix[end] - prefix[start]
+    prefix = torch.nn.functional.pad(rows.double().cumsum(0), (0, 0, 1, 0))
+    sums = (prefix[end] - prefix[start]).to(rows.dtype)
     sums -= rows * _self_is_positive(at)[:, None]
     return sums.masked_fill_((broken_before[end] > broken_before[start])[:, None], NAN)
 
