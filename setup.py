@@ -22,6 +22,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hpcloss", "hpcloss.*"]),
     package_data={"hpcloss": ["py.typed", "DESIGN.md"]},
-    install_requires=["torch>=2.4"],
+    install_requires=["torch>=2.6"],
     extras_require={"examples": EXAMPLES, "test": TEST, "dev": DEV},
 )

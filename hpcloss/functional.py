@@ -97,7 +97,7 @@ def region_phpc_loss(
     pairs = partition(flat, regions, num_regions, background=background, ignore_index=ignored, num_classes=num_classes)
     if keep_rows is not None:
         pairs = pairs.head(keep_rows)
-    if samples_per_class is not None and num_classes is not None:
+    if samples_per_class is not None and num_classes is not None and flat.numel():
         offsets, background_ranked = class_offsets(pairs, flat, num_classes, background)
         seed = torch.randint(2**62, (), device=features.device)
         chosen = sample(pairs.order, offsets, samples_per_class, seed=seed, num_pixels=flat.numel())
@@ -228,7 +228,7 @@ def _stats(recipe: _Recipe, pairs: Pairs, counted: Tensor) -> dict[str, Tensor]:
         unit_scale = torch.ones_like(recipe.scale)
         positives, negatives = pairs.counts()
         region = pairs.region()
-        whole_region = pairs._replace(pos_start=pairs.key_start[region], pos_end=pairs.key_end[region])
+        whole_region = pairs.replace(pos_start=pairs.key_start[region], pos_end=pairs.key_end[region])
         positive_mean, _ = pair_mean(rows, pairs, "logit", unit_scale, backend=backend)
         others_mean, _ = pair_mean(rows, whole_region, "logit", unit_scale, backend=backend)
         others_sum = others_mean * (positives + negatives)
@@ -404,7 +404,7 @@ def infonce_loss(
         _check_vectors("negatives", negatives, like=query)
         order = torch.arange(negatives.shape[0], device=query.device)
         others = pack(negatives, order, normalize=normalize, backend=backend)
-        whole = pairs._replace(key_end=torch.full_like(pairs.key_end, negatives.shape[0]))
+        whole = pairs.replace(key_end=torch.full_like(pairs.key_end, negatives.shape[0]))
         lse = pair_lse(rows, whole, "every", scale, keys=others, scale_bound=bound, backend=backend)
         loss = softplus(lse - own, threshold=EXACT_SOFTPLUS)
     return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
@@ -463,7 +463,7 @@ def _scale(temperature: float | Tensor, rows: Rows, normalize: bool) -> tuple[Te
     """1 / temperature as a 0-dim tensor in the statistics' dtype, and a bound of |similarity / temperature|."""
     dtype = torch.float64 if rows.data.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
-        return temperature.to(device=rows.data.device, dtype=dtype).reciprocal(), None
+        return temperature.to(device=rows.data.device, dtype=dtype).reshape(()).reciprocal(), None
     scale = torch.full((), 1.0 / temperature, dtype=dtype, device=rows.data.device)
     return scale, 1.0 / temperature if normalize else None
 

@@ -21,3 +21,31 @@ def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..
     torch.library.define(f"hpcloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"hpcloss::{name}", "default", without_autocast)
     torch.library.register_fake(f"hpcloss::{name}", fake)
+
+
+def differentiable_once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., Any]:
+    """Decorate the backward of an autograd function that has no derivative of its own.
+
+    With `create_graph=True` its results carry an error instead of passing for constants: they depend on saved tensors,
+    which `torch.autograd.function.once_differentiable` does not see where the incoming gradient is a constant.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        return tuple(None if value is None else _NotTwice.apply(value.detach().requires_grad_()) for value in results)
+
+    return once
+
+
+class _NotTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the losses of hpcloss can be differentiated only once")

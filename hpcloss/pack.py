@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpcloss.ops import register
+from hpcloss.ops import differentiable_once, register
 
 # A row at most this long has no direction: it becomes the zero row and gets no gradient.
 # (Dividing by a floor instead would give such a row a gradient 1e12 times too large.)
@@ -53,13 +53,16 @@ class _Pack(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         data, inverse_norm = torch.ops.hpcloss.pack(features, order, live, normalize, dtype)
         ctx.save_for_backward(data, inverse_norm, order)
-        ctx.shape, ctx.stride, ctx.dtype, ctx.normalize = features.shape, features.stride(), features.dtype, normalize
+        # The layout of the gradient: that of the features, or a dense one where theirs overlaps itself.
+        ctx.stride = torch.empty_like(features, device="meta").stride()
+        ctx.shape, ctx.dtype, ctx.normalize = features.shape, features.dtype, normalize
         ctx.mark_non_differentiable(data)
         ctx.set_materialize_grads(False)
         companion = torch.zeros((), dtype=inverse_norm.dtype, device=features.device).expand(data.shape)
         return data, companion
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad_data: None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hpcloss.backends import BACKENDS
-from hpcloss.ops import register
+from hpcloss.ops import differentiable_once, register
 from hpcloss.pack import Rows
 from hpcloss.partition import Pairs
 
@@ -100,7 +99,7 @@ class _PairLse(torch.autograd.Function):
         return lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lse, anchors, keys, bias, scale, *intervals = ctx.saved_tensors
         needs_anchors, needs_keys, needs_scale = (ctx.needs_input_grad[index] for index in (1, 3, 5))
@@ -156,7 +155,7 @@ class _PairMean(torch.autograd.Function):
         return out, mass
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
         out, mass, slope, anchors, keys, stat, log_weight, scale, *intervals = ctx.saved_tensors
         needs_anchors, needs_keys, needs_stat, needs_scale = (ctx.needs_input_grad[index] for index in (1, 3, 4, 6))

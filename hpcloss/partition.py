@@ -39,9 +39,15 @@ class Pairs(NamedTuple):
     key_start: Tensor
     key_end: Tensor
 
+    def replace(self, **changes: Tensor) -> Pairs:
+        """As `_replace`, which breaks graphs on older torch."""
+        return Pairs(*[changes[name] if name in changes else getattr(self, name) for name in FIELDS])
+
     def intervals(self) -> tuple[Tensor, ...]:
         """What the primitives need: everything but the order."""
-        return self[1:]
+        # One by one: slicing a named tuple breaks graphs on older torch.
+        rows = (self.pos_start, self.pos_end, self.self_pos)
+        return (*rows, self.anchor_start, self.anchor_end, self.key_start, self.key_end)
 
     def live(self) -> Tensor:
         """Number of leading rows that are anchors or keys, [1]; the rest of the order is dead."""
@@ -49,7 +55,12 @@ class Pairs(NamedTuple):
 
     def head(self, count: int) -> Pairs:
         """The first rows alone, where it is known that the rest is dead."""
-        return self._replace(**{name: getattr(self, name)[:count] for name in self._fields[:4]})
+        return self.replace(
+            order=self.order[:count],
+            pos_start=self.pos_start[:count],
+            pos_end=self.pos_end[:count],
+            self_pos=self.self_pos[:count],
+        )
 
     def region(self) -> Tensor:
         """Region of each row [N]; rows that are no anchors get some region, and `is_anchor` is False for them."""
@@ -72,6 +83,9 @@ class Pairs(NamedTuple):
         positives = own_class - self_is_positive.to(own_class.dtype)
         others = key_end - key_start - self_is_key.to(own_class.dtype)
         return positives * anchor, (others - positives) * anchor
+
+
+FIELDS = Pairs._fields
 
 
 def index_dtype(count: int) -> torch.dtype:
@@ -210,7 +224,7 @@ def partition_against(
     ranked = labels.reshape(-1).long()[anchors.order]
     pos_start = torch.minimum(torch.searchsorted(ranked_keys, ranked), live).to(live.dtype)
     pos_end = torch.minimum(torch.searchsorted(ranked_keys, ranked, right=True), live).to(live.dtype)
-    pairs = anchors._replace(
+    pairs = anchors.replace(
         pos_start=pos_start,
         pos_end=pos_end,
         self_pos=torch.full_like(pos_start, -1),
@@ -222,7 +236,7 @@ def partition_against(
 
 def paired(pairs: Pairs, partner: Tensor) -> Pairs:
     """The same anchors and keys with one explicit positive each: `partner` [N] is its key row."""
-    return pairs._replace(pos_start=partner.to(pairs.order.dtype), pos_end=(partner + 1).to(pairs.order.dtype))
+    return pairs.replace(pos_start=partner.to(pairs.order.dtype), pos_end=(partner + 1).to(pairs.order.dtype))
 
 
 def one_to_one(count: int, device: torch.device) -> Pairs:
@@ -258,7 +272,7 @@ def against_cells(pairs: Pairs, cells: Pairs, cell_of_region: Tensor, labels: Te
     row_of_pixel = row_of_pixel.scatter_(0, torch.where(alive, cells.order.long(), num_pixels), rows)
     key_start = torch.nn.functional.pad(cells.key_start, (0, 1))[cell_of_region]
     key_end = torch.nn.functional.pad(cells.key_end, (0, 1))[cell_of_region]
-    return pairs._replace(
+    return pairs.replace(
         pos_start=pos_start.to(dtype),
         pos_end=pos_end.to(dtype),
         self_pos=row_of_pixel[pairs.order].to(dtype),

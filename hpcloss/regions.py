@@ -47,11 +47,11 @@ def grid_regions(
     for axis, (extent, cell, count) in enumerate(zip(spatial, size, cells)):
         along = torch.arange(extent, device=device) // cell
         ids = ids * count + along.view(-1, *(1,) * (len(cells) - 1 - axis))
-    number = math.prod(cells)
+    number = max(math.prod(cells), 1)  # an empty map still has a region, without pixels
     ids = ids.reshape(1, -1)
     if per_image:
         ids = ids + number * torch.arange(batch, device=device)[:, None]
-        return ids.reshape(-1), number * batch
+        return ids.reshape(-1), number * max(batch, 1)
     return ids.expand(batch, -1).reshape(-1), number
 
 

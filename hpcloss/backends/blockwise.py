@@ -81,7 +81,8 @@ def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[
             tiles, first = [], 0
         for j0 in range(first, num_keys, STATIC_BLOCK):
             tiles.append(Tile(i0, i1, j0, min(j0 + STATIC_BLOCK, num_keys), mirrored=symmetric, masked=True))
-        yield tiles
+        if tiles:
+            yield tiles
 
 
 def _sliced_schedule(at: Intervals, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
@@ -158,8 +159,10 @@ def _allowed(tile: Tile, at: Intervals, rule: str, symmetric: bool) -> Tensor:
     else:
         last_key = at.key_end if symmetric else at.anchor_end  # in self-contrast key rows belong to a region as well
         row_numbers = torch.arange(tile.i0, tile.i1, device=keys.device, dtype=last_key.dtype)
-        region = torch.searchsorted(last_key, row_numbers, right=True).clamp_(max=last_key.numel() - 1)
-        allowed = (keys >= at.key_start[region, None]) & (keys < at.key_end[region, None])
+        region = torch.searchsorted(last_key, row_numbers, right=True)
+        dead = region == last_key.numel()
+        region = torch.where(dead, 0, region)
+        allowed = (keys >= at.key_start[region, None]) & (keys < at.key_end[region, None]) & ~dead[:, None]
         if rule == "negatives":
             allowed &= ~inside
     if rule != "every":
