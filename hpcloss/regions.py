@@ -25,8 +25,8 @@ def region_shape(
 
 
 def grid_shape(spatial: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
-    """Number of cells on each axis; remainder pixels form smaller cells."""
-    return tuple(math.ceil(extent / cell) for extent, cell in zip(spatial, size))
+    """Number of cells on each axis; remainder pixels form smaller cells, an empty map has one cell without pixels."""
+    return tuple(max(1, math.ceil(extent / cell)) for extent, cell in zip(spatial, size))
 
 
 def grid_regions(
@@ -47,7 +47,7 @@ def grid_regions(
     for axis, (extent, cell, count) in enumerate(zip(spatial, size, cells)):
         along = torch.arange(extent, device=device) // cell
         ids = ids * count + along.view(-1, *(1,) * (len(cells) - 1 - axis))
-    number = max(math.prod(cells), 1)  # an empty map still has a region, without pixels
+    number = math.prod(cells)
     ids = ids.reshape(1, -1)
     if per_image:
         ids = ids + number * torch.arange(batch, device=device)[:, None]
