@@ -488,7 +488,7 @@ def check_region_options(
 ) -> None:
     """Raise ValueError for hyper-parameters of the pixel losses that cannot be meant."""
     _check_temperature(temperature)
-    if not math.isfinite(hardness):
+    if not -math.inf < hardness < math.inf:
         raise ValueError(f"hardness must be a finite number, got {hardness}")
     _check_choice("denominator", denominator, DENOMINATORS)
     _check_choice("reduction", reduction, ("mean", "class", "region", "sum", "none"))
@@ -533,7 +533,7 @@ def check_vector_options(
     _check_temperature(temperature)
     _check_choice("reduction", reduction, reductions)
     _check_choice("form", form, ("out", "in"))
-    if not math.isfinite(hardness):
+    if not -math.inf < hardness < math.inf:
         raise ValueError(f"hardness must be a finite number, got {hardness}")
     if beta is not None and not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta}")
@@ -541,7 +541,7 @@ def check_vector_options(
 
 def _check_temperature(temperature: float | Tensor) -> None:
     if not isinstance(temperature, Tensor):
-        if not (math.isfinite(temperature) and temperature > 0):
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {temperature}")
     elif temperature.numel() != 1:
         raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")

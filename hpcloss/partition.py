@@ -161,10 +161,11 @@ def from_offsets(order: Tensor, offsets: Tensor, num_classes: int, background_ra
     segment = torch.searchsorted(offsets[1:], rows, right=True)
     alive = segment < offsets.numel() - 1
     segment = segment * alive
-    ends = offsets[num_classes::num_classes]
-    starts = offsets[:-1:num_classes]
-    anchor_start = offsets[1::num_classes] if background_ranked else starts
-    intervals = (offsets[segment] * alive, offsets[segment + 1] * alive, rows, anchor_start, ends, starts, ends)
+    anchor_start = offsets[1::num_classes] if background_ranked else offsets[:-1:num_classes]
+    anchor_end, key_end = offsets[num_classes::num_classes], offsets[num_classes::num_classes]
+    key_start = offsets[:-1:num_classes]
+    bounds = (anchor_start, anchor_end, key_start, key_end)
+    intervals = (offsets[segment] * alive, offsets[segment + 1] * alive, rows, *bounds)
     return Pairs(order.to(dtype), *(bound.to(dtype) for bound in intervals))
 
 
@@ -242,8 +243,9 @@ def paired(pairs: Pairs, partner: Tensor) -> Pairs:
 def one_to_one(count: int, device: torch.device) -> Pairs:
     """Anchor i with key i as its positive and all other keys as negatives; anchors are not among the keys."""
     rows = torch.arange(count, dtype=index_dtype(count), device=device)
-    start, end = rows.new_zeros(1), rows.new_full((1,), count)
-    return Pairs(rows, rows, rows + 1, torch.full_like(rows, -1), start, end, start, end)
+    starts, ends = rows.new_zeros(2, 1), rows.new_full((2, 1), count)
+    # No tensor twice: an operator's inputs may not alias.
+    return Pairs(rows, rows.clone(), rows + 1, torch.full_like(rows, -1), starts[0], ends[0], starts[1], ends[1])
 
 
 def against_cells(pairs: Pairs, cells: Pairs, cell_of_region: Tensor, labels: Tensor, background: int | None) -> Pairs:

@@ -219,6 +219,17 @@ def _accumulation(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor 
     return anchors.to(dtype), None if keys is None else keys.to(dtype)
 
 
+def _gradients(
+    anchors: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None, d_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An operator's results; what was not asked for is an empty tensor of its own."""
+    return (
+        anchors.new_empty(0) if d_anchors is None else d_anchors,
+        anchors.new_empty(0) if d_keys is None else d_keys,
+        d_scale,
+    )
+
+
 def _is_anchor(at: Intervals) -> Tensor:
     rows = torch.arange(at.pos_start.numel(), device=at.pos_start.device, dtype=at.anchor_end.dtype)
     region = torch.searchsorted(at.anchor_end, rows, right=True).clamp_(max=at.anchor_end.numel() - 1)
@@ -306,12 +317,7 @@ def pair_lse_backward(
         d_anchors *= scale
     if keys is not None and d_keys is not None:
         d_keys *= scale
-    nothing = anchors.new_empty(0)
-    return (
-        nothing if d_anchors is None else d_anchors,
-        nothing if keys is None or d_keys is None else d_keys,
-        d_scale,
-    )
+    return _gradients(anchors, d_anchors, None if keys is None else d_keys, d_scale)
 
 
 # ---------------------------------------------------------------------------------------------------- pair_mean
@@ -381,7 +387,7 @@ def pair_mean_backward(
     anchors, keys = _accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     grad = torch.where(mass == -INF, 0.0, grad.to(anchors.dtype))
-    nothing, d_scale = anchors.new_empty(0), anchors.new_zeros(())
+    d_scale = anchors.new_zeros(())
     differentiated = hardness != 0 and not detach_weights
     if stat is None and hardness == 0 and log_weight is None and keys is None:
         per_pair = (grad * torch.exp(-_finite_mass(mass)))[:, None]
@@ -391,7 +397,7 @@ def pair_mean_backward(
             d_scale += (part * d_part).sum()
             # Pair (i, j) counts once for anchor i and, j being an anchor of the same class, once for anchor j.
             d_part += _positive_sums(part * per_pair, at)
-        return d_rows.mul_(scale), nothing, d_scale
+        return _gradients(anchors, d_rows.mul_(scale) if needs_anchors else None, None, d_scale)
     d_anchors = torch.zeros_like(anchors) if needs_anchors else None
     d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
     weights = _Weights(mass, log_weight, hardness)
@@ -422,11 +428,7 @@ def pair_mean_backward(
         total = torch.add(*slopes) if len(slopes) == 2 else slopes[0]
         total = tiles.exclude(tile, total.expand_as(similarity).contiguous(), 0.0)
         tiles.scatter(tile, total, d_anchors, d_keys)
-    return (
-        nothing if d_anchors is None else d_anchors,
-        nothing if keys is None or d_keys is None else d_keys,
-        d_scale,
-    )
+    return _gradients(anchors, d_anchors, None if keys is None else d_keys, d_scale)
 
 
 def _weight_mass(
