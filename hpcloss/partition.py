@@ -9,6 +9,7 @@ Nothing here reads device data on the host and every shape is static, so a step 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,11 @@ class Pairs(NamedTuple):
     key_start: Tensor
     key_end: Tensor
 
+    @staticmethod
+    def from_intervals(intervals: Sequence[Tensor]) -> Pairs:
+        """The pairs an operator was given; it has no use for the order."""
+        return Pairs(intervals[0], *intervals)
+
     def replace(self, **changes: Tensor) -> Pairs:
         """As `_replace`, which breaks graphs on older torch."""
         return Pairs(*[changes[name] if name in changes else getattr(self, name) for name in FIELDS])
@@ -64,23 +70,26 @@ class Pairs(NamedTuple):
 
     def region(self) -> Tensor:
         """Region of each row [N]; rows that are no anchors get some region, and `is_anchor` is False for them."""
-        rows = torch.arange(self.order.numel(), dtype=self.anchor_end.dtype, device=self.order.device)
+        rows = torch.arange(self.pos_start.numel(), dtype=self.anchor_end.dtype, device=self.pos_start.device)
         return torch.searchsorted(self.anchor_end, rows, right=True).clamp_(max=self.anchor_end.numel() - 1)
 
     def is_anchor(self) -> Tensor:
         """Whether each row is an anchor [N]."""
         region = self.region()
-        rows = torch.arange(self.order.numel(), device=self.order.device)
+        rows = torch.arange(self.pos_start.numel(), device=self.pos_start.device)
         return (rows >= self.anchor_start[region]) & (rows < self.anchor_end[region])
+
+    def self_is_positive(self) -> Tensor:
+        """Whether the row's own key lies in its positive interval [N]."""
+        return (self.self_pos >= self.pos_start) & (self.self_pos < self.pos_end)
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Number of positives and of negatives of each row [N]; zero for rows that are no anchors."""
         region, anchor = self.region(), self.is_anchor()
         key_start, key_end = self.key_start[region], self.key_end[region]
         own_class = self.pos_end - self.pos_start
-        self_is_positive = (self.self_pos >= self.pos_start) & (self.self_pos < self.pos_end)
         self_is_key = (self.self_pos >= key_start) & (self.self_pos < key_end)
-        positives = own_class - self_is_positive.to(own_class.dtype)
+        positives = own_class - self.self_is_positive().to(own_class.dtype)
         others = key_end - key_start - self_is_key.to(own_class.dtype)
         return positives * anchor, (others - positives) * anchor
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from hpcloss.partition import Pairs
+
 BLOCK = 512  # rows of a tile; a 512 x 512 fp32 tile is 1 MB and stays in a core's cache
 LONG_RUN = 128  # anchors of one class from which a block of their own is cheaper than a mask
 STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
@@ -25,18 +27,6 @@ SAFE_EXPONENT = {torch.float32: 75.0, torch.float64: 600.0}
 COLUMNS = 16  # of the rows, at a time, where a float64 copy of all of them would cost memory
 SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
 INF, NAN = float("inf"), float("nan")
-
-
-class Intervals(NamedTuple):
-    """`Pairs.intervals()` by name."""
-
-    pos_start: Tensor
-    pos_end: Tensor
-    self_pos: Tensor
-    anchor_start: Tensor
-    anchor_end: Tensor
-    key_start: Tensor
-    key_end: Tensor
 
 
 class Tile(NamedTuple):
@@ -64,7 +54,7 @@ def unsupported(tensor: Tensor) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- schedule
 
 
-def _schedule(at: Intervals, num_keys: int, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
+def _schedule(at: Pairs, num_keys: int, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
     """Tiles that hold all pairs of the rule, grouped by block of rows."""
     if at.pos_start.device.type == "cpu":
         return _sliced_schedule(at, rule, symmetric)
@@ -85,13 +75,13 @@ def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[
             yield tiles
 
 
-def _sliced_schedule(at: Intervals, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
+def _sliced_schedule(at: Pairs, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
     runs: list[int] = []  # rows at which the positive interval changes; the other rules do not care
     if rule in ("positives", "negatives") and at.pos_start.numel():
         changes = (at.pos_start[1:] != at.pos_start[:-1]) | (at.pos_end[1:] != at.pos_end[:-1])
         runs = (changes.nonzero().view(-1) + 1).tolist()
     has_self = rule != "every" and not symmetric and bool((at.self_pos >= 0).any())
-    for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at[3:]), strict=True):
+    for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at.intervals()[3:]), strict=True):
         for i0, i1, pure in _row_blocks(a0, a1, runs):
             starts, ends = at.pos_start[i0:i1], at.pos_end[i0:i1]
             p0, p1 = (int(starts[0]), int(ends[0])) if pure else (int(starts.min()), int(ends.max()))
@@ -149,7 +139,7 @@ def _cut(i0: int, i1: int, a0: int, a1: int, c0: int, c1: int, masked: bool, sym
             yield Tile(i0, i1, j0, j1, mirrored=mirrored, masked=masked)
 
 
-def _allowed(tile: Tile, at: Intervals, rule: str, symmetric: bool) -> Tensor:
+def _allowed(tile: Tile, at: Pairs, rule: str, symmetric: bool) -> Tensor:
     """Which pairs of a masked tile the rule counts, [rows, columns]."""
     rows = slice(tile.i0, tile.i1)
     keys = torch.arange(tile.j0, tile.j1, device=at.pos_start.device)
@@ -176,9 +166,7 @@ def _allowed(tile: Tile, at: Intervals, rule: str, symmetric: bool) -> Tensor:
 class _Tiles:
     """Similarity tiles of one call, each computed into the same buffer."""
 
-    def __init__(
-        self, anchors: Tensor, keys: Tensor | None, at: Intervals, rule: str, anchor_scale: Tensor | float = 1.0
-    ):
+    def __init__(self, anchors: Tensor, keys: Tensor | None, at: Pairs, rule: str, anchor_scale: Tensor | float = 1.0):
         self.symmetric = keys is None
         self.anchors = anchors
         self.keys = anchors if keys is None else keys
@@ -230,12 +218,6 @@ def _gradients(
     )
 
 
-def _is_anchor(at: Intervals) -> Tensor:
-    rows = torch.arange(at.pos_start.numel(), device=at.pos_start.device, dtype=at.anchor_end.dtype)
-    region = torch.searchsorted(at.anchor_end, rows, right=True).clamp_(max=at.anchor_end.numel() - 1)
-    return (rows >= at.anchor_start[region]) & (rows < at.anchor_end[region])
-
-
 # ----------------------------------------------------------------------------------------------------- pair_lse
 
 
@@ -249,7 +231,7 @@ def pair_lse(
     rule: str,
 ) -> Tensor:
     """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
-    at = Intervals(*intervals)
+    at = Pairs.from_intervals(intervals)
     anchors, keys = _accumulation(anchors, keys)
     tiles = _Tiles(anchors, keys, at, rule, scale.to(anchors.dtype))
     if bias is None and scale_bound is not None and scale_bound <= SAFE_EXPONENT[anchors.dtype]:
@@ -270,7 +252,7 @@ def pair_lse(
             if tile.mirrored:
                 toward = logits if bias is None else logits + bias[rows, None]
                 lse[columns] = torch.logaddexp(lse[columns], torch.logsumexp(toward, 0))
-    return lse.masked_fill_(~_is_anchor(at), -INF)
+    return lse.masked_fill_(~at.is_anchor(), -INF)
 
 
 def pair_lse_backward(
@@ -287,7 +269,7 @@ def pair_lse_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = g_i scale exp(scale s_ij + bias_j - lse_i), as d anchors, d keys (one sum in self-contrast), d scale."""
-    at = Intervals(*intervals)
+    at = Pairs.from_intervals(intervals)
     anchors, keys = _accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     tiles = _Tiles(anchors, keys, at, rule, scale)
@@ -338,7 +320,7 @@ def pair_mean(
     t = scale s without `stat` (term "logit"), else t = softplus(stat_i - (scale - discount) s) - discount s ("own").
     Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all [N].
     """
-    at = Intervals(*intervals)
+    at = Pairs.from_intervals(intervals)
     anchors, keys = _accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     mass = _weight_mass(anchors, keys, log_weight, hardness, at)
@@ -383,7 +365,7 @@ def pair_mean_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = g_i w_ij (dt/ds - hardness (t_ij - out_i), the second part unless weights are detached)."""
-    at = Intervals(*intervals)
+    at = Pairs.from_intervals(intervals)
     anchors, keys = _accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     grad = torch.where(mass == -INF, 0.0, grad.to(anchors.dtype))
@@ -431,16 +413,12 @@ def pair_mean_backward(
     return _gradients(anchors, d_anchors, None if keys is None else d_keys, d_scale)
 
 
-def _weight_mass(
-    anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Intervals
-) -> Tensor:
+def _weight_mass(anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Pairs) -> Tensor:
     """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number where both are 0."""
     if hardness == 0 and log_weight is None:
-        count = at.pos_end - at.pos_start
-        count = count - _self_is_positive(at).to(count.dtype)
-        return (count * _is_anchor(at)).to(anchors.dtype).log()
+        return at.counts()[0].to(anchors.dtype).log()
     scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for the copy
-    return pair_lse(anchors, keys, log_weight, scale, None, list(at), "positives")
+    return pair_lse(anchors, keys, log_weight, scale, None, list(at.intervals()), "positives")
 
 
 class _Side(NamedTuple):
@@ -483,7 +461,7 @@ def _finite_mass(mass: Tensor) -> Tensor:
     return torch.where(mass == -INF, INF, mass)
 
 
-def _positive_sums(rows: Tensor, at: Intervals) -> Tensor:
+def _positive_sums(rows: Tensor, at: Pairs) -> Tensor:
     """Sum of the positives of each row in self-contrast, by prefix sums in float64.
 
     Infinite and NaN rows stay in the intervals that hold them.
@@ -494,9 +472,5 @@ def _positive_sums(rows: Tensor, at: Intervals) -> Tensor:
     broken_before = torch.nn.functional.pad(broken.cumsum(0), (1, 0))
     prefix = torch.nn.functional.pad(rows.double().cumsum(0), (0, 0, 1, 0))
     sums = (prefix[end] - prefix[start]).to(rows.dtype)
-    sums -= rows * _self_is_positive(at)[:, None]
+    sums -= rows * at.self_is_positive()[:, None]
     return sums.masked_fill_((broken_before[end] > broken_before[start])[:, None], NAN)
-
-
-def _self_is_positive(at: Intervals) -> Tensor:
-    return (at.self_pos >= at.pos_start) & (at.self_pos < at.pos_end)
