@@ -18,6 +18,16 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from hpcloss.backends import resolve
+from hpcloss.checks import (
+    IGNORED,
+    as_tuple,
+    check_label_values,
+    check_region_options,
+    check_vector_options,
+    check_vectors,
+    labels_of_map,
+    labels_of_vectors,
+)
 from hpcloss.pack import Rows, pack
 from hpcloss.pairs import pair_lse, pair_mean
 from hpcloss.partition import (
@@ -35,8 +45,6 @@ from hpcloss.partition import (
 from hpcloss.regions import cells_of_regions, choose_regions, grid_regions, region_shape
 from hpcloss.sampling import sample
 
-IGNORED = (-100, -1, 255)
-DENOMINATORS = ("own", "all", "negatives")
 UNFILLED = torch.iinfo(torch.int64).min + 1  # group of a memory bank's row that holds nothing yet
 EXACT_SOFTPLUS = 40.0  # the default threshold of 20 is off by 2e-9
 
@@ -75,10 +83,10 @@ def region_phpc_loss(
         max_regions=max_regions, local_size=local_size, denominator=denominator, discount=discount,
         background=background, ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
-    labels = _labels_of_map(features, labels)
-    ignored = _as_tuple(ignore_index)
+    labels = labels_of_map(features, labels)
+    ignored = as_tuple(ignore_index)
     if check_labels:
-        _check_label_values(labels, ignored, num_classes)
+        check_label_values(labels, ignored, num_classes)
     backend = resolve(backend, features)
     batch, spatial = features.shape[0], features.shape[2:]
     size = region_shape(region_size, spatial)
@@ -274,16 +282,16 @@ def supcon_loss(
 ) -> Tensor:
     """Supervised contrast of vectors; equations and arguments in `SupConLoss`."""
     check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
-    _check_vectors("embeddings", embeddings)
-    labels = _labels_of_vectors("labels", embeddings, labels)
-    ignored = _as_tuple(ignore_index)
+    check_vectors("embeddings", embeddings)
+    labels = labels_of_vectors("labels", embeddings, labels)
+    ignored = as_tuple(ignore_index)
     backend = resolve(backend, embeddings)
     key_rows = None
     if (keys is None) != (key_labels is None):
         raise ValueError("keys and key_labels go together, got only one of them")
     if keys is not None and key_labels is not None:
-        _check_vectors("keys", keys, like=embeddings)
-        key_labels = _labels_of_vectors("key_labels", keys, key_labels)
+        check_vectors("keys", keys, like=embeddings)
+        key_labels = labels_of_vectors("key_labels", keys, key_labels)
         pairs, key_order = partition_against(labels, key_labels, ignore_index=ignored)
         key_rows = pack(keys, key_order, pairs.key_end, normalize=normalize, backend=backend)
     else:
@@ -347,13 +355,13 @@ def ihpc_loss(
     """
     check_vector_options(temperature, reduction, hardness=hardness, beta=beta)
     images = torch.arange(view1.shape[0], device=view1.device)
-    owner = images if groups is None else _labels_of_vectors("groups", view1, groups)
+    owner = images if groups is None else labels_of_vectors("groups", view1, groups)
     rows, by_group, own, backend = _two_views(view1, view2, owner, normalize, backend)
     scale, bound = _scale(temperature, rows, normalize)
     negative = pair_lse(rows, by_group, "negatives", scale, scale_bound=bound, backend=backend)
     negatives = by_group.counts()[1]
     if bank is not None:
-        _check_vectors("bank", bank, like=view1)
+        check_vectors("bank", bank, like=view1)
         if bank_groups is None:
             bank_groups = torch.full_like(bank[:, 0], -1, dtype=torch.int64)
         if groups is None:  # no image of the batch is in the bank, whatever its number
@@ -390,8 +398,8 @@ def infonce_loss(
 ) -> Tensor:
     """Contrast of each query with its positive key; equations and arguments in `InfoNCELoss`."""
     check_vector_options(temperature, reduction)
-    _check_vectors("query", query)
-    _check_vectors("positive", positive, like=query, same_length=True)
+    check_vectors("query", query)
+    check_vectors("positive", positive, like=query, same_length=True)
     backend = resolve(backend, query)
     pairs = one_to_one(query.shape[0], query.device)
     rows = pack(query, pairs.order, normalize=normalize, backend=backend)
@@ -401,7 +409,7 @@ def infonce_loss(
     if negatives is None:
         loss = pair_lse(rows, pairs, "every", scale, keys=keys, scale_bound=bound, backend=backend) - own
     else:
-        _check_vectors("negatives", negatives, like=query)
+        check_vectors("negatives", negatives, like=query)
         order = torch.arange(negatives.shape[0], device=query.device)
         others = pack(negatives, order, normalize=normalize, backend=backend)
         whole = pairs.replace(key_end=torch.full_like(pairs.key_end, negatives.shape[0]))
@@ -414,8 +422,8 @@ def _two_views(
     view1: Tensor, view2: Tensor, groups: Tensor, normalize: bool, backend: str
 ) -> tuple[Rows, Pairs, Pairs, str]:
     """The rows of both views, sorted by group; pairs by group, and the same with the other view as only positive."""
-    _check_vectors("view1", view1)
-    _check_vectors("view2", view2, like=view1, same_length=True)
+    check_vectors("view1", view1)
+    check_vectors("view2", view2, like=view1, same_length=True)
     backend = resolve(backend, view1)
     by_group = partition(groups.repeat(2))
     order, count = by_group.order.long(), view1.shape[0]
@@ -466,162 +474,3 @@ def _scale(temperature: float | Tensor, rows: Rows, normalize: bool) -> tuple[Te
         return temperature.to(device=rows.data.device, dtype=dtype).reshape(()).reciprocal(), None
     scale = torch.full((), 1.0 / temperature, dtype=dtype, device=rows.data.device)
     return scale, 1.0 / temperature if normalize else None
-
-
-# ------------------------------------------------------------------------------------------------------- checks
-
-
-def check_region_options(
-    region_size: int | Sequence[int] | None,
-    temperature: float | Tensor,
-    hardness: float,
-    *,
-    num_classes: int | None,
-    samples_per_class: int | None,
-    max_regions: int | None,
-    local_size: int | Sequence[int] | None,
-    denominator: str,
-    discount: float,
-    background: int | None,
-    ignore_index: int | Sequence[int],
-    reduction: str,
-) -> None:
-    """Raise ValueError for hyper-parameters of the pixel losses that cannot be meant."""
-    _check_temperature(temperature)
-    if not -math.inf < hardness < math.inf:
-        raise ValueError(f"hardness must be a finite number, got {hardness}")
-    _check_choice("denominator", denominator, DENOMINATORS)
-    _check_choice("reduction", reduction, ("mean", "class", "region", "sum", "none"))
-    for name, number in (
-        ("num_classes", num_classes),
-        ("samples_per_class", samples_per_class),
-        ("max_regions", max_regions),
-    ):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-    if samples_per_class is not None and num_classes is None:
-        raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
-    if discount and denominator != "own":
-        raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
-    if background is not None and background in _as_tuple(ignore_index):
-        raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")
-    for name, size in (("region_size", region_size), ("local_size", local_size)):
-        sizes = (size,) if isinstance(size, int) else () if size is None else tuple(size)
-        if any(value < 1 for value in sizes):
-            raise ValueError(f"{name} must be at least 1 on every axis, got {size!r}")
-    if local_size is not None:
-        if region_size is None:
-            raise ValueError(f"local_size={local_size!r} needs a region_size, got None")
-        large = (region_size,) if isinstance(region_size, int) else tuple(region_size)
-        small = (local_size,) if isinstance(local_size, int) else tuple(local_size)
-        if len(large) != len(small):
-            large, small = large * len(small), small * len(large)
-        if any(whole % part for whole, part in zip(large, small)):
-            raise ValueError(f"local_size must divide region_size {region_size!r} on every axis, got {local_size!r}")
-
-
-def check_vector_options(
-    temperature: float | Tensor,
-    reduction: str,
-    reductions: Sequence[str] = ("mean", "sum", "none"),
-    *,
-    form: str = "out",
-    hardness: float = 0.0,
-    beta: float | None = None,
-) -> None:
-    """Raise ValueError for hyper-parameters of the vector losses that cannot be meant."""
-    _check_temperature(temperature)
-    _check_choice("reduction", reduction, reductions)
-    _check_choice("form", form, ("out", "in"))
-    if not -math.inf < hardness < math.inf:
-        raise ValueError(f"hardness must be a finite number, got {hardness}")
-    if beta is not None and not 0 <= beta < 1:
-        raise ValueError(f"beta must be in [0, 1), got {beta}")
-
-
-def _check_temperature(temperature: float | Tensor) -> None:
-    if not isinstance(temperature, Tensor):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-    elif temperature.numel() != 1:
-        raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _as_tuple(ignore_index: int | Sequence[int]) -> tuple[int, ...]:
-    return (ignore_index,) if isinstance(ignore_index, int) else tuple(ignore_index)
-
-
-def _check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_length: bool = False) -> None:
-    if not vectors.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {vectors.dtype}")
-    if vectors.dim() != 2:
-        raise ValueError(f"{name} must have shape [N, D], got {tuple(vectors.shape)}")
-    if like is None:
-        return
-    if vectors.shape[1] != like.shape[1] or (same_length and vectors.shape[0] != like.shape[0]):
-        expected = f"[{like.shape[0] if same_length else 'M'}, {like.shape[1]}]"
-        raise ValueError(f"{name} must have shape {expected}, got {tuple(vectors.shape)}")
-    if vectors.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {vectors.device}")
-
-
-def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
-    """Labels of any integer dtype, or whole-number floats, as int64 on the device."""
-    if labels.is_complex():
-        raise TypeError(f"{name} must be integers, got {labels.dtype}")
-    # Looking at the values is free of waiting on the CPU only.
-    if labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        broken = labels != labels.round()
-        if bool(broken.any()):
-            raise ValueError(f"{name} must be whole numbers, got {labels[broken][0].item()}")
-    return labels.to(device).long()
-
-
-def _labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
-    if labels.shape not in ((vectors.shape[0],), (vectors.shape[0], 1)):
-        raise ValueError(f"{name} must have shape [{vectors.shape[0]}], got {tuple(labels.shape)}")
-    return _integers(name, labels.reshape(-1), vectors.device)
-
-
-def _labels_of_map(features: Tensor, labels: Tensor) -> Tensor:
-    """Labels [B, *S] of a feature map [B, D, *S], from [B, *S'] or [B, 1, *S'] of any resolution."""
-    if not features.is_floating_point():
-        raise TypeError(f"features must be floating point, got {features.dtype}")
-    if features.dim() < 3:
-        raise ValueError(
-            f"features must have shape [B, D, *S], got {tuple(features.shape)}; for vectors [N, D] use SupConLoss"
-        )
-    dims = features.dim()
-    if labels.dim() == dims and labels.shape[1] == 1:
-        labels = labels.squeeze(1)
-    elif labels.dim() == dims and labels.shape[0] == features.shape[0]:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} look one-hot; pass class indices: labels.argmax(1), shape [B, *S]"
-        )
-    if labels.dim() != dims - 1 or labels.shape[0] != features.shape[0]:
-        raise ValueError(
-            f"labels must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
-            f" got {tuple(labels.shape)}"
-        )
-    labels = _integers("labels", labels, features.device)
-    for axis in range(1, labels.dim()):
-        extent, wanted = labels.shape[axis], features.shape[axis + 1]
-        if extent != wanted:
-            nearest = torch.arange(wanted, device=labels.device) * extent // max(wanted, 1)
-            labels = labels.index_select(axis, nearest)
-    return labels
-
-
-def _check_label_values(labels: Tensor, ignored: tuple[int, ...], num_classes: int | None) -> None:
-    """Raise for a label outside [0, num_classes) that is not ignored. Waits for the device."""
-    if num_classes is None:
-        raise ValueError("check_labels=True needs num_classes, got None")
-    outside = is_ignored(labels, (), num_classes) & ~is_ignored(labels, ignored)
-    if bool(outside.any()):
-        value = labels[outside][0].item()
-        raise ValueError(f"labels must be in [0, {num_classes}) or one of ignore_index {ignored}, got {value}")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.functional import UNFILLED, check_vector_options, ihpc_loss
+from hpcloss.checks import check_vector_options
+from hpcloss.functional import UNFILLED, ihpc_loss
 from hpcloss.losses.base import Loss
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hpcloss.functional import IGNORED, check_region_options, region_phpc_loss, region_supcon_loss
+from hpcloss.checks import IGNORED, check_region_options
+from hpcloss.functional import region_phpc_loss, region_supcon_loss
 from hpcloss.losses.base import Loss
 
 

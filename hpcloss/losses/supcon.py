@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hpcloss.functional import IGNORED, check_vector_options, infonce_loss, ntxent_loss, supcon_loss
+from hpcloss.checks import IGNORED, check_vector_options
+from hpcloss.functional import infonce_loss, ntxent_loss, supcon_loss
 from hpcloss.losses.base import Loss
 
 
