@@ -104,7 +104,7 @@ def as_tuple(ignore_index: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_length: bool = False) -> None:
-    """Raise TypeError or ValueError unless `vectors` are floating [N, D], and fit those of another argument if given."""
+    """Raise TypeError or ValueError unless `vectors` are floating [N, D] and fit the argument `like`, if given."""
     if not vectors.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {vectors.dtype}")
     if vectors.dim() != 2:
