@@ -1,0 +1,286 @@
+"""Timing against a yardstick of plain matmuls in the same round, bars, and the rows that are reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import hpcloss
+
+ROUNDS = 5
+YARDSTICK_SECONDS = 0.15  # long enough to average over the scheduler's slices
+MAX_GIGABYTES = 6.0  # nothing that needs more is run
+
+
+class Bar(NamedTuple):
+    """A number to reach: reported, never a failure of its own, for a busy machine misses any."""
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def as_dict(self) -> dict[str, object]:
+        sense = "at least" if self.at_least else "at most"
+        return {"bar": f"{self.name} {sense} {self.limit:g}", "ratio": round(self.value, 3), "met": self.met}
+
+
+class Rows:
+    """What this session measured, one dictionary for each benchmark or for each competitor that could not run."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+
+    def add(self, name: str, parameters: dict[str, object], figures: dict[str, object], bars: list[Bar]) -> None:
+        row = {"name": name, "parameters": parameters, **figures}
+        if bars:
+            row["bars"] = [bar.as_dict() for bar in bars]
+        self.rows.append(row)
+
+    def document(self) -> dict[str, object]:
+        """The schema of `benchmarks/results/*.json`."""
+        return {
+            "schema": 1,
+            "device": {"cpu": _cpu_name(), "cores": os.cpu_count(), "load": _load()},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "hpcloss": hpcloss.__version__,
+            },
+            "command": " ".join(["pytest", *(str(argument) for argument in sys.argv[1:])]),
+            "date": time.strftime("%Y-%m-%d"),
+            "rows": self.rows,
+        }
+
+    def write(self, path: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(self.document(), indent=1) + "\n")
+
+    def table(self) -> Iterator[str]:
+        """Every figure that has a bar."""
+        for row in self.rows:
+            for bar in row.get("bars", ()):
+                yield f"{'met   ' if bar['met'] else 'MISSED'} {bar['ratio']:>9.3f}  {bar['bar']:<58} {row['name']}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def clock() -> float:
+    """Seconds of this process's own work while it runs on one thread, so that other programs do not count; else of
+    the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------- yardsticks
+
+
+class Matmuls:
+    """Operations per second of fp32 matmuls in tiles that stay in cache: S = A B^T and A += S B, in equal parts.
+
+    This is the best rate that a streaming loss could reach; one matmul of whole matrices is slower (it writes S).
+    """
+
+    def __init__(self, dim: int = 128, tile: int = 512):
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b = (torch.randn(tile, dim, generator=generator) for _ in range(2))
+        self.s, self.sum = torch.empty(tile, tile), torch.zeros(tile, dim)
+        self.work = 4.0 * dim * tile * tile
+        self.repeats = 1
+        while self._seconds() < YARDSTICK_SECONDS:
+            self.repeats *= 2
+
+    def _seconds(self) -> float:
+        start = clock()
+        for _ in range(self.repeats):
+            torch.mm(self.a, self.b.T, out=self.s)
+            self.sum.addmm_(self.s, self.b, beta=0)
+        return clock() - start
+
+    def __call__(self) -> float:
+        return self.work * self.repeats / self._seconds()
+
+
+class LargeMatmul(Matmuls):
+    """Operations per second of one matmul large enough for several threads: 2048 x 512 x 2048."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b = (torch.randn(2048, 512, generator=generator) for _ in range(2))
+        self.s = torch.empty(2048, 2048)
+        self.work = 2.0 * 512 * 2048**2
+        self.repeats = 1
+        while self._seconds() < YARDSTICK_SECONDS:
+            self.repeats *= 2
+
+    def _seconds(self) -> float:
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            torch.mm(self.a, self.b.T, out=self.s)
+        return time.perf_counter() - start
+
+
+class Copies:
+    """Bytes per second that a copy of 64 MB moves, read and write counted."""
+
+    def __init__(self) -> None:
+        self.source = torch.ones(2**24)
+        self.target = torch.empty_like(self.source)
+        self.target.copy_(self.source)
+
+    def __call__(self) -> float:
+        start = clock()
+        for _ in range(4):
+            self.target.copy_(self.source)
+        return 4 * 2 * 4 * self.source.numel() / (clock() - start)
+
+
+def against(
+    benchmark, step: Callable[[], object], yardstick: Callable[[], float], work: float, rounds: int = ROUNDS
+) -> tuple[float, float]:
+    """Time `step` in rounds, each between two readings of the yardstick.
+
+    Returns the median time and the median, over rounds, of the time over that which `work` takes at the yardstick's
+    rate then. Pairs of readings close in time see the same machine, however busy.
+    """
+    step()
+    rates: list[float] = []
+    seconds: list[float] = []
+
+    def timed() -> None:
+        start = clock()
+        step()
+        seconds.append(clock() - start)
+
+    benchmark.pedantic(timed, setup=lambda: rates.append(yardstick()), rounds=rounds, iterations=1)
+    rates.append(yardstick())
+    ratios = [
+        time_ * (before + after) / 2 / work
+        for time_, before, after in zip(seconds, rates[:-1], rates[1:], strict=True)
+    ]  # fmt: skip
+    return statistics.median(seconds), statistics.median(ratios)
+
+
+def timed_alone(benchmark, step: Callable[[], object], rounds: int, warm_up: int = 1) -> float:
+    """Median time of `step`."""
+    seconds: list[float] = []
+
+    def timed() -> None:
+        start = clock()
+        step()
+        seconds.append(clock() - start)
+
+    benchmark.pedantic(timed, rounds=rounds, iterations=1, warmup_rounds=warm_up)
+    return statistics.median(seconds[warm_up:])
+
+
+def interleaved(
+    benchmark, first: Callable[[], object], second: Callable[[], object], rounds: int
+) -> tuple[float, float]:
+    """Time `first` in rounds, each next to one of `second`; returns (median first, median of second / first)."""
+    first()
+    second()
+    others: list[float] = []
+    seconds: list[float] = []
+
+    def other() -> None:
+        start = clock()
+        second()
+        others.append(clock() - start)
+
+    def timed() -> None:
+        start = clock()
+        first()
+        seconds.append(clock() - start)
+
+    benchmark.pedantic(timed, setup=other, rounds=rounds, iterations=1)
+    return statistics.median(seconds), statistics.median(b / a for a, b in zip(seconds, others, strict=True))
+
+
+def speed_up(benchmark, step: Callable[[], object], rounds: int = ROUNDS) -> tuple[float, float, float]:
+    """(median time on two threads, speed-up of two threads over one, that of one large matmul), interleaved.
+
+    Of the wall, as nothing else measures two threads: only an idle machine gives figures that mean something.
+    """
+    yardstick = LargeMatmul()
+    step()
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    rates: dict[int, list[float]] = {1: [], 2: []}
+
+    def timed(threads: int) -> None:
+        start = time.perf_counter()
+        step()
+        seconds[threads].append(time.perf_counter() - start)
+
+    def setup() -> None:
+        torch.set_num_threads(1)
+        rates[1].append(yardstick())
+        timed(1)
+        torch.set_num_threads(2)
+        rates[2].append(yardstick())
+
+    with num_threads(2):
+        step()
+        benchmark.pedantic(timed, args=(2,), setup=setup, rounds=rounds, iterations=1)
+    return (
+        statistics.median(seconds[2]),
+        statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True)),
+        statistics.median(two / one for one, two in zip(rates[1], rates[2], strict=True)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- correctness
+
+
+def assert_close(what: str, actual: Tensor, exact: Tensor, error: float = 2e-5) -> None:
+    """The largest difference is at most `error` times the largest exact entry."""
+    assert torch.isfinite(actual).all(), f"{what} is not finite"
+    difference = (actual.detach().double() - exact.detach().double()).abs().max().item()
+    largest = exact.detach().abs().max().item()
+    assert difference <= error * largest, f"{what}: off by {difference:.3e}, largest entry {largest:.3e}"
+
+
+def assert_same_as(case, exact_loss: Callable[..., Tensor]) -> None:
+    """Loss and gradients of a case equal those of `exact_loss` on the same inputs in float64."""
+    loss = case.step()
+    leaves = [leaf.detach().double().requires_grad_() for leaf in case.leaves]
+    inputs = [next((new for new, old in zip(leaves, case.leaves, strict=True) if old is x), x) for x in case.arguments]
+    exact = exact_loss(*inputs)
+    exact.backward()
+    assert_close("loss", loss, exact)
+    for leaf, new in zip(case.leaves, leaves, strict=True):
+        assert_close("gradient", leaf.grad, new.grad)

@@ -1,0 +1,141 @@
+"""The competitors, written by us from the mathematics: what a user has without this package. torch alone."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def eager_supcon(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    """Supervised contrast with the mean outside the logarithm, dense: every pair is written out."""
+    rows = F.normalize(embeddings, dim=1)
+    logits = rows @ rows.T / temperature
+    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    positive = (labels[:, None] == labels) & ~itself
+    log_share = logits - torch.logsumexp(logits.masked_fill(itself, -math.inf), 1, keepdim=True)
+    return -((log_share * positive).sum(1) / positive.sum(1)).mean()
+
+
+def eager_phpc(
+    embeddings: Tensor, labels: Tensor, temperature: float = 0.1, hardness: float = 1.0, background: int = 0
+) -> Tensor:
+    """Hard-positive pixel contrast of one region, each positive against its own denominator, dense."""
+    rows = F.normalize(embeddings, dim=1)
+    similarity = rows @ rows.T
+    logits = similarity / temperature
+    same = labels[:, None] == labels
+    positive = same & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    with torch.no_grad():
+        weights = torch.softmax((-hardness * similarity).masked_fill(~positive, -math.inf), 1)
+    negatives = torch.logsumexp(logits.masked_fill(same, -math.inf), 1, keepdim=True)
+    anchor = labels != background
+    return (weights * F.softplus(negatives - logits)).sum(1)[anchor].mean()
+
+
+def eager_infonce(query: Tensor, positive: Tensor, temperature: float = 0.1) -> Tensor:
+    """Each query against all positives of the batch, dense."""
+    logits = F.normalize(query, dim=1) @ F.normalize(positive, dim=1).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+
+def chunked_infonce(query: Tensor, positive: Tensor, temperature: float = 0.1) -> Tensor:
+    """The same through `F.linear_cross_entropy` in the form that keeps no matrix of logits (torch 2.13 and later)."""
+    target = torch.arange(len(query), device=query.device)
+    query = F.normalize(query, dim=1) / temperature
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(query, F.normalize(positive, dim=1), target, options=options)
+
+
+def why_no_linear_cross_entropy() -> str | None:
+    """Why `chunked_infonce` cannot run here, or None."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no F.linear_cross_entropy"
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"F.linear_cross_entropy of torch {torch.__version__} has no chunked form"
+    return None
+
+
+def compiled(loss: Callable[..., Tensor], *example: Tensor) -> Callable[..., Tensor]:
+    """`torch.compile` of a loss, forward and backward built by running the example. Raises where it cannot be built."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiler processes beside the timing
+    fast = torch.compile(loss, dynamic=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast(*example).backward()
+    return fast
+
+
+# ------------------------------------------------------------------------------------- the published block loop
+
+
+def blocks(features: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Pixels of each block of the grid, of all images together: rows [n, D] and labels [n]."""
+    height, width = features.shape[2:]
+    found = []
+    for top in range(0, height, size):
+        for left in range(0, width, size):
+            cell = (..., slice(top, top + size), slice(left, left + size))
+            found.append((features[cell].permute(0, 2, 3, 1).reshape(-1, features.shape[1]), labels[cell].reshape(-1)))
+    return found
+
+
+def block_loop(features: Tensor, labels: Tensor, size: int = 16, temperature: float = 0.1, beta: float = 0.1) -> Tensor:
+    """The published pixel loss as it was meant: a loop over blocks, each with dense n x n matrices.
+
+    Positive pairs weigh exp(-beta s_ij) in their own denominator; background is key only; mean over blocks of means.
+    The committed code's defects are left out, so its value can be checked (and it does a quarter of the work of the
+    committed form, see `committed_block_loop`).
+    """
+    losses = []
+    for rows, label in blocks(F.normalize(features, dim=1), labels, size):
+        if not (label > 0).any():
+            continue
+        similarity = rows @ rows.T
+        logits = similarity / temperature
+        same = (label[:, None] == label).to(logits.dtype)
+        positive = same * (1 - torch.eye(len(rows), dtype=logits.dtype))
+        exponential = torch.exp(logits)
+        negatives = (exponential * (1 - same)).sum(1, keepdim=True)
+        terms = torch.log(exponential * torch.exp(-beta * similarity * positive) + negatives) - logits
+        mean = (positive * terms).sum(1) / positive.sum(1).clamp(min=1)
+        counted = (label > 0) & (positive.sum(1) > 0) & (same.sum(1) < len(rows))
+        losses.append(mean[counted].mean())
+    return torch.stack(losses).mean()
+
+
+def committed_block_loop(
+    features: Tensor, labels: Tensor, size: int = 16, temperature: float = 0.1, beta: float = 0.1
+) -> Tensor:
+    """The work of the published pixel loss as its authors committed it: four view quadrants, each padded to n x n.
+
+    The first half of the batch is view 1 and the second half view 2. Three of the four quadrants are mis-aligned, the
+    anchor is among its negatives, and the class number weighs the loss; all of that is theirs, and its value is not
+    compared with anything. NaN as soon as the views of a pixel disagree in sign.
+    """
+    losses = []
+    for rows, label in blocks(F.normalize(features, dim=1), labels, size):
+        if not (label > 0).any():
+            continue
+        half = len(rows) // 2
+        logits = rows @ rows.T / temperature
+        off_diagonal = 1 - torch.eye(len(rows))
+        positive = (label[:, None] == label).float() * off_diagonal
+        negative = 1 - positive
+        agreement = (rows[:half] * rows[half:]).sum(1).repeat(2)
+        hardness = positive * torch.sqrt(agreement[:, None] * agreement)
+        exponential = torch.exp(logits) * off_diagonal * torch.exp(-beta * hardness)
+        negatives = (negative * torch.exp(logits)).sum(1, keepdim=True)
+        quadrants = []
+        for own in (slice(0, half), slice(half, None)):
+            for other in (slice(0, half), slice(half, None)):
+                padded = torch.ones_like(exponential)
+                padded[:half, :half] = exponential[own, other]
+                terms = torch.log(padded + negatives) - logits
+                mean = (positive * label[:, None] * terms).sum(1) / positive.sum(1).clamp(min=1)
+                quadrants.append(mean.sum() / (label > 0).sum())
+        losses.append(torch.stack(quadrants).mean())
+    return torch.stack(losses).mean()

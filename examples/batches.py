@@ -1,0 +1,97 @@
+"""Batches drawn with MONAI's transforms. Batch number i is a function of (seed, stage, rank, i) alone, so a resumed run
+sees the batches that an uninterrupted one would have seen, and every arm of a seed starts from the same draws."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from monai.data import get_track_meta, set_track_meta
+from monai.transforms import (
+    Compose,
+    RandAdjustContrast,
+    RandAffined,
+    RandBiasField,
+    RandFlipd,
+    RandGaussianNoise,
+    RandScaleIntensity,
+)
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from examples.data.slices import Slices
+
+Batch = dict[str, Tensor]
+
+
+class Crops:
+    """Random crops of slices: one geometry each, then any number of views that differ in intensity only."""
+
+    def __init__(self, slices: Slices, crop: tuple[int, int]):
+        height, width = slices.images.shape[2:]
+        self.images, self.labels = slices.images, slices.labels
+        crop = (min(crop[0], height), min(crop[1], width))
+        self.geometry = Compose(
+            [
+                RandFlipd(("image", "label"), prob=0.5, spatial_axis=0),
+                RandAffined(
+                    ("image", "label"),
+                    spatial_size=crop,
+                    prob=1.0,
+                    rotate_range=0.2,
+                    shear_range=0.1,
+                    scale_range=0.15,
+                    translate_range=((height - crop[0]) // 2, (width - crop[1]) // 2),
+                    mode=("bilinear", "nearest"),
+                    padding_mode="border",
+                ),
+            ]
+        )
+        self.intensity = Compose(
+            [
+                RandAdjustContrast(prob=0.8, gamma=(0.5, 2.0)),
+                RandBiasField(prob=0.5, degree=2, coeff_range=(0.0, 0.3)),
+                RandScaleIntensity(prob=0.8, factors=0.3),
+                RandGaussianNoise(prob=0.8, std=0.2),
+            ]
+        )
+
+    def draw(
+        self, rng: np.random.RandomState, positions: np.ndarray, views: int
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Crops [n, C, h, w] with unchanged intensities, labels [n, h, w], and `views` intensity versions of them."""
+        with plain_tensors():
+            self.geometry.set_random_state(state=rng)
+            self.intensity.set_random_state(state=rng)
+            pairs = [self.geometry({"image": self.images[i], "label": self.labels[i][None].float()}) for i in positions]
+            plain = torch.stack([pair["image"] for pair in pairs])
+            labels = torch.stack([pair["label"][0] for pair in pairs]).long()
+            changed = [torch.stack([self.intensity(image) for image in plain]) for _ in range(views)]
+        return plain, labels, changed
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """MONAI's transforms without their meta data, which these crops do not need and which costs half the time."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
+class Steps(Dataset):
+    """Batches number first ... first + count - 1 of a stage."""
+
+    def __init__(self, draw: Callable[[np.random.RandomState], Batch], key: tuple[int, ...], first: int, count: int):
+        self.draw, self.key, self.first, self.count = draw, key, first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        seed = np.random.SeedSequence([*self.key, self.first + index]).generate_state(4)
+        return self.draw(np.random.RandomState(seed))

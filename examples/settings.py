@@ -1,0 +1,33 @@
+"""Every number of a run. The defaults are those of the built-in demonstration on two CPU cores (5-8 minutes)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Chosen on the validation subjects; the test subjects were not looked at. Batch sizes count images per step."""
+
+    iterations: tuple[int, int, int] = (100, 250, 500)
+    crop: tuple[int, int] = (64, 64)
+    image_batch: int = 24  # stage 1: two crops of each
+    pixel_batch: int = 6  # stage 2: two intensity views of each
+    labelled_batch: int = 3  # stage 3: two intensity views of each, and of as many unlabelled ones
+    image_lr: float = 1e-3
+    pixel_lr: float = 2e-3
+    pretrained_lr: float = 4e-3  # stage 3's body; the fresh head learns `head_lr_factor` times as fast
+    scratch_lr: float = 4e-3  # the supervised baselines
+    head_lr_factor: float = 8.0
+    weight_decay: float = 1e-2
+    embedding_dim: int = 64
+    region_size: int = 16
+    samples_per_class: int = 32  # of each class in each region: 128 pixels a region with four classes
+    ema: float = 0.97
+    confidence: float = 0.9  # pseudo-labels below it do not count
+    ramp: float = 0.3  # share of stage 3 over which the unlabelled terms grow to their weights
+    pseudo_weight: float = 1.0
+    output_weight: float = 0.1
+    embedding_weight: float = 0.1
+    validate_every: int = 100
+    probe_iterations: int = 150
+    checkpoint_every: int = 25  # steps; a killed run loses at most these
+    devices: int = 1

@@ -1,0 +1,94 @@
+"""Trains one stage with Lightning so that a kill at any moment costs at most the steps since the last checkpoint."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from examples.data.slices import DataError
+from examples.files import read_json, write_json
+from examples.settings import Settings
+from examples.stages import Stage
+
+CHECKPOINT = "last.ckpt"
+DONE = "done.json"
+
+
+def quiet() -> None:
+    """Lightning's advice about workers and loggers is not about this trainer."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning|monai|torch.optim.lr_scheduler")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+
+
+def rank() -> int:
+    """0, or the number of a helper process that Lightning started for --devices: only rank 0 measures and reports."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def train(stage: Stage, folder: Path, settings: Settings, device: str) -> dict:
+    """Trains `stage` in `folder`, going on from its checkpoint where there is one, and returns {iterations, seconds,
+    curve}. A folder whose stage is complete is left as it is."""
+    if (folder / DONE).is_file():
+        return read_json(folder / DONE)
+    checkpoint = folder / CHECKPOINT
+    if checkpoint.is_file():
+        read_checkpoint(checkpoint)  # a damaged file is named here, not in the middle of Lightning
+    trainer = L.Trainer(
+        accelerator=device,
+        devices=settings.devices,
+        strategy="ddp_find_unused_parameters_true" if settings.devices > 1 else "auto",
+        max_steps=stage.iterations,
+        max_epochs=-1,  # an epoch is the steps between two checkpoints
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,  # the batches differ by rank already
+        callbacks=[
+            ModelCheckpoint(
+                folder,
+                Path(CHECKPOINT).stem,
+                every_n_epochs=1,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            )
+        ],
+        enable_progress_bar=sys.stderr.isatty(),
+        logger=TensorBoardLogger(
+            folder.parent.parent, name="tensorboard", version=f"{folder.parent.name}/{folder.name}"
+        ),
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.fit(stage, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C and of SIGTERM
+        raise KeyboardInterrupt from stop
+    if trainer.is_global_zero:
+        done = {"iterations": stage.iterations, "seconds": round(stage.seconds, 2), "curve": stage.curve}
+        write_json(folder / DONE, done)
+    trainer.strategy.barrier()
+    return read_json(folder / DONE)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint's content, tensors and plain values only. Raises DataError where it is missing or damaged."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint; run the stage before this one first")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise nearly anything
+        raise DataError(f"{path}: not a readable checkpoint; remove it to start this stage again") from error
+
+
+def read_weights(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The part of a stage's weights whose names begin with `prefix`, without it."""
+    state = read_checkpoint(path)["state_dict"]
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,448 @@
+"""The three-stage trainer on tiny data: results and report, kill and resume, what it refuses, and its small parts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import MethodType
+
+import numpy as np
+import pytest
+import torch
+
+for package in ("monai", "lightning", "nibabel", "matplotlib", "tensorboard"):
+    pytest.importorskip(package, reason="the examples need the `examples` extra")
+
+from small_folders import write_acdc, write_msd  # noqa: E402
+
+from examples import probes, three_stage  # noqa: E402
+from examples.arms import Arms  # noqa: E402
+from examples.batches import Crops, Steps  # noqa: E402
+from examples.data.folders import read_folder  # noqa: E402
+from examples.data.splits import draw_split  # noqa: E402
+from examples.evaluate import dice_table, predict, subject_dice  # noqa: E402
+from examples.files import write_atomically  # noqa: E402
+from examples.networks import DECODER, HEAD, build_network, feature_swap, load_body, swap_halves  # noqa: E402
+from examples.report import hardness_map  # noqa: E402
+from examples.results import spread, summarise  # noqa: E402
+from examples.settings import Settings  # noqa: E402
+from examples.stages import (  # noqa: E402
+    ImagePretraining,
+    PixelPretraining,
+    SemiSupervised,
+    Supervised,
+    ramp_up,
+    shuffled,
+)
+from examples.training import quiet, train  # noqa: E402
+
+ROOT = Path(three_stage.__file__).parents[1]
+ARMS = ("ours", "supervised_iterations", "supervised_seconds", "probe_random", "probe_stage2", "probe_shuffled")
+
+
+@pytest.fixture(scope="module")
+def msd(tmp_path_factory):
+    return write_msd(tmp_path_factory.mktemp("msd"), cases=8)
+
+
+@pytest.fixture(scope="module")
+def slices(msd):
+    return read_folder(msd)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_and_steady():
+    """Short probes, and one thread: tiny tensors gain nothing from more, and tests that run beside lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(probes, "VIEWS", 1)
+        patch.setattr(three_stage, "Settings", partial(Settings, probe_iterations=2))
+        yield
+    torch.set_num_threads(threads)
+
+
+def arguments(data, out, *more, iterations=(2, 2, 2)):
+    fixed = ["--data", str(data), "--out", str(out), "--device", "cpu", "--crop", "32", "32", "--checkpoint-every", "2"]
+    return [*fixed, "--iterations", *map(str, iterations), *more]
+
+
+def stage_weights(folder):
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+# --------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(msd, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert three_stage.main(arguments(msd, out, "--seeds", "0", "1")) == 0
+    before = json.loads((out / "results.json").read_text())
+    assert three_stage.main(arguments(msd, out, "--seeds", "0", "1", "--resume", "--final")) == 0
+    return out, before, json.loads((out / "results.json").read_text())
+
+
+NUMBER = (int, float)
+POINT = {"iteration": int, "seconds": NUMBER, "dice": (int, float, type(None))}
+DICE = {"all": dict}
+TRAINED = {"iterations": int, "seconds": NUMBER, "curve": [POINT], "dice": {"validation": DICE, "test": DICE}}
+PROBE = {"dice": {"validation": DICE, "test": DICE}}
+SPREAD = {"mean": NUMBER, "sd": (int, float, type(None)), "values": [NUMBER]}
+SCHEMA = {
+    "format": int,
+    "settings": {"iterations": [int], "crop": [int], "labelled": int, "embedding_dim": int},
+    "data": {"layout": str, "classes": [str], "size": [int]},
+    "versions": dict.fromkeys(("python", "torch", "monai", "lightning", "hpcloss"), str),
+    "splits": dict.fromkeys(("train", "val", "test"), [str]),
+    "runs": [
+        {
+            "seed": int,
+            "labelled": [str],
+            "arms": {
+                "ours": TRAINED | {"stages": dict.fromkeys(("stage1", "stage2", "stage3"), {"seconds": NUMBER})},
+                "supervised_iterations": TRAINED,
+                "supervised_seconds": TRAINED,
+                "probe_random": PROBE,
+                "probe_stage2": PROBE,
+                "probe_shuffled": PROBE,
+            },
+        }
+    ],
+    "summary": {
+        part: {
+            "dice": {arm: {"Anterior": SPREAD, "Posterior": SPREAD, "mean": SPREAD} for arm in ARMS},
+            "ours_minus": dict.fromkeys(("supervised_iterations", "supervised_seconds"), {"mean": SPREAD}),
+        }
+        for part in ("validation", "test")
+    },
+    "checks": [{"seed": int, "probe_gain": NUMBER, "shuffled_loss": NUMBER, "passed": bool}],
+}
+
+
+def check_schema(value, schema, where="results"):
+    """A dict names required keys, a list the form of every item, a type or a tuple of types the value itself."""
+    if isinstance(schema, dict):
+        assert isinstance(value, dict), where
+        for key, part in schema.items():
+            assert key in value, f"{where}.{key} is missing"
+            check_schema(value[key], part, f"{where}.{key}")
+    elif isinstance(schema, list):
+        assert isinstance(value, list) and value, where
+        for number, item in enumerate(value):
+            check_schema(item, schema[0], f"{where}[{number}]")
+    else:
+        assert isinstance(value, schema), f"{where} = {value!r}"
+
+
+def test_results_have_their_schema(finished):
+    check_schema(finished[2], SCHEMA)
+
+
+def test_the_schema_check_notices_errors(finished):
+    for change in ({"splits": {}}, {"checks": [{"seed": "0"}]}, {"format": "1"}, {"runs": []}):
+        with pytest.raises(AssertionError):
+            check_schema(finished[2] | change, SCHEMA)
+
+
+def test_arms_share_their_budget_and_splits(finished):
+    out, _, results = finished
+    for run in results["runs"]:
+        assert run["arms"]["ours"]["iterations"] == run["arms"]["supervised_iterations"]["iterations"] == 6
+        assert run["arms"]["ours"]["seconds"] > 0
+        split = json.loads((out / f"seed{run['seed']}" / "split.json").read_text())
+        assert split["labelled"] == run["labelled"]
+
+
+def test_no_test_id_is_trained_on(finished):
+    out, _, results = finished
+    splits, subject_of = results["splits"], lambda name: name.split("/")[0]
+    held_out = {subject_of(name) for name in splits["val"] + splits["test"]}
+    assert held_out and not held_out & {subject_of(name) for name in splits["train"]}
+    for run in results["runs"]:
+        assert set(run["labelled"]) <= set(splits["train"])
+
+
+@pytest.mark.parametrize("kind", [ImagePretraining, PixelPretraining, SemiSupervised, Supervised])
+def test_batches_hold_training_slices_only(slices, kind):
+    split = draw_split(slices, 2, 1, 0)
+    stage = kind(slices, split, Settings(), 2, 0)
+    drawn = set()
+
+    def draw(rng, positions, views):
+        drawn.update(int(position) for position in positions)
+        return torch.zeros(1), torch.zeros(1), [torch.zeros(1)] * views
+
+    stage.crops.draw = draw
+    for seed in range(20):
+        stage.draw(np.random.RandomState(seed))
+    assert drawn <= set(split.train) and not drawn & set(split.val + split.test)
+    if kind in (PixelPretraining, Supervised):
+        assert drawn == set(split.labelled)
+
+
+def test_the_test_part_is_read_by_final_alone(finished):
+    _, before, after = finished
+    assert set(before["summary"]) == {"validation"} and set(after["summary"]) == {"validation", "test"}
+    assert before["summary"]["validation"] == after["summary"]["validation"]
+    assert before["runs"][0]["arms"]["ours"]["seconds"] == after["runs"][0]["arms"]["ours"]["seconds"], "trained again"
+
+
+def test_the_report_shows_every_figure(finished):
+    out, _, results = finished
+    report = (out / "report.md").read_text()
+    names = {"dice", "curves", "segmentations", "hard_positives", "embeddings"}
+    assert {path.stem for path in (out / "figures").iterdir()} == names
+    assert all(f"![{name}](figures/{name}.png)" in report for name in names)
+    assert all((out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+    for text in ("Dice on test", "three stages - supervised, equal seconds", "over 2 seeds"):
+        assert text in report
+    assert all(name in report for run in results["runs"] for name in run["labelled"][:1])
+    assert list(out.glob("tensorboard/seed0/stage1/events*")), "Lightning's log"
+
+
+def test_a_second_run_needs_resume_and_the_same_settings(finished, msd, capsys):
+    out, _, _ = finished
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert three_stage.main(arguments(msd, out)) == 2
+    assert "already holds a run; go on with --resume" in capsys.readouterr().err
+    assert three_stage.main(arguments(msd, out, "--resume", iterations=(3, 2, 2))) == 2
+    assert "run.json: was started with iterations = [2, 2, 2], now [3, 2, 2]" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_stages_run_alone_and_in_order(tmp_path, capsys):
+    data = write_acdc(tmp_path / "acdc")
+    out = tmp_path / "out"
+    assert three_stage.main(arguments(data, out, "--stage", "2")) == 2
+    assert "seed0/stage1/last.ckpt: no such checkpoint" in capsys.readouterr().err
+    for stage in "123":
+        assert three_stage.main(arguments(data, out, "--stage", stage)) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["runs"][0]["arms"]) == {"ours"}
+    assert results["runs"][0]["arms"]["ours"]["iterations"] == 6
+    assert {name.split("_")[0] for name in results["splits"]["test"]} == {"patient005", "patient006"}
+
+
+# ------------------------------------------------------------------------------------------------ kill and resume
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_weights(msd, slices, tmp_path, monkeypatch):
+    monkeypatch.setattr(three_stage, "Settings", Settings)  # as in the other process
+    steps = (6, 6, 6)
+    whole = tmp_path / "whole"
+    settings = Settings(iterations=steps, crop=(32, 32), checkpoint_every=2)
+    quiet()
+    arms = Arms(slices, draw_split(slices, 2, None, 0), settings, 0, whole / "seed0", "cpu")
+    for stage in "123":
+        arms.train(stage)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "examples.three_stage", *arguments(msd, out, "--resume", iterations=steps)]
+    for moment in ("seed0/stage1/last.ckpt", "seed0/stage3/last.ckpt"):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 300
+        while not (out / moment).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert (out / moment).exists(), errors
+        assert process.returncode == -signal.SIGKILL, "it was to be killed, not to end"
+    assert three_stage.main(arguments(msd, out, "--resume", iterations=steps)) == 0
+    for stage in ("stage1", "stage2", "stage3"):
+        expected, found = stage_weights(whole / "seed0" / stage), stage_weights(out / "seed0" / stage)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected), stage
+    check_schema(json.loads((out / "results.json").read_text())["runs"][0]["arms"]["ours"]["stages"], {"stage1": dict})
+
+
+@pytest.mark.parametrize("kind", [ImagePretraining, PixelPretraining, SemiSupervised])
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_stage_stopped_inside_resumes_to_the_same_weights(slices, tmp_path, kind, step):
+    quiet()
+    settings = Settings(crop=(32, 32), checkpoint_every=2, validate_every=4, samples_per_class=4)
+
+    def train_in(folder):
+        torch.manual_seed(0)
+        stage = kind(slices, draw_split(slices, 2, 1, 0), settings, 9, 0)
+        return stage, lambda: train(stage, folder, settings, "cpu")
+
+    _, go = train_in(tmp_path / "seed0" / "whole")
+    whole = go()
+    stage, go = train_in(tmp_path / "seed0" / "stopped")
+
+    def stop(self, batch, index):
+        if self.trainer.global_step == step:
+            raise RuntimeError("stopped")
+        return kind.training_step(self, batch, index)
+
+    stage.training_step = MethodType(stop, stage)
+    with pytest.raises(RuntimeError, match="stopped"):
+        go()
+    assert torch.load(tmp_path / "seed0/stopped/last.ckpt", weights_only=True)["global_step"] == 4
+    _, go = train_in(tmp_path / "seed0" / "stopped")
+    resumed = go()
+    assert resumed["iterations"] == whole["iterations"] == 9 and resumed["seconds"] > 0
+    assert [p["dice"] for p in resumed["curve"]][-1:] == [p["dice"] for p in whole["curve"]][-1:]
+    expected, found = (stage_weights(tmp_path / "seed0" / name) for name in ("whole", "stopped"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_ctrl_c_ends_in_one_line(msd, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *args, **kwargs: sys.exit(1))  # as Lightning does on Ctrl-C
+    assert three_stage.main(arguments(msd, tmp_path / "out")) == 130
+    assert capsys.readouterr().err == f"stopped; go on with --resume --out {tmp_path / 'out'}\n"
+
+
+def test_a_damaged_checkpoint_is_named(msd, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert three_stage.main(arguments(msd, out, "--stage", "1")) == 0
+    (out / "seed0/stage1/last.ckpt").write_bytes(b"half a checkpoint")
+    assert three_stage.main(arguments(msd, out, "--stage", "2")) == 2
+    assert "stage1/last.ckpt: not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def fail(file):
+        file.write(b"ne")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_bad_input_ends_in_one_line_and_code_2(msd, tmp_path):
+    command = [sys.executable, "-m", "examples.three_stage", *arguments(tmp_path / "nowhere", tmp_path / "out")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "LOCAL_RANK": "0"})
+    assert ended.returncode == 2
+    assert ended.stderr.strip() == f"error: {tmp_path / 'nowhere'}: no such folder"
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--labelled", "99"], "error: --labelled 99 is more than the"),
+        (["--labelled", "0"], "error: no labelled case"),
+    ],
+)
+def test_impossible_requests(msd, tmp_path, capsys, more, message):
+    assert three_stage.main(arguments(msd, tmp_path / "out", *more)) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_the_out_folder(msd, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert three_stage.main(arguments(msd, tmp_path / "out")) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("more", [["--crop", "20", "32"], ["--seeds", "1", "1"], ["--size", "40", "32"]])
+def test_impossible_options(tmp_path, more):
+    with pytest.raises(SystemExit) as ended:
+        three_stage.main([*arguments("builtin", tmp_path), *more])
+    assert ended.value.code == 2
+
+
+# ---------------------------------------------------------------------------------------------------- small parts
+
+
+def test_batches_are_a_function_of_seed_and_step(slices):
+    crops = Crops(slices, (32, 32))
+
+    def draw(rng):
+        return {"images": crops.draw(rng, rng.choice(len(slices), 3), 1)[2][0]}
+
+    whole, later = Steps(draw, (0, 1), 0, 6), Steps(draw, (0, 1), 4, 2)
+    assert torch.equal(whole[5]["images"], later[1]["images"])
+    assert not torch.equal(whole[4]["images"], whole[5]["images"])
+    assert not torch.equal(whole[0]["images"], Steps(draw, (1, 1), 0, 1)[0]["images"])
+    with pytest.raises(IndexError):
+        later[2]
+
+
+def test_views_share_their_geometry(slices):
+    plain, labels, views = Crops(slices, (32, 32)).draw(np.random.RandomState(0), np.array([0, 4, 7]), 2)
+    assert plain.shape == (3, 1, 32, 32) and labels.shape == (3, 32, 32) and len(views) == 2
+    assert set(labels.unique().tolist()) <= {0, 1, 2}
+    assert not torch.equal(views[0], views[1])
+    for view in views:  # bright boxes stay bright: the correlation with the unchanged crop is high
+        assert torch.corrcoef(torch.stack([view.flatten(), plain.flatten()]))[0, 1] > 0.5
+
+
+def test_swapped_halves():
+    features = torch.stack([torch.zeros(1, 4, 2), torch.ones(1, 4, 2)])
+    swapped = swap_halves(features)
+    assert swapped[0, 0, :, 0].tolist() == [0, 0, 1, 1] and swapped[1, 0, :, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_feature_swap_ends_with_its_block_and_leaves_equal_flows_alone():
+    network = build_network(1, 3).eval()
+    image = torch.randn(1, 1, 32, 32)
+    plain = network(torch.cat([image, image]))
+    with feature_swap(network):
+        assert torch.allclose(network(torch.cat([image, image])), plain)
+        changed = network(torch.cat([image, -image]))
+    assert not torch.allclose(changed[:1], network(image), atol=1e-3)
+    assert torch.equal(network(torch.cat([image, image])), plain)
+    assert all(not network.get_submodule(name)._forward_hooks for name in DECODER)
+
+
+def test_load_body_takes_all_but_the_head_and_is_strict():
+    first, second = build_network(1, 3), build_network(1, 3)
+    load_body(second, first.state_dict())
+    for (name, ours), theirs in zip(second.state_dict().items(), first.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs) != (name.startswith(HEAD)), name
+    with pytest.raises(RuntimeError):
+        load_body(second, {f"module.{name}": value for name, value in first.state_dict().items()})
+
+
+def test_dice_is_per_subject_and_ignores_absent_classes():
+    truth = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    truth[0, :2], truth[2, :1] = 1, 1
+    prediction = truth.clone()
+    prediction[1, 0] = 1  # four wrong pixels in the first subject's other slice: 2 * 8 / (8 + 12)
+    dice = subject_dice(prediction, truth, ["a", "a", "b"], 3)
+    assert torch.allclose(dice[:, 0], torch.tensor([0.8, 1.0])) and dice[:, 1].isnan().all()
+
+
+def test_dice_table_has_zones_and_no_nan(slices):
+    network = build_network(1, 3).train()
+    table = dice_table(network, slices, slices.of_part("val"))
+    assert set(table) == {"all"} and set(table["all"]) == {"Anterior", "Posterior", "mean"}
+    assert network.training and predict(network, slices.images[:2]).dtype == torch.uint8
+
+
+def test_shuffled_labels_keep_their_shares(slices):
+    mixed = shuffled(slices.labels, 0)
+    assert torch.equal(mixed.flatten(1).sort().values, slices.labels.flatten(1).sort().values)
+    assert not torch.equal(mixed, slices.labels) and torch.equal(mixed, shuffled(slices.labels, 0))
+
+
+def test_hardness_map_by_hand():
+    embeddings = torch.tensor([[[1.0, 1.0, 0.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]]])  # three pixels along x, one along y
+    labels = torch.tensor([[1, 1, 1, 2]])
+    found = hardness_map(embeddings, labels, 4)
+    assert torch.allclose(found[0, :3], torch.tensor([0.5, 0.5, 1.0])) and found[0, 3].isnan()
+
+
+def test_ramp_up_ends_at_one():
+    assert ramp_up(0) < 0.01 and ramp_up(1) == ramp_up(3) == 1 and ramp_up(0.5) < ramp_up(0.6)
+
+
+def test_paired_differences():
+    def run(seed, ours, baseline):
+        table = lambda value: {"dice": {"validation": {"all": {"mean": value}}}}  # noqa: E731
+        return {"seed": seed, "arms": {"ours": table(ours), "supervised_seconds": table(baseline)}}
+
+    summary = summarise([run(0, 61.0, 60.0), run(1, 65.0, 62.0)], "val")
+    assert summary["ours_minus"]["supervised_seconds"]["mean"] == {"mean": 2.0, "sd": 1.414, "values": [1.0, 3.0]}
+    assert spread([5.0]) == {"mean": 5.0, "sd": None, "values": [5.0]}

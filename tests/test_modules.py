@@ -1,0 +1,290 @@
+"""Modules hold hyper-parameters and nothing else: each must reach its function, be shown, and survive a copy."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from cases import FAST, choice, rows
+from torch import nn
+
+import hpcloss
+from hpcloss import functional
+
+MODULES = {
+    "region_phpc": hpcloss.RegionPHPCLoss,
+    "region_supcon": hpcloss.RegionSupConLoss,
+    "supcon": hpcloss.SupConLoss,
+    "ntxent": hpcloss.NTXentLoss,
+    "infonce": hpcloss.InfoNCELoss,
+    "ihpc": hpcloss.IHPCLoss,
+}
+X = 1.5 * rows(3, 4, 8, 6)
+LABELS = choice([0, 1, 2, 3, 255], 3, 8, 6)
+VECTORS = 1.5 * rows(24, 4), choice([0, 1, 2, 255], 24)
+VIEWS = 1.5 * rows(24, 4), 1.5 * rows(24, 4, seed=1)
+INPUTS = {
+    "region_phpc": (X, LABELS), "region_supcon": (X, LABELS), "supcon": VECTORS,
+    "ntxent": VIEWS, "infonce": VIEWS, "ihpc": VIEWS,
+}  # fmt: skip
+
+REGION = {
+    "region_size": 4, "temperature": 0.3, "num_classes": 2, "max_regions": 1, "background": None,
+    "ignore_index": (2, 255), "per_image": True, "normalize": False, "reduction": "sum",
+}  # fmt: skip
+CHANGED = {
+    "region_phpc": REGION | {"hardness": 3.0, "local_size": 8, "denominator": "all"},
+    "region_supcon": REGION,
+    "supcon": {"temperature": 0.3, "form": "in", "ignore_index": 1, "normalize": False, "reduction": "class"},
+    "ntxent": {"temperature": 0.3, "normalize": False, "reduction": "sum"},
+    "infonce": {"temperature": 0.3, "normalize": False, "reduction": "sum"},
+    "ihpc": {"temperature": 0.3, "hardness": 3.0, "normalize": False, "reduction": "sum"},
+}
+# Seen in tests of their own: they change no value, need another argument, or raise.
+ELSEWHERE = {"samples_per_class", "detach_weights", "check_labels", "backend", "learnable", "memory_bank"}
+
+
+def call(name, **options):
+    torch.manual_seed(0)
+    return MODULES[name](**options)(*INPUTS[name])
+
+
+def function(name, **options):
+    torch.manual_seed(0)
+    return FAST[name](*INPUTS[name], **options)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_hyper_parameter_is_tested(name):
+    """A new argument needs its changed value above, the same default in module and function, and its documentation."""
+    parameters = inspect.signature(MODULES[name].__init__).parameters
+    arguments = set(parameters) - {"self"}
+    assert arguments == set(CHANGED[name]) | (ELSEWHERE & arguments)
+    own = inspect.signature(FAST[name]).parameters
+    for argument in arguments - {"learnable", "memory_bank"}:
+        assert own[argument].default == parameters[argument].default, argument
+    words = MODULES[name].__doc__ + (hpcloss.RegionPHPCLoss.__doc__ if name == "region_supcon" else "")
+    assert all(argument in words for argument in arguments - {"return_stats"})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_defaults(name):
+    assert torch.equal(call(name), function(name))
+
+
+@pytest.mark.parametrize("name,argument", [(name, argument) for name in MODULES for argument in CHANGED[name]])
+def test_module_is_function_for_every_hyper_parameter(name, argument):
+    options = {argument: CHANGED[name][argument]}
+    if argument == "max_regions":
+        options["region_size"] = 4
+    changed = call(name, **options)
+    assert torch.equal(changed, function(name, **options))
+    plain = call(name, **{key: value for key, value in options.items() if key != argument})
+    assert changed.shape == plain.shape and not torch.isclose(changed, plain, rtol=1e-6)
+    assert getattr(MODULES[name](**options), argument) == options[argument]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_reduction_none_and_attributes_changed_later(name):
+    module = MODULES[name]()
+    module.reduction = "none"
+    values = module(*INPUTS[name])
+    assert values.dim() > 0 and torch.equal(values, function(name, reduction="none"))
+    if name != "infonce":
+        module.temperature = 0.9
+        assert torch.equal(module(*INPUTS[name]), function(name, reduction="none", temperature=0.9))
+
+
+@pytest.mark.parametrize("name", ["region_phpc", "region_supcon"])
+def test_sampling_checking_and_statistics_reach_the_function(name):
+    sampled = {"num_classes": 4, "samples_per_class": 2}
+    assert torch.equal(call(name, **sampled), function(name, **sampled))
+    assert not torch.isclose(call(name, **sampled), call(name))
+    with pytest.raises(ValueError, match="got 3"):
+        call(name, num_classes=3, check_labels=True)
+    loss, stats = MODULES[name]()(*INPUTS[name], return_stats=True)
+    expected, expected_stats = function(name, return_stats=True)
+    assert torch.equal(loss, expected) and stats == expected_stats
+
+
+def test_detach_weights_changes_the_gradient_alone():
+    grads = []
+    for detach in (True, False):
+        x = X.clone().requires_grad_()
+        loss = hpcloss.RegionPHPCLoss(detach_weights=detach)(x, LABELS)
+        assert torch.equal(loss, function("region_phpc"))
+        loss.backward()
+        expected = X.clone().requires_grad_()
+        FAST["region_phpc"](expected, LABELS, detach_weights=detach).backward()
+        assert torch.equal(x.grad, expected.grad)
+        grads.append(x.grad)
+    assert not torch.allclose(*grads)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_backend_reaches_the_function(name):
+    assert torch.equal(call(name, backend="blockwise"), function(name))
+    with pytest.raises(NotImplementedError, match="triton"):
+        call(name, backend="triton")
+
+
+def test_keys_negatives_and_groups_reach_the_function():
+    x, y = VECTORS
+    keys, key_labels = rows(30, 4, seed=5), choice([0, 1, 2], 30, seed=5)
+    assert torch.equal(hpcloss.SupConLoss()(x, y, keys, key_labels), FAST["supcon"](x, y, keys, key_labels))
+    assert torch.equal(hpcloss.InfoNCELoss()(*VIEWS, keys), FAST["infonce"](*VIEWS, keys))
+    assert torch.equal(hpcloss.IHPCLoss()(*VIEWS, y), FAST["ihpc"](*VIEWS, y))
+    assert not torch.isclose(hpcloss.IHPCLoss()(*VIEWS, y), FAST["ihpc"](*VIEWS))
+
+
+# -------------------------------------------------------------------------------------------------------- published
+
+
+def test_published_region_phpc():
+    published = hpcloss.RegionPHPCLoss.published()
+    assert (published.hardness, published.discount) == (0.0, 0.1)
+    assert torch.equal(published(X, LABELS), FAST["region_phpc"](X, LABELS, hardness=0.0, discount=0.1))
+    options = {"region_size": 4, "temperature": 0.3, "reduction": "class", "background": None}
+    changed = hpcloss.RegionPHPCLoss.published(0.5, **options)
+    assert torch.equal(changed(X, LABELS), FAST["region_phpc"](X, LABELS, hardness=0.0, discount=0.5, **options))
+    assert not torch.isclose(published(X, LABELS), hpcloss.RegionPHPCLoss(hardness=0.0)(X, LABELS), rtol=1e-6)
+    assert hpcloss.RegionPHPCLoss.published(hardness=2.0).hardness == 2.0
+    with pytest.raises(ValueError, match="discount=0.1 needs denominator 'own', got 'all'"):
+        hpcloss.RegionPHPCLoss.published(denominator="all")
+    assert type(published) is hpcloss.RegionPHPCLoss and "discount=0.1" in repr(published)
+
+
+def test_published_ihpc():
+    published = hpcloss.IHPCLoss.published()
+    assert published.beta == 0.1 and torch.equal(published(*VIEWS), FAST["ihpc"](*VIEWS, beta=0.1))
+    changed = hpcloss.IHPCLoss.published(0.6, temperature=0.2, reduction="sum", memory_bank=(8, 4))
+    assert torch.equal(changed.eval()(*VIEWS), FAST["ihpc"](*VIEWS, beta=0.6, temperature=0.2, reduction="sum"))
+    assert not torch.isclose(published(*VIEWS), hpcloss.IHPCLoss(hardness=0.0)(*VIEWS), rtol=1e-6)
+    for beta in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"beta must be in \[0, 1\), got"):
+            hpcloss.IHPCLoss.published(beta)
+    assert "beta=0.1" in repr(published)
+
+
+# ------------------------------------------------------------------------------------------------------ constructors
+
+
+@pytest.mark.parametrize("name,options,message", [
+    *((name, {"temperature": value}, f"temperature must be positive, got {value}")
+      for name in MODULES for value in (0, -0.1, float("nan"), float("inf"))),
+    *((name, {"temperature": torch.ones(2)}, r"temperature must be one number, got a tensor of shape \(2,\)")
+      for name in MODULES),
+    *((name, {"reduction": "average"}, "reduction must be one of 'mean'.*got 'average'") for name in MODULES),
+    *((name, {"reduction": "region"}, "reduction must be one of") for name in ("supcon", "ntxent", "infonce", "ihpc")),
+    *((name, {"reduction": "class"}, "reduction must be one of") for name in ("ntxent", "infonce", "ihpc")),
+    *((name, {"hardness": value}, f"hardness must be a finite number, got {value}")
+      for name in ("region_phpc", "ihpc") for value in (float("inf"), float("nan"))),
+    ("supcon", {"form": "both"}, "form must be one of 'out', 'in', got 'both'"),
+    ("ihpc", {"memory_bank": (0, 4)}, r"memory_bank must be \(rows, dim\), both at least 1, got \(0, 4\)"),
+    *((name, options, message) for name in ("region_phpc", "region_supcon") for options, message in (
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"max_regions": 0}, "max_regions must be at least 1, got 0"),
+        ({"samples_per_class": 0, "num_classes": 2}, "samples_per_class must be at least 1, got 0"),
+        ({"samples_per_class": 4}, "samples_per_class=4 needs num_classes, got None"),
+        ({"region_size": 0}, "region_size must be at least 1 on every axis, got 0"),
+        ({"region_size": (4, 0)}, r"region_size must be at least 1 on every axis, got \(4, 0\)"),
+        ({"ignore_index": (0, 255)}, r"background 0 is also in ignore_index \(0, 255\)"),
+        ({"background": 255}, "background 255 is also in ignore_index"),
+    )),
+    ("region_phpc", {"denominator": "both"}, "denominator must be one of 'own', 'all', 'negatives', got 'both'"),
+    ("region_phpc", {"local_size": 0}, "local_size must be at least 1 on every axis, got 0"),
+    ("region_phpc", {"local_size": 3}, "local_size must divide region_size 16 on every axis, got 3"),
+    ("region_phpc", {"region_size": (8, 6), "local_size": 4}, "local_size must divide region_size"),
+    ("region_phpc", {"region_size": 8, "local_size": (4, 3)}, "local_size must divide region_size"),
+    ("region_phpc", {"region_size": 4, "local_size": 8}, "local_size must divide region_size"),
+    ("region_phpc", {"region_size": None, "local_size": 4}, "local_size=4 needs a region_size, got None"),
+])  # fmt: skip
+def test_bad_hyper_parameters_raise_at_construction(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        MODULES[name](**options)
+    if "memory_bank" not in options:
+        with pytest.raises(ValueError, match=message):
+            FAST[name](*INPUTS[name], **options)
+
+
+# ----------------------------------------------------------------------------------------- what any module must do
+
+
+def make(name):
+    """Each module away from its defaults."""
+    extra = {"ihpc": {"memory_bank": (50, 4)}, "infonce": {"learnable": True}}.get(name, {})
+    return MODULES[name](temperature=0.25, reduction="sum", **extra)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_repr_names_every_hyper_parameter(name):
+    text = repr(make(name))
+    assert text.startswith(MODULES[name].__name__) and "reduction='sum'" in text and "0.25" in text
+    for argument in set(inspect.signature(MODULES[name].__init__).parameters) - {"self"}:
+        assert f"{argument}=" in text
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies(name, clone):
+    module = make(name)
+    value = module(*INPUTS[name])
+    other = clone(module)
+    assert repr(other) == repr(module) and other.state_dict().keys() == module.state_dict().keys()
+    assert torch.equal(other(*INPUTS[name]), module(*INPUTS[name]))
+    assert value.isfinite()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_state_dict_round_trip(name):
+    module, other = make(name), make(name)
+    module(*INPUTS[name])
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(module(*INPUTS[name]), other(*INPUTS[name]))
+    expected = {"ihpc": {"bank", "bank_groups", "bank_next"}, "infonce": {"log_scale"}}.get(name, set())
+    assert set(module.state_dict()) == expected
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_temperature_can_be_learnt(name):
+    temperature = nn.Parameter(torch.tensor(0.25))
+    module = MODULES[name](temperature=temperature)
+    assert list(module.parameters())[0] is temperature
+    loss = module(*INPUTS[name])
+    torch.testing.assert_close(loss.detach(), function(name, temperature=0.25), rtol=1e-6, atol=1e-7)
+    loss.backward()
+    assert temperature.grad.abs() > 0
+    assert torch.equal(copy.deepcopy(module)(*INPUTS[name]), loss)
+
+
+def test_learnable_temperature_of_infonce():
+    module = hpcloss.InfoNCELoss(0.07, learnable=True)
+    assert module.temperature.item() == pytest.approx(0.07) and len(list(module.parameters())) == 1
+    torch.testing.assert_close(module(*VIEWS), FAST["infonce"](*VIEWS, temperature=0.07), rtol=1e-5, atol=1e-6)
+    optimiser = torch.optim.SGD(module.parameters(), 0.1)
+    before = module(*VIEWS)
+    before.backward()
+    optimiser.step()
+    assert module(*VIEWS) < before and module.temperature > 0
+    assert not list(hpcloss.InfoNCELoss(0.07).parameters()) and hpcloss.InfoNCELoss(0.07).temperature == 0.07
+    assert hpcloss.InfoNCELoss(torch.tensor(0.5), learnable=True).temperature.item() == pytest.approx(0.5)
+
+
+def test_modules_are_plain():
+    """No state but the memory bank, no parameter but a learnt temperature, no hidden mode."""
+    for name, module in MODULES.items():
+        assert issubclass(module, nn.Module)
+        assert not list(module().parameters()) and not list(module().buffers())
+        assert torch.equal(module().eval()(*INPUTS[name]), module().train()(*INPUTS[name]))
+        assert module().double().half().cpu()(*INPUTS[name]).dtype == torch.float64
+
+
+def test_functions_and_modules_are_both_public():
+    for name, module in MODULES.items():
+        assert getattr(hpcloss, f"{name}_loss") is getattr(functional, f"{name}_loss") is FAST[name]
+        assert module.__name__ in hpcloss.__all__ and f"{name}_loss" in hpcloss.__all__

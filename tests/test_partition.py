@@ -1,0 +1,294 @@
+"""Intervals against a plain construction in Python, for any labels and regions."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import choice, integers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcloss.partition import (
+    INT32_MAX,
+    Pairs,
+    against_cells,
+    class_offsets,
+    from_offsets,
+    index_dtype,
+    is_ignored,
+    one_to_one,
+    paired,
+    partition,
+    partition_against,
+    segment_bounds,
+)
+from hpcloss.regions import cells_of_regions, choose_regions, grid_regions, grid_shape, region_shape
+
+FAST = settings(max_examples=80, deadline=None, database=None, derandomize=True)
+pixel_labels = st.lists(st.tuples(st.sampled_from([0, 1, 2, 3, 7, -4, 255, 2**40]), st.integers(-1, 4)), max_size=40)
+
+
+def plain_plan(labels, regions, num_regions, background, ignore_index, num_classes=None):
+    """Order and intervals as the text of `Pairs` says them, by sorting tuples."""
+
+    def dead(i):
+        outside = num_classes is not None and not 0 <= labels[i] < num_classes
+        return labels[i] in ignore_index or not 0 <= regions[i] < num_regions or outside
+
+    live = [i for i in range(len(labels)) if not dead(i)]
+    order = sorted(live, key=lambda i: (regions[i], labels[i] != background, labels[i], i))
+    plan = {"order": order, "pos_start": [], "pos_end": [], "self_pos": list(range(len(order)))}
+    for i in order:
+        same = [row for row, j in enumerate(order) if (regions[j], labels[j]) == (regions[i], labels[i])]
+        plan["pos_start"].append(same[0])
+        plan["pos_end"].append(same[-1] + 1)
+    first = 0
+    plan |= {"anchor_start": [], "anchor_end": [], "key_start": [], "key_end": []}
+    for region in range(num_regions):
+        members = [i for i in order if regions[i] == region]
+        plan["key_start"].append(first)
+        plan["anchor_start"].append(first + sum(labels[i] == background for i in members))
+        first += len(members)
+        plan["anchor_end"].append(first)
+        plan["key_end"].append(first)
+    return plan
+
+
+def assert_plan(pairs, plan):
+    live = len(plan["order"])
+    assert pairs.live().tolist() == [live]
+    for name in Pairs._fields:
+        values = getattr(pairs, name)
+        assert values.dtype == torch.int32, name
+        assert values[: len(plan[name])].tolist() == plan[name], name
+    assert all(len(getattr(pairs, name)) == len(plan[name]) for name in Pairs._fields[4:])
+    # The dead tail holds every other pixel once and no positive.
+    assert sorted(pairs.order.tolist()) == list(range(len(pairs.order)))
+    assert (pairs.pos_start[live:] == pairs.pos_end[live:]).all()
+
+
+@FAST
+@given(pixel_labels, st.sampled_from([None, 0, 2, 99]), st.sampled_from([(), (255,), (1, -4)]))
+def test_intervals(pixels, background, ignore_index):
+    labels, regions = [label for label, _ in pixels], [region for _, region in pixels]
+    pairs = partition(
+        torch.tensor(labels, dtype=torch.int64), torch.tensor(regions, dtype=torch.int64), 4,
+        background=background, ignore_index=ignore_index,
+    )  # fmt: skip
+    assert_plan(pairs, plain_plan(labels, regions, 4, background, ignore_index))
+
+
+@FAST
+@given(
+    pixel_labels, st.sampled_from([None, 0, 2, 3, 99]), st.sampled_from([(), (255,), (1,)]), st.sampled_from([1, 3, 4])
+)
+def test_intervals_with_num_classes(pixels, background, ignore_index, num_classes):
+    labels, regions = [label for label, _ in pixels], [region for _, region in pixels]
+    pairs = partition(
+        torch.tensor(labels, dtype=torch.int64), torch.tensor(regions, dtype=torch.int64), 4,
+        background=background, ignore_index=ignore_index, num_classes=num_classes,
+    )  # fmt: skip
+    assert_plan(pairs, plain_plan(labels, regions, 4, background, ignore_index, num_classes))
+
+
+@pytest.mark.parametrize("background", [None, 0, 2, 3])
+def test_the_two_sorts_give_the_same_plan_to_the_bit(background):
+    labels, regions = integers(4, 500), integers(7, 500)
+    one = partition(labels, regions, 7, background=background, num_classes=4)
+    two = partition(labels, regions, 7, background=background)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    offsets, ranked = class_offsets(two, labels, 4, background)
+    three = from_offsets(two.order, offsets, 4, ranked)
+    assert ranked == (background is not None)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("background", [None, 1])
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_class_offsets(background, num_classes):
+    labels, regions = choice([0, 1, 2, 255], 60), integers(5, 60)
+    pairs = partition(labels, regions, 4, background=background, ignore_index=(255,), num_classes=num_classes)
+    offsets, _ = class_offsets(pairs, labels, 3, background)
+    assert len(offsets) == 4 * 3 + 1
+    rank = [1, 0, 2] if background == 1 else [0, 1, 2]
+    for region, position in itertools.product(range(4), range(3)):
+        rows = range(int(offsets[region * 3 + position]), int(offsets[region * 3 + position + 1]))
+        pixels = sorted(int(pairs.order[row]) for row in rows)
+        expected = ((labels == rank[position]) & (regions == region)).nonzero().view(-1).tolist()
+        assert pixels == expected
+
+
+@pytest.mark.parametrize("background", [None, 0])
+def test_counts_anchors_and_regions(background):
+    labels, regions = choice([0, 1, 1, 2, 255], 50), integers(6, 50)
+    pairs = partition(labels, regions, 5, background=background, ignore_index=(255,))
+    positives, negatives = pairs.counts()
+    alive = (labels != 255) & (regions < 5)
+    together = (regions[:, None] == regions) & alive[:, None] & alive & ~torch.eye(50, dtype=torch.bool)
+    anchor = alive & (labels != background if background is not None else True)
+    same = labels[:, None] == labels
+    order = pairs.order.long()
+    assert torch.equal(positives.long(), ((together & same).sum(1) * anchor)[order])
+    assert torch.equal(negatives.long(), ((together & ~same).sum(1) * anchor)[order])
+    assert torch.equal(pairs.is_anchor(), anchor[order])
+    assert torch.equal(pairs.region()[pairs.is_anchor()].long(), regions[order][pairs.is_anchor()])
+    assert len(pairs.intervals()) == 7 and pairs.intervals()[0] is pairs.pos_start
+
+
+def test_head_drops_the_dead_tail_only():
+    labels = choice([0, 1, 255], 30)
+    pairs = partition(labels, ignore_index=(255,))
+    live = int(pairs.live())
+    short = pairs.head(live)
+    assert len(short.order) == len(short.pos_start) == len(short.pos_end) == len(short.self_pos) == live < 30
+    assert torch.equal(short.order, pairs.order[:live]) and torch.equal(short.key_end, pairs.key_end)
+
+
+def test_one_region_is_the_default():
+    labels = integers(3, 20)
+    assert all(torch.equal(a, b) for a, b in zip(partition(labels), partition(labels, torch.zeros(20), 1), strict=True))
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_no_pixels(num_classes):
+    pairs = partition(torch.zeros(0, dtype=torch.int64), torch.zeros(0), 2, background=0, num_classes=num_classes)
+    assert len(pairs.order) == 0 and pairs.key_end.tolist() == [0, 0] and pairs.live().tolist() == [0]
+    assert all(len(values) == 0 for values in pairs.counts())
+
+
+@FAST
+@given(
+    st.lists(st.sampled_from([0, 1, 5, 255, 2**62]), max_size=20),
+    st.lists(st.sampled_from([0, 1, 3, 255]), max_size=20),
+)
+def test_against_other_keys(labels, key_labels):
+    pairs, key_order = partition_against(
+        torch.tensor(labels, dtype=torch.int64), torch.tensor(key_labels, dtype=torch.int64), ignore_index=(255,)
+    )
+    live = sum(label != 255 for label in key_labels)
+    ranked = [key_labels[j] for j in key_order.tolist()]
+    assert sorted(key_order.tolist()) == list(range(len(key_labels))) and 255 not in ranked[:live]
+    anchors = sum(label != 255 for label in labels)
+    assert pairs.live().tolist() == [anchors] and pairs.anchor_start.tolist() == [0]
+    assert (pairs.key_start.tolist(), pairs.key_end.tolist()) == ([0], [live])
+    assert (pairs.self_pos == -1).all()
+    positives, negatives = pairs.counts()
+    for row, pixel in enumerate(pairs.order.tolist()):
+        mine = range(int(pairs.pos_start[row]), int(pairs.pos_end[row]))
+        if row < anchors:
+            assert list(mine) == [j for j in range(live) if ranked[j] == labels[pixel]]
+            assert (int(positives[row]), int(negatives[row])) == (len(mine), live - len(mine))
+        else:
+            assert labels[pixel] == 255 and positives[row] == negatives[row] == 0
+    assert all(bound.dtype == torch.int32 for bound in pairs)
+
+
+def test_explicit_positives():
+    pairs = one_to_one(4, torch.device("cpu"))
+    assert pairs.order.tolist() == pairs.pos_start.tolist() == [0, 1, 2, 3] and pairs.pos_end.tolist() == [1, 2, 3, 4]
+    positives, negatives = pairs.counts()
+    assert positives.tolist() == [1] * 4 and negatives.tolist() == [3] * 4
+    own = paired(partition(torch.tensor([0, 1, 0, 1])), torch.tensor([1, 0, 3, 2]))
+    assert own.pos_start.tolist() == [1, 0, 3, 2] and own.pos_end.tolist() == [2, 1, 4, 3]
+    positives, negatives = own.counts()
+    assert positives.tolist() == [1] * 4 and negatives.tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("background", [None, 0])
+def test_against_cells(per_image, background):
+    batch, spatial, size, local = 2, (7, 6), (4, 6), (2, 3)
+    labels = choice([0, 1, 2, -9, 255], batch * 42)
+    region, number = grid_regions(batch, spatial, size, per_image=per_image)
+    cell, cells = grid_regions(batch, spatial, local, per_image=per_image)
+    pairs = partition(labels, region, number, background=background, ignore_index=(255,))
+    keys = partition(labels, cell, cells, background=background, ignore_index=(255,))
+    met = torch.zeros(len(labels), dtype=torch.int64)
+    for of_region in cells_of_regions(torch.arange(number), batch, spatial, size, local, per_image=per_image):
+        at = against_cells(pairs, keys, of_region, labels, background)
+        positives, negatives = at.counts()
+        for row in at.is_anchor().nonzero().view(-1).tolist():
+            pixel, met_cell = int(at.order[row]), int(of_region[region[at.order[row]]])
+            here = [j for j in keys.order.tolist() if cell[j] == met_cell and labels[j] != 255]
+            inside = range(int(at.key_start[region[pixel]]), int(at.key_end[region[pixel]]))
+            assert [int(keys.order[j]) for j in inside] == here
+            same = [int(keys.order[j]) for j in range(int(at.pos_start[row]), int(at.pos_end[row]))]
+            assert same == [j for j in here if labels[j] == labels[pixel]]
+            assert int(keys.order[at.self_pos[row]]) == pixel
+            assert int(positives[row]) == len(set(same) - {pixel})
+            assert int(negatives[row]) == len(here) - len(same)
+            met[pixel] += len(here)
+    anchors = pairs.order[pairs.is_anchor()].long()
+    together = (region[:, None] == region) & (labels != 255)
+    assert torch.equal(met[anchors], together.sum(1)[anchors])  # the cells of a region make it up
+
+
+def test_is_ignored():
+    labels = torch.tensor([-100, -1, 0, 1, 2, 255])
+    assert is_ignored(labels, ()).sum() == 0
+    assert is_ignored(labels, (-1, 255)).tolist() == [False, True, False, False, False, True]
+    assert is_ignored(labels, (1,), 2).tolist() == [True, True, False, True, True, True]
+
+
+@FAST
+@given(st.lists(st.booleans(), max_size=12))
+def test_segment_bounds(starts):
+    starts = torch.tensor([True, *starts])
+    begin, end = segment_bounds(starts)
+    number = starts.cumsum(0)
+    for row in range(len(starts)):
+        members = (number == number[row]).nonzero().view(-1)
+        assert (int(begin[row]), int(end[row])) == (int(members[0]), int(members[-1]) + 1)
+    assert [len(x) for x in segment_bounds(starts[:0])] == [0, 0]
+
+
+def test_index_dtype():
+    assert index_dtype(INT32_MAX) == torch.int32 and index_dtype(INT32_MAX + 1) == torch.int64
+
+
+# ---------------------------------------------------------------------------------------------------------- regions
+
+
+def test_region_shape():
+    assert region_shape(3, (7, 6)) == (3, 3) and region_shape([2, 5, 1], (9, 9, 9)) == (2, 5, 1)
+    assert region_shape(None, (7, 0, 6)) == (7, 1, 6)
+    with pytest.raises(ValueError, match=r"region_size must have one value per spatial axis \(2\), got \(1, 2, 3\)"):
+        region_shape((1, 2, 3), (7, 6))
+    with pytest.raises(ValueError, match="local_size must be at least 1 on every axis, got 0"):
+        region_shape(0, (7, 6), "local_size")
+
+
+@pytest.mark.parametrize("spatial,size", [((13,), (4,)), ((7, 6), (3, 6)), ((7, 6), (100, 1)), ((3, 4, 5), (2, 3, 2))])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_grid_regions(spatial, size, per_image):
+    cells = grid_shape(spatial, size)
+    assert cells == tuple(math.ceil(extent / cell) for extent, cell in zip(spatial, size, strict=True))
+    ids, number = grid_regions(2, spatial, size, per_image=per_image)
+    assert number == math.prod(cells) * (2 if per_image else 1)
+    grid = list(itertools.product(*map(range, cells)))
+    for pixel, (image, *place) in enumerate(itertools.product(range(2), *map(range, spatial))):
+        cell = grid.index(tuple(p // s for p, s in zip(place, size, strict=True)))
+        assert int(ids[pixel]) == cell + per_image * image * len(grid)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4, 6])
+def test_choose_regions(keep):
+    regions, anchor = integers(6, 200), torch.rand(200) < 0.5
+    anchor[(regions == 1) | (regions == 4)] = False  # four regions hold an anchor
+    ids, old = choose_regions(regions, 6, anchor, keep)
+    assert old.shape == (keep,) and len(set(old.tolist())) == keep
+    kept = ids < keep
+    assert set(regions[kept].tolist()) <= {0, 2, 3, 5} and len(regions[kept].unique()) == min(keep, 4)
+    assert torch.equal(old[ids[kept]], regions[kept])  # renumbered as `old` says
+    assert (ids[~kept] == keep).all()
+    assert all(kept[regions == region].unique().numel() == 1 for region in range(6))  # whole regions
+
+
+def test_regions_are_chosen_uniformly():
+    regions, anchor = torch.arange(5), torch.tensor([True, True, False, True, True])
+    seen = torch.zeros(5)
+    for _ in range(600):
+        ids, _ = choose_regions(regions, 5, anchor, 2)
+        seen[ids < 2] += 1
+    assert seen[2] == 0 and (seen[anchor] > 230).all()  # 300 each; 5.7 standard deviations
