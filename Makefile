@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: demo test test-all bench check format clean
 
 demo: $(VENV)/examples
-	$(BIN)/python -m examples.three_stage --data builtin --out demo
+	$(BIN)/python -m examples.three_stage --data builtin --out demo --resume
 
 test: $(VENV)/examples $(VENV)/dev
 	$(PYTEST) tests -n 2 -m "not slow"
