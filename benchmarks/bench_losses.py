@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import subprocess
 from functools import partial
 
 import cases
@@ -18,6 +18,7 @@ from measure import (
     against,
     assert_close,
     assert_same_as,
+    busy,
     interleaved,
     speed_up,
     timed_alone,
@@ -130,23 +131,27 @@ def bench_two_threads(benchmark, report, what):
         case = cases.supcon(8192)
     else:
         case = cases.region_phpc(**(ONE_REGION if what == "one-region" else SIXTEEN_REGIONS))
-    seconds, ours, sgemm = speed_up(benchmark, case.step)
+    load = busy()
+    seconds, ours, sgemm = speed_up(benchmark, case.step, rounds=1 if load else ROUNDS)
     bars = [Bar("share of two-thread sgemm's speed-up", ours / sgemm, 0.8, at_least=True)]
-    report(seconds, bars, speed_up=ours, sgemm_speed_up=sgemm)
+    note = f"no free second core, load {load:.1f}: the figures say nothing" if load else None
+    report(seconds, bars, speed_up=ours, sgemm_speed_up=sgemm, note=note)
 
 
 @pytest.mark.benchmark(group="large")
 @pytest.mark.parametrize("hardness", [1.0])
 def bench_whole_map(benchmark, report, hardness):
     """A 256 x 256 map, every pixel against every other, no regions and no samples: one run, in its own process."""
-    threads = min(2, os.cpu_count() or 1)
-    shape = {"batch": 1, "height": 256, "width": 256, "hardness": hardness}
-    found = benchmark.pedantic(
-        measure, args=("region_phpc",), kwargs={**shape, "threads": threads, "timeout": 600}, rounds=1, iterations=1
-    )
-    seconds, peak = found["seconds"], found["extra_mb"]
+    threads = 1 if busy() else min(2, os.cpu_count() or 1)
+    shape = {"batch": 1, "height": 256, "width": 256, "hardness": hardness, "threads": threads, "timeout": 300}
+    try:
+        found = benchmark.pedantic(measure, args=("region_phpc",), kwargs=shape, rounds=1, iterations=1)
+    except subprocess.TimeoutExpired:  # a busy machine is no error of the loss
+        report(None, note=f"not finished in {shape['timeout']} s, load {busy() or 0:.1f}")
+        return
+    bars = [Bar("peak extra MB", found["extra_mb"], 300)]
     dense = 4 * 65536**2 / 2**30
-    report(seconds, [Bar("peak extra MB", peak, 300)], peak_mb=peak, one_dense_matrix_gb=dense)
+    report(found["seconds"], bars, peak_mb=found["extra_mb"], run_threads=threads, one_dense_matrix_gb=dense)
 
 
 # ------------------------------------------------------------------------------------- against what they replace
@@ -199,12 +204,12 @@ MEASURED = [1024, 4096, 8192, 16384]  # memory: one process each
 COMPILED = [1024, 4096, 8192]  # building takes seconds a size
 
 
-def _needed_gigabytes(matrices: int, count: int) -> float:
+def _needed_gigabytes(matrices: float, count: int) -> float:
     """Of a dense competitor that keeps so many fp32 matrices of N x N."""
     return matrices * 4 * count**2 / 2**30
 
 
-def _sweep(benchmark, report, make: str, count: int, exact, matrices: int = 0) -> None:
+def _sweep(benchmark, report, make: str, count: int, exact, matrices: float = 0.0) -> None:
     """Time and memory of a competitor at N = count, with its value checked where float64 fits."""
     needed = _needed_gigabytes(matrices, count)
     if needed > MAX_GIGABYTES:
@@ -225,25 +230,30 @@ def _sweep(benchmark, report, make: str, count: int, exact, matrices: int = 0) -
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("method", ["supcon", "eager_supcon"])
 def bench_supcon_against_n(benchmark, report, method, count):
-    matrices = 0 if method == "supcon" else 6
+    matrices = 0.0 if method == "supcon" else 5.6  # as measured at N = 4096
     _sweep(benchmark, report, method, count, reference.supcon_loss, matrices)
 
 
 @pytest.mark.benchmark(group="SupCon against N")
+@pytest.mark.skipif(bool(peers.why_no_compiler()), reason=str(peers.why_no_compiler()))
 @pytest.mark.parametrize("count", COMPILED)
 def bench_compiled_supcon_against_n(benchmark, report, count):
-    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        pytest.skip("torch.compile needs a C++ compiler")
-    _sweep(benchmark, report, "compiled_supcon", count, reference.supcon_loss, matrices=2)
+    _sweep(benchmark, report, "compiled_supcon", count, reference.supcon_loss, matrices=2.0)
+
+
+NO_LINEAR = peers.why_no_linear_cross_entropy()
+INFONCE = [
+    ("infonce", 0.0),
+    ("eager_infonce", 4.0),
+    pytest.param(("linear_cross_entropy", 0.0), marks=pytest.mark.skipif(bool(NO_LINEAR), reason=str(NO_LINEAR))),
+]
 
 
 @pytest.mark.benchmark(group="InfoNCE against N")
 @pytest.mark.parametrize("count", [1024, 4096, 8192])
-@pytest.mark.parametrize("method", ["infonce", "eager_infonce", "linear_cross_entropy"])
+@pytest.mark.parametrize("method", INFONCE, ids=["infonce", "eager_infonce", "linear_cross_entropy"])
 def bench_infonce_against_n(benchmark, report, method, count):
-    if method == "linear_cross_entropy" and (reason := peers.why_no_linear_cross_entropy()):
-        pytest.skip(reason)
-    _sweep(benchmark, report, method, count, reference.infonce_loss, matrices=4 if method == "eager_infonce" else 0)
+    _sweep(benchmark, report, method[0], count, reference.infonce_loss, matrices=method[1])
 
 
 SMALL_COUNTS = [256, 512, 1024]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 
@@ -50,6 +51,12 @@ def chunked_infonce(query: Tensor, positive: Tensor, temperature: float = 0.1) -
     return F.linear_cross_entropy(query, F.normalize(positive, dim=1), target, options=options)
 
 
+def why_no_compiler() -> str | None:
+    """Why `compiled` cannot run here, or None."""
+    found = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return None if found else "torch.compile needs a C++ compiler"
+
+
 def why_no_linear_cross_entropy() -> str | None:
     """Why `chunked_infonce` cannot run here, or None."""
     if not hasattr(F, "linear_cross_entropy"):
@@ -62,9 +69,9 @@ def why_no_linear_cross_entropy() -> str | None:
 def compiled(loss: Callable[..., Tensor], *example: Tensor) -> Callable[..., Tensor]:
     """`torch.compile` of a loss, forward and backward built by running the example. Raises where it cannot be built."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiler processes beside the timing
-    fast = torch.compile(loss, dynamic=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        fast = torch.compile(loss, dynamic=False)
         fast(*example).backward()
     return fast
 

@@ -78,7 +78,7 @@ def table(document: dict) -> str:
         "| seconds (peak MB) | " + " | ".join(f"N = {n}" for n in sizes) + " |",
         "|---" * (len(sizes) + 1) + "|",
     ]
-    notes = {(row["method"], row["n"]): row["note"] for row in document["rows"] if "note" in row}
+    notes = {(row["method"], row["n"]): row["note"] for row in document["rows"] if "note" in row and "method" in row}
     for method, (text, _, _) in METHODS.items():
         if method not in seconds:
             continue

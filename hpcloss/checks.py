@@ -6,14 +6,18 @@ Values of tensors are looked at only where that does not wait for a device, or w
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpcloss.partition import is_ignored
 
-IGNORED = (-100, -1, 255)
+IGNORED = (-100, -1, 255)  # label maps: what data sets and trainers use for "no label"
+VECTORS_IGNORED = (-100, -1)  # labels of vectors: with many classes or instance ids 255 is a class
+BACKEND_NAMES = ("auto", "blockwise", "triton")
 DENOMINATORS = ("own", "all", "negatives")
 
 
@@ -49,17 +53,14 @@ def check_region_options(
         raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
     if discount and denominator != "own":
         raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
-    if background is not None and background in as_tuple(ignore_index):
+    if background is not None and background in integers("ignore_index", ignore_index):
         raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")
-    for name, size in (("region_size", region_size), ("local_size", local_size)):
-        sizes = (size,) if isinstance(size, int) else () if size is None else tuple(size)
-        if any(value < 1 for value in sizes):
-            raise ValueError(f"{name} must be at least 1 on every axis, got {size!r}")
+    if not 0 <= discount < math.inf:
+        raise ValueError(f"the discount beta must be a finite number of at least 0, got {discount}")
+    large, small = check_sizes("region_size", region_size), check_sizes("local_size", local_size)
     if local_size is not None:
         if region_size is None:
             raise ValueError(f"local_size={local_size!r} needs a region_size, got None")
-        large = (region_size,) if isinstance(region_size, int) else tuple(region_size)
-        small = (local_size,) if isinstance(local_size, int) else tuple(local_size)
         if len(large) != len(small):
             large, small = large * len(small), small * len(large)
         if any(whole % part for whole, part in zip(large, small)):
@@ -98,9 +99,29 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def as_tuple(ignore_index: int | Sequence[int]) -> tuple[int, ...]:
-    """One ignored label, or several, as a tuple."""
-    return (ignore_index,) if isinstance(ignore_index, int) else tuple(ignore_index)
+def integers(name: str, value: Any) -> tuple[int, ...]:
+    """One integer, or several, as a tuple."""
+    try:
+        return (operator.index(value),)
+    except TypeError:
+        pass
+    try:
+        return tuple([operator.index(one) for one in value])
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}") from None
+
+
+def check_sizes(name: str, size: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Cell sizes as a tuple, empty for None. Raises for what is no size."""
+    sizes = () if size is None else integers(name, size)
+    if any([value < 1 for value in sizes]):
+        raise ValueError(f"{name} must be at least 1 on every axis, got {size!r}")
+    return sizes
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a name that no backend has."""
+    _check_choice("backend", backend, BACKEND_NAMES)
 
 
 def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_length: bool = False) -> None:
@@ -124,7 +145,7 @@ def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     # Looking at the values is free of waiting on the CPU only.
     if labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        broken = labels != labels.round()
+        broken = ~((labels == labels.round()) & (labels.abs() < 2**53))
         if bool(broken.any()):
             raise ValueError(f"{name} must be whole numbers, got {labels[broken][0].item()}")
     return labels.to(device).long()
@@ -156,6 +177,22 @@ def labels_of_map(features: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"labels must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
             f" got {tuple(labels.shape)}"
+        )
+    views = labels.shape[1:] == (features.shape[1], *features.shape[3:])
+    if dims == 5 and views and labels.shape[1:] != features.shape[2:]:
+        raise ValueError(
+            f"features {tuple(features.shape)} with labels {tuple(labels.shape)} look like views [B, V, D, H, W];"
+            " pass features.flatten(0, 1) and labels.flatten(0, 1)"
+        )
+    for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
+        if (extent == 0) != (wanted == 0):
+            raise ValueError(f"labels {tuple(labels.shape)} and features {tuple(features.shape)}: one of them is empty")
+    finer = [extent > wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
+    coarser = [extent < wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
+    if any(finer) and any(coarser):
+        raise ValueError(
+            f"labels {tuple(labels.shape)} are finer than features {tuple(features.shape)} on one axis and coarser on"
+            " another; are axes swapped?"
         )
     labels = _integers("labels", labels, features.device)
     for axis in range(1, labels.dim()):

@@ -20,11 +20,12 @@ from torch.nn.functional import softplus
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
-    as_tuple,
+    VECTORS_IGNORED,
     check_label_values,
     check_region_options,
     check_vector_options,
     check_vectors,
+    integers,
     labels_of_map,
     labels_of_vectors,
 )
@@ -45,7 +46,8 @@ from hpcloss.partition import (
 from hpcloss.regions import cells_of_regions, choose_regions, grid_regions, region_shape
 from hpcloss.sampling import sample
 
-UNFILLED = torch.iinfo(torch.int64).min + 1  # group of a memory bank's row that holds nothing yet
+# Groups of a memory bank's rows: one that holds nothing yet, one that belongs to no group.
+UNFILLED, NO_GROUP = torch.iinfo(torch.int64).min + 1, torch.iinfo(torch.int64).min + 2
 EXACT_SOFTPLUS = 40.0  # the default threshold of 20 is off by 2e-9
 
 # ------------------------------------------------------------------------------------------------- pixel losses
@@ -84,39 +86,19 @@ def region_phpc_loss(
         background=background, ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
     labels = labels_of_map(features, labels)
-    ignored = as_tuple(ignore_index)
+    ignored = integers("ignore_index", ignore_index)
     if check_labels:
         check_label_values(labels, ignored, num_classes)
     backend = resolve(backend, features)
-    batch, spatial = features.shape[0], features.shape[2:]
-    size = region_shape(region_size, spatial)
+    size = region_shape(region_size, features.shape[2:])
     flat = labels.reshape(-1)
-
-    regions, num_regions = grid_regions(batch, spatial, size, per_image=per_image, device=features.device)
-    region_ids = torch.arange(num_regions, device=features.device)
-    keep_rows = None
-    if max_regions is not None and max_regions < num_regions:
-        anchor = ~is_ignored(flat, ignored, num_classes)
-        if background is not None:
-            anchor = anchor & (flat != background)
-        regions, region_ids = choose_regions(regions, num_regions, anchor, max_regions)
-        num_regions = max_regions
-        keep_rows = max_regions * math.prod(size) * (1 if per_image else batch)
-    pairs = partition(flat, regions, num_regions, background=background, ignore_index=ignored, num_classes=num_classes)
-    if keep_rows is not None:
-        pairs = pairs.head(keep_rows)
-    if samples_per_class is not None and num_classes is not None and flat.numel():
-        offsets, background_ranked = class_offsets(pairs, flat, num_classes, background)
-        seed = torch.randint(2**62, (), device=features.device)
-        chosen = sample(pairs.order, offsets, samples_per_class, seed=seed, num_pixels=flat.numel())
-        pairs = from_offsets(chosen.order, chosen.offsets, num_classes, background_ranked)
-
+    pairs, region_ids = _plan(labels, size, num_classes, samples_per_class, max_regions, background, ignored, per_image)
     rows = pack(features, pairs.order, pairs.live(), normalize=normalize, backend=backend)
     scale, bound = _scale(temperature, rows, normalize)
     recipe = _Recipe(rows, denominator, hardness, discount, scale, bound, detach_weights, backend)
     loss, counted = recipe(pairs)
     if local_size is not None:
-        local = region_shape(local_size, spatial, "local_size")
+        local = region_shape(local_size, features.shape[2:], "local_size")
         loss = loss + _local_contrast(
             recipe, pairs, features, flat, region_ids, size, local, per_image, background, normalize
         )
@@ -156,6 +138,41 @@ def region_supcon_loss(
         per_image=per_image, normalize=normalize, reduction=reduction, check_labels=check_labels,
         return_stats=return_stats, backend=backend,
     )  # fmt: skip
+
+
+def _plan(
+    labels: Tensor,
+    size: tuple[int, ...],
+    num_classes: int | None,
+    samples_per_class: int | None,
+    max_regions: int | None,
+    background: int | None,
+    ignored: tuple[int, ...],
+    per_image: bool,
+) -> tuple[Pairs, Tensor]:
+    """Which pairs of a label map [B, *S] count, and the number of each region in the grid [R].
+
+    Shapes are static: of the regions chosen and the pixels sampled only the most there can be is known.
+    """
+    batch, spatial, flat = labels.shape[0], labels.shape[1:], labels.reshape(-1)
+    regions, num_regions = grid_regions(batch, spatial, size, per_image=per_image, device=labels.device)
+    region_ids = torch.arange(num_regions, device=labels.device)
+    region_pixels = math.prod(size) * (1 if per_image else batch)
+    if max_regions is not None and max_regions < num_regions:
+        alive = ~is_ignored(flat, ignored, num_classes)
+        anchor = alive if background is None else alive & (flat != background)
+        regions, region_ids = choose_regions(regions, num_regions, flat, alive, anchor, max_regions)
+        num_regions = max_regions
+    pairs = partition(flat, regions, num_regions, background=background, ignore_index=ignored, num_classes=num_classes)
+    pairs = pairs.head(num_regions * region_pixels)
+    if samples_per_class is None or num_classes is None or not flat.numel():
+        return pairs, region_ids
+    offsets, background_ranked = class_offsets(pairs, flat, num_classes, background)
+    seed = torch.randint(2**62, (), device=labels.device)
+    most = min(samples_per_class, region_pixels)
+    chosen = sample(pairs.order, offsets, most, seed=seed, num_pixels=flat.numel())
+    sampled = from_offsets(chosen.order, chosen.offsets, num_classes, background_ranked)
+    return sampled.head(pairs.order.numel()), region_ids
 
 
 class _Recipe:
@@ -275,7 +292,7 @@ def supcon_loss(
     temperature: float | Tensor = 0.1,
     *,
     form: str = "out",
-    ignore_index: int | Sequence[int] = IGNORED,
+    ignore_index: int | Sequence[int] = VECTORS_IGNORED,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
@@ -284,7 +301,7 @@ def supcon_loss(
     check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
     check_vectors("embeddings", embeddings)
     labels = labels_of_vectors("labels", embeddings, labels)
-    ignored = as_tuple(ignore_index)
+    ignored = integers("ignore_index", ignore_index)
     backend = resolve(backend, embeddings)
     key_rows = None
     if (keys is None) != (key_labels is None):
@@ -324,6 +341,7 @@ def ntxent_loss(
 ) -> Tensor:
     """Contrast of two views; equation and arguments in `NTXentLoss`."""
     check_vector_options(temperature, reduction)
+    check_vectors("view1", view1)
     images = torch.arange(view1.shape[0], device=view1.device)
     rows, by_image, own, backend = _two_views(view1, view2, images, normalize, backend)
     scale, bound = _scale(temperature, rows, normalize)
@@ -350,10 +368,12 @@ def ihpc_loss(
 ) -> Tensor:
     """Image-level hard-positive contrast of two views; equations and arguments in `IHPCLoss`.
 
-    beta: the published form instead of the reweighted one. bank [M, D]: further negatives, not differentiated;
+    beta: the published form instead of the reweighted one; hardness then has no part. bank [M, D]: further negatives,
+    not differentiated;
     bank_groups [M]: their groups, of which those equal to `UNFILLED` mark rows that do not exist yet.
     """
     check_vector_options(temperature, reduction, hardness=hardness, beta=beta)
+    check_vectors("view1", view1)
     images = torch.arange(view1.shape[0], device=view1.device)
     owner = images if groups is None else labels_of_vectors("groups", view1, groups)
     rows, by_group, own, backend = _two_views(view1, view2, owner, normalize, backend)
@@ -363,9 +383,10 @@ def ihpc_loss(
     if bank is not None:
         check_vectors("bank", bank, like=view1)
         if bank_groups is None:
-            bank_groups = torch.full_like(bank[:, 0], -1, dtype=torch.int64)
+            bank_groups = torch.full_like(bank[:, 0], NO_GROUP, dtype=torch.int64)
         if groups is None:  # no image of the batch is in the bank, whatever its number
-            bank_groups = torch.where(bank_groups == UNFILLED, UNFILLED, -1)
+            bank_groups = torch.where(bank_groups == UNFILLED, UNFILLED, NO_GROUP)
+        # Anchors in the order of `rows`: both partitions sort the same groups stably.
         bank_pairs, bank_order = partition_against(owner.repeat(2), bank_groups, ignore_index=(UNFILLED,))
         bank_rows = pack(bank.detach(), bank_order, bank_pairs.key_end, normalize=normalize, backend=backend)
         old = pair_lse(rows, bank_pairs, "negatives", scale, keys=bank_rows, scale_bound=bound, backend=backend)
@@ -422,7 +443,6 @@ def _two_views(
     view1: Tensor, view2: Tensor, groups: Tensor, normalize: bool, backend: str
 ) -> tuple[Rows, Pairs, Pairs, str]:
     """The rows of both views, sorted by group; pairs by group, and the same with the other view as only positive."""
-    check_vectors("view1", view1)
     check_vectors("view2", view2, like=view1, same_length=True)
     backend = resolve(backend, view1)
     by_group = partition(groups.repeat(2))

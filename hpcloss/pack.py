@@ -7,32 +7,30 @@ differentiable; a zero-stride companion of the gradient's dtype stands in for th
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hpcloss.backends import BACKENDS
 from hpcloss.ops import differentiable_once, register
 
 # A row at most this long has no direction: it becomes the zero row and gets no gradient.
 # (Dividing by a floor instead would give such a row a gradient 1e12 times too large.)
 NORM_EPS = 1e-12
+FEW = 4  # rows are few where the map has more than this many times as many pixels
 ROWS = 1 << 12  # handled at a time in the backward pass, to keep temporaries small
 
 
 class Rows(NamedTuple):
-    """Packed embeddings: `data` [N, D] is what the primitives read, `grad` [N, D] is what their gradient flows to."""
+    """Packed embeddings [N, D]: primitives read `data`; their gradient flows to `companion`, which holds nothing."""
 
     data: Tensor
-    grad: Tensor
+    companion: Tensor
 
     def detach(self) -> Rows:
-        return Rows(self.data.detach(), self.grad.detach())
-
-
-def rows_dtype(features: Tensor, backend: str) -> torch.dtype:
-    """Compute dtype of packed rows: the blockwise backend computes half precision in fp32, float64 stays float64."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
+        return Rows(self.data.detach(), self.companion.detach())
 
 
 def pack(features: Tensor, order: Tensor, live: Tensor | None = None, *, normalize: bool, backend: str) -> Rows:
@@ -43,7 +41,8 @@ def pack(features: Tensor, order: Tensor, live: Tensor | None = None, *, normali
     """
     if live is None:
         live = torch.full((1,), order.numel(), dtype=order.dtype, device=order.device)
-    return Rows(*_Pack.apply(features, order, live.reshape(1), normalize, rows_dtype(features, backend)))
+    dtype = BACKENDS[backend].rows_dtype(features.dtype, normalize)
+    return Rows(*_Pack.apply(features, order, live.reshape(1), normalize, dtype))
 
 
 class _Pack(torch.autograd.Function):
@@ -73,9 +72,19 @@ class _Pack(torch.autograd.Function):
         return grad_features, None, None, None, None
 
 
-def _pixels(features: Tensor) -> Tensor:
-    """[B, D, *S] as [B * prod(S), D]; a copy unless the map is channels-last."""
-    return features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])
+def _by_pixel(features: Tensor) -> Tensor:
+    """[B, D, *S] as [B, S, D] without a copy where the spatial axes can be joined."""
+    return (features.unsqueeze(-1) if features.dim() == 2 else features.flatten(2)).transpose(1, 2)
+
+
+def _gather(features: Tensor, order: Tensor) -> Tensor:
+    """Rows `order` of the map, always a new tensor."""
+    by_pixel = _by_pixel(features)
+    batch, pixels, channels = by_pixel.shape
+    if order.numel() * FEW < batch * pixels:
+        return by_pixel[order // pixels, order % pixels]
+    # Most pixels: one pass that brings channels together is cheaper than strided reads.
+    return by_pixel.reshape(batch * pixels, channels).index_select(0, order)
 
 
 def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,7 +96,7 @@ def _pack_impl(
 ) -> tuple[Tensor, Tensor]:
     accumulate = _norm_dtype(features.dtype)
     alive = torch.arange(order.numel(), device=order.device) < live
-    rows = _pixels(features.unsqueeze(-1) if features.dim() == 2 else features).index_select(0, order)
+    rows = _gather(features, order)
     # Filled, not multiplied by zero: an ignored pixel may hold inf or NaN.
     rows = rows.to(accumulate).masked_fill_(~alive[:, None], 0.0)
     if not normalize:
@@ -108,20 +117,25 @@ def _pack_backward_impl(
     stride: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    batch, channels = shape[0], shape[1]
-    pixels = 1
-    for extent in shape[2:]:
-        pixels *= extent
-    out = torch.zeros(batch * pixels, channels, dtype=inverse_norm.dtype, device=grad.device)
+    few = order.numel() * FEW < shape[0] * math.prod(shape[2:])
+    # Few rows are added where they belong; most rows next to each other, to be brought into the layout at the end.
+    layout = [shape[0], *shape[1:]] if few else [shape[0], *shape[2:], shape[1]]
+    out = torch.zeros(layout, dtype=inverse_norm.dtype, device=grad.device)
+    grad_features = out if few else out.movedim(-1, 1)
+    by_pixel = _by_pixel(grad_features)
     for first in range(0, order.numel(), ROWS):
         part = slice(first, first + ROWS)
         rows = grad[part].to(out.dtype)
         if normalize:
             unit = data[part].to(out.dtype)
             rows = torch.addcmul(rows, unit, (rows * unit).sum(1, keepdim=True), value=-1)
+        rows = rows * inverse_norm[part, None]
         # Dead rows of a sample repeat pixel 0 with gradient 0, so rows are added, not copied.
-        out.index_add_(0, order[part], rows * inverse_norm[part, None])
-    grad_features = out.view(batch, *shape[2:], channels).movedim(-1, 1)
+        if few:
+            pixels = by_pixel.shape[1]
+            by_pixel.index_put_((order[part] // pixels, order[part] % pixels), rows, accumulate=True)
+        else:
+            out.view(-1, shape[1]).index_add_(0, order[part], rows)
     if grad_features.dtype == dtype and list(grad_features.stride()) == list(stride):
         return grad_features
     return torch.empty_strided(shape, stride, dtype=dtype, device=grad.device).copy_(grad_features)

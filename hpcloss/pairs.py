@@ -39,10 +39,19 @@ def pair_lse(
     logaddexp. scale: 0-dim tensor, differentiable. bias [M]: log-multiplicity of each key, not differentiable.
     scale_bound: a number that |scale s_ij| cannot exceed, if one is known; it only chooses a faster, equal sum.
     """
-    grad_keys = None if keys is None else keys.grad
+    grad_keys = None if keys is None else keys.companion
     key_data = None if keys is None else keys.data
     return _PairLse.apply(
-        anchors.data, anchors.grad, key_data, grad_keys, bias, scale, scale_bound, rule, backend, *pairs.intervals()
+        anchors.data,
+        anchors.companion,
+        key_data,
+        grad_keys,
+        bias,
+        scale,
+        scale_bound,
+        rule,
+        backend,
+        *pairs.intervals(),
     )
 
 
@@ -70,10 +79,10 @@ def pair_mean(
     """
     if (term == "own") != (stat is not None):
         raise ValueError(f"term {term!r} {'needs' if stat is None else 'takes no'} stat")
-    grad_keys = None if keys is None else keys.grad
+    grad_keys = None if keys is None else keys.companion
     key_data = None if keys is None else keys.data
     return _PairMean.apply(
-        anchors.data, anchors.grad, key_data, grad_keys, stat, log_weight, scale,
+        anchors.data, anchors.companion, key_data, grad_keys, stat, log_weight, scale,
         float(hardness), float(discount), detach_weights, backend, *pairs.intervals(),
     )  # fmt: skip
 

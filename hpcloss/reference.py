@@ -380,7 +380,7 @@ def supcon_loss(
     temperature: float | Tensor = 0.1,
     *,
     form: str = "out",
-    ignore_index: int | Sequence[int] = IGNORED,
+    ignore_index: int | Sequence[int] = (-100, -1),
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:

@@ -13,14 +13,12 @@ from torch import Tensor
 def region_shape(
     size: int | Sequence[int] | None, spatial: Sequence[int], name: str = "region_size"
 ) -> tuple[int, ...]:
-    """One cell size per spatial axis; None is the whole map. ValueError for sizes below 1 or a wrong number of axes."""
+    """One cell size per spatial axis; None is the whole map. ValueError for a wrong number of axes."""
     if size is None:
         return tuple(max(1, extent) for extent in spatial)
-    sizes = (int(size),) * len(spatial) if isinstance(size, int) else tuple(int(value) for value in size)
+    sizes = tuple(size) if isinstance(size, Sequence) else (size,) * len(spatial)
     if len(sizes) != len(spatial):
         raise ValueError(f"{name} must have one value per spatial axis ({len(spatial)}), got {size!r}")
-    if any(value < 1 for value in sizes):
-        raise ValueError(f"{name} must be at least 1 on every axis, got {size!r}")
     return sizes
 
 
@@ -84,15 +82,26 @@ def cells_of_regions(
     return numbers
 
 
-def choose_regions(regions: Tensor, num_regions: int, anchor: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Keep at most `keep` regions, drawn uniformly among those that hold an anchor, and renumber them 0 .. keep - 1.
+def choose_regions(
+    regions: Tensor, num_regions: int, labels: Tensor, alive: Tensor, anchor: Tensor, keep: int
+) -> tuple[Tensor, Tensor]:
+    """Keep at most `keep` regions, drawn uniformly among those that can be contrasted, and renumber them 0 .. keep - 1.
 
-    regions [N] ids, anchor [N] whether the pixel is an anchor. Returns the new ids [N], `keep` for the pixels of
+    A region can be contrasted if it holds an anchor and two labels. regions [N] ids, labels [N], alive [N] whether the
+    pixel takes part, anchor [N] whether it is an anchor. Returns the new ids [N], `keep` for the pixels of
     regions left out (which removes them), and the old number of each kept region [keep].
     Draws from torch's generator of the device, so `torch.manual_seed` fixes the choice.
     """
     anchors = torch.zeros(num_regions, dtype=torch.int64, device=regions.device).scatter_add_(0, regions, anchor.long())
-    ticket = torch.where(anchors > 0, torch.rand(num_regions, device=regions.device), -1.0)
+    bounds = torch.iinfo(torch.int64)
+    lowest, highest = (
+        torch.full((num_regions,), start, dtype=torch.int64, device=regions.device).scatter_reduce_(
+            0, regions, torch.where(alive, labels, start), how
+        )
+        for start, how in ((bounds.max, "amin"), (bounds.min, "amax"))
+    )
+    possible = (anchors > 0) & (lowest < highest)
+    ticket = torch.where(possible, torch.rand(num_regions, device=regions.device), -1.0)
     chosen = torch.topk(ticket, keep)
     renumbered = torch.where(chosen.values >= 0, torch.arange(keep, device=regions.device), keep)
     number = torch.full((num_regions,), keep, dtype=torch.int64, device=regions.device)

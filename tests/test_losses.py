@@ -198,7 +198,7 @@ def test_gradient_of_the_temperature(options):
 def test_supcon_loss(form, reduction, temperature, normalize):
     options = {"form": form, "reduction": reduction, "temperature": temperature, "normalize": normalize}
     for index, make in enumerate(LABELS.values()):
-        labels, key_labels = make((17,), index), choice([0, 1, 5, 255], 23, seed=index)
+        labels, key_labels = make((17,), index), choice([0, 1, 5, -100], 23, seed=index)
         assert_same(*both("supcon", labels, **options), rows(17, 4, seed=index))
         fast = lambda x, k: FAST["supcon"](x, labels, k, key_labels, **options)  # noqa: E731, B023
         oracle = lambda x, k: ORACLE["supcon"](x, labels, k, key_labels, **options)  # noqa: E731, B023
@@ -213,7 +213,7 @@ def test_supcon_loss_at_odd_sizes(form):
             *both("supcon", integers(3, n)[:, None].float().squeeze(1), form=form, reduction="class"), rows(n, 7)
         )
     for n, m in ((0, 5), (5, 0), (1, 1), (600, 5), (5, 700)):
-        key_labels = choice([0, 1, 255], m, seed=1)
+        key_labels = choice([0, 1, -100], m, seed=1)
         fast = lambda x, k: FAST["supcon"](x, integers(3, len(x)), k, key_labels, form=form)  # noqa: E731, B023
         oracle = lambda x, k: ORACLE["supcon"](x, integers(3, len(x)), k, key_labels, form=form)  # noqa: E731, B023
         assert_same(fast, oracle, rows(n, 3), rows(m, 3, seed=1))
@@ -221,12 +221,18 @@ def test_supcon_loss_at_odd_sizes(form):
 
 @pytest.mark.parametrize("form", ["out", "in"])
 def test_supcon_loss_beyond_one_tile(form):
-    labels = choice([0, 0, 0, 0, 1, 2, 3, 4, 5, 255], 1100)
+    labels = choice([0, 0, 0, 0, 1, 2, 3, 4, 5, -100], 1100)
     assert_same(*both("supcon", labels, form=form), rows(1100, 3))
-    key_labels = choice([0, 0, 0, 1, 2, 7, 255], 1300)
+    key_labels = choice([0, 0, 0, 1, 2, 7, -100], 1300)
     fast = lambda x, k, t: FAST["supcon"](x, labels, k, key_labels, t, form=form)  # noqa: E731
     oracle = lambda x, k, t: ORACLE["supcon"](x, labels, k, key_labels, t, form=form)  # noqa: E731
     assert_same(fast, oracle, rows(1100, 3), rows(1300, 3, seed=1), torch.tensor(0.2).double())
+
+
+def test_255_is_a_class_of_vectors():
+    labels = torch.tensor([3, 255, 255, 3, 3, 0])
+    renamed = torch.where(labels == 255, 7, labels)
+    assert_same(lambda x: FAST["supcon"](x, labels), lambda x: FAST["supcon"](x, renamed), rows(6, 4))
 
 
 def test_supcon_labels_of_shape_n_1():
@@ -236,13 +242,13 @@ def test_supcon_labels_of_shape_n_1():
 
 @pytest.mark.parametrize("form", ["out", "in"])
 def test_supcon_rows_of_ignored_labels_reach_nothing(form):
-    labels, key_labels = choice([1, 2, 255], 20), choice([1, 2, -1], 30)
+    labels, key_labels = choice([1, 2, -100], 20), choice([1, 2, -1], 30)
     x, k = rows(20, 4), rows(30, 4, seed=1)
     for rest in ((), (k, key_labels)):
-        keep = labels != 255
+        keep = labels != -100
         short = (rest[0][key_labels != -1], key_labels[key_labels != -1]) if rest else ()
         clean = FAST["supcon"](x[keep], labels[keep], *short, form=form)
-        poisoned = [torch.where((labels == 255)[:, None], float("nan"), x)]
+        poisoned = [torch.where((labels == -100)[:, None], float("nan"), x)]
         if rest:
             poisoned.append(torch.where((key_labels == -1)[:, None], float("inf"), k))
         fast = lambda x, k=None: FAST["supcon"](x, labels, k, key_labels if k is not None else None, form=form)  # noqa: E731, B023

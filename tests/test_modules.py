@@ -145,11 +145,15 @@ def test_keys_negatives_and_groups_reach_the_function():
 def test_published_region_phpc():
     published = hpcloss.RegionPHPCLoss.published()
     assert (published.hardness, published.discount) == (0.0, 0.1)
-    assert torch.equal(published(X, LABELS), FAST["region_phpc"](X, LABELS, hardness=0.0, discount=0.1))
+    means = {"hardness": 0.0, "reduction": "region"}  # as the authors average
+    assert torch.equal(published(X, LABELS), FAST["region_phpc"](X, LABELS, discount=0.1, **means))
     options = {"region_size": 4, "temperature": 0.3, "reduction": "class", "background": None}
     changed = hpcloss.RegionPHPCLoss.published(0.5, **options)
     assert torch.equal(changed(X, LABELS), FAST["region_phpc"](X, LABELS, hardness=0.0, discount=0.5, **options))
-    assert not torch.isclose(published(X, LABELS), hpcloss.RegionPHPCLoss(hardness=0.0)(X, LABELS), rtol=1e-6)
+    assert not torch.isclose(published(X, LABELS), hpcloss.RegionPHPCLoss(**means)(X, LABELS), rtol=1e-6)
+    for beta in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="beta must be a finite number of at least 0, got"):
+            hpcloss.RegionPHPCLoss.published(beta)
     assert hpcloss.RegionPHPCLoss.published(hardness=2.0).hardness == 2.0
     with pytest.raises(ValueError, match="discount=0.1 needs denominator 'own', got 'all'"):
         hpcloss.RegionPHPCLoss.published(denominator="all")
@@ -264,15 +268,16 @@ def test_a_temperature_can_be_learnt(name):
 
 def test_learnable_temperature_of_infonce():
     module = hpcloss.InfoNCELoss(0.07, learnable=True)
-    assert module.temperature.item() == pytest.approx(0.07) and len(list(module.parameters())) == 1
+    assert module.log_scale.exp().item() == pytest.approx(1 / 0.07) and len(list(module.parameters())) == 1
     torch.testing.assert_close(module(*VIEWS), FAST["infonce"](*VIEWS, temperature=0.07), rtol=1e-5, atol=1e-6)
     optimiser = torch.optim.SGD(module.parameters(), 0.1)
     before = module(*VIEWS)
     before.backward()
     optimiser.step()
-    assert module(*VIEWS) < before and module.temperature > 0
+    assert module(*VIEWS) < before
     assert not list(hpcloss.InfoNCELoss(0.07).parameters()) and hpcloss.InfoNCELoss(0.07).temperature == 0.07
-    assert hpcloss.InfoNCELoss(torch.tensor(0.5), learnable=True).temperature.item() == pytest.approx(0.5)
+    assert hpcloss.InfoNCELoss(torch.tensor(0.5), learnable=True).log_scale.exp().item() == pytest.approx(2.0)
+    assert not hasattr(module, "temperature")  # the starting value would be stale
 
 
 def test_modules_are_plain():

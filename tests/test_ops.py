@@ -87,7 +87,7 @@ def test_gradcheck_pack(normalize):
     def function(x):
         packed = pack(x, order, torch.tensor([5]), normalize=normalize, backend="blockwise")
         # Its value is zero: put the data in its place for the finite differences.
-        return packed.grad + packed.data
+        return packed.companion + packed.data
 
     assert gradcheck(function, (leaf(2, 3, 3),))
 
@@ -370,5 +370,5 @@ def test_features_of_a_network_under_autocast():
 
 def test_the_companion_carries_no_memory():
     packed = pack(rows(100, 8).requires_grad_(), torch.arange(100), normalize=True, backend="blockwise")
-    assert packed.grad.untyped_storage().nbytes() <= 8
-    assert_exact(packed.grad.detach(), torch.zeros(100, 8).double())
+    assert packed.companion.untyped_storage().nbytes() <= 8
+    assert_exact(packed.companion.detach(), torch.zeros(100, 8).double())

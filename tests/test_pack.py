@@ -5,7 +5,7 @@ import torch
 from cases import integers, rows
 from numerics import assert_exact
 
-from hpcloss.pack import NORM_EPS, Rows, pack, rows_dtype
+from hpcloss.pack import NORM_EPS, Rows, pack
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
@@ -42,9 +42,9 @@ def test_rows_and_gradients(shape, layout, normalize):
     packed = pack(features, order, live, normalize=normalize, backend="blockwise")
     expected = plain(features, order, int(live), normalize)
     assert_exact(packed.data, expected.detach())
-    assert not packed.data.requires_grad and packed.grad.requires_grad and packed.grad.stride() == (0, 0)
+    assert not packed.data.requires_grad and packed.companion.requires_grad and packed.companion.stride() == (0, 0)
     upstream = rows(count, shape[1], seed=3)
-    (grad,) = torch.autograd.grad(packed.grad, features, upstream)
+    (grad,) = torch.autograd.grad(packed.companion, features, upstream)
     (expected_grad,) = torch.autograd.grad(expected, features, upstream)
     assert_exact(grad, expected_grad, floor=1e-15)  # a single channel: the direction cannot change
     assert grad.shape == features.shape
@@ -54,7 +54,7 @@ def test_rows_and_gradients(shape, layout, normalize):
 def test_the_gradient_has_the_layout_of_the_features(layout):
     features = LAYOUTS[layout](rows(2, 4, 3, 5, dtype=torch.float32)).detach().requires_grad_()
     packed = pack(features, torch.arange(30), normalize=True, backend="blockwise")
-    (grad,) = torch.autograd.grad(packed.grad.sum(), features)
+    (grad,) = torch.autograd.grad(packed.companion.sum(), features)
     assert grad.stride() == features.stride()
 
 
@@ -62,7 +62,7 @@ def test_an_expanded_leaf():
     features = rows(1, 4, 1, 5).expand(3, 4, 2, 5).detach().requires_grad_()
     packed = pack(features, torch.arange(30), normalize=True, backend="blockwise")
     upstream = rows(30, 4, seed=3)
-    (grad,) = torch.autograd.grad(packed.grad, features, upstream)
+    (grad,) = torch.autograd.grad(packed.companion, features, upstream)
     (expected,) = torch.autograd.grad(plain(features, torch.arange(30), 30, True), features, upstream)
     assert_exact(grad, expected)
 
@@ -75,7 +75,7 @@ def test_a_part_of_the_pixels_and_repeated_dead_rows():
     expected = plain(features, order, 3, True)
     assert_exact(packed.data, expected.detach())
     upstream = rows(6, 4, seed=3)
-    (grad,) = torch.autograd.grad(packed.grad, features, upstream)
+    (grad,) = torch.autograd.grad(packed.companion, features, upstream)
     (expected_grad,) = torch.autograd.grad(expected, features, upstream)
     assert_exact(grad, expected_grad)
     assert grad.movedim(1, -1).reshape(-1, 4).abs().sum(1).count_nonzero() == 3
@@ -94,7 +94,7 @@ def test_norms_far_from_one(dtype):
     zero = torch.zeros(4, dtype=dtype)
     expected = torch.stack([unit, unit, zero, zero, torch.tensor([0, 0, -1.0, 0], dtype=dtype)])
     torch.testing.assert_close(packed.data, expected, rtol=1e-6, atol=0)
-    (grad,) = torch.autograd.grad(packed.grad.sum(), features)
+    (grad,) = torch.autograd.grad(packed.companion.sum(), features)
     assert (grad[2:4] == 0).all() and grad.isfinite().all()
     tangent = torch.ones(4, dtype=dtype) - unit * 1.4
     torch.testing.assert_close(grad[0], tangent / 5e30, rtol=1e-5, atol=0)
@@ -118,7 +118,7 @@ def test_dead_rows_let_nothing_through(poison, normalize):
     order, live = torch.tensor([0, 1, 3, 4, 2, 5]), torch.tensor([4])
     packed = pack(features, order, live, normalize=normalize, backend="blockwise")
     assert (packed.data[4:] == 0).all() and packed.data.isfinite().all()
-    (grad,) = torch.autograd.grad(packed.grad, features, rows(6, 4, seed=3))
+    (grad,) = torch.autograd.grad(packed.companion, features, rows(6, 4, seed=3))
     assert grad.isfinite().all() and (grad[[2, 5]] == 0).all() and (grad[[0, 1, 3, 4]] != 0).all()
 
 
@@ -134,10 +134,9 @@ def test_dtypes():
     for dtype, wanted in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32),
                           (torch.float32, torch.float32), (torch.float64, torch.float64)):  # fmt: skip
         features = rows(6, 4, dtype=dtype).requires_grad_()
-        assert rows_dtype(features, "blockwise") == wanted
         packed = pack(features, torch.arange(6), normalize=True, backend="blockwise")
-        assert packed.data.dtype == packed.grad.dtype == wanted
-        (grad,) = torch.autograd.grad(packed.grad.sum(), features)
+        assert packed.data.dtype == packed.companion.dtype == wanted
+        (grad,) = torch.autograd.grad(packed.companion.sum(), features)
         assert grad.dtype == dtype
         exact = torch.nn.functional.normalize(features.detach().double(), dim=1)
         torch.testing.assert_close(packed.data.double(), exact, rtol=1e-6, atol=1e-7)
@@ -145,15 +144,15 @@ def test_dtypes():
 
 def test_detached_rows():
     packed = pack(rows(6, 4).requires_grad_(), torch.arange(6), normalize=True, backend="blockwise").detach()
-    assert isinstance(packed, Rows) and not packed.grad.requires_grad
+    assert isinstance(packed, Rows) and not packed.companion.requires_grad
 
 
 def test_gradients_below_the_smallest_half_arrive_in_fp32():
     features = rows(8, 4, dtype=torch.float16).requires_grad_()
     packed = pack(features, torch.arange(8), normalize=False, backend="blockwise")
     seen = []
-    packed.grad.register_hook(seen.append)
-    (packed.grad.double() * 1e-9).sum().backward()
+    packed.companion.register_hook(seen.append)
+    (packed.companion.double() * 1e-9).sum().backward()
     assert seen[0].dtype == torch.float32 and (seen[0] == torch.tensor(1e-9)).all()
 
 
@@ -164,7 +163,7 @@ def test_many_rows():
     order = torch.randperm(count)
     packed = pack(features, order, torch.tensor(count - 7), normalize=True, backend="blockwise")
     upstream = integers(5, count, 3).float()
-    (grad,) = torch.autograd.grad(packed.grad, features, upstream)
+    (grad,) = torch.autograd.grad(packed.companion, features, upstream)
     x = features.detach()[0].T.double()[order]
     unit = x / x.norm(dim=1, keepdim=True)
     alive = (torch.arange(count) < count - 7)[:, None]

@@ -255,8 +255,6 @@ def test_region_shape():
     assert region_shape(None, (7, 0, 6)) == (7, 1, 6)
     with pytest.raises(ValueError, match=r"region_size must have one value per spatial axis \(2\), got \(1, 2, 3\)"):
         region_shape((1, 2, 3), (7, 6))
-    with pytest.raises(ValueError, match="local_size must be at least 1 on every axis, got 0"):
-        region_shape(0, (7, 6), "local_size")
 
 
 @pytest.mark.parametrize("spatial,size", [((13,), (4,)), ((7, 6), (3, 6)), ((7, 6), (100, 1)), ((3, 4, 5), (2, 3, 2))])
@@ -274,21 +272,25 @@ def test_grid_regions(spatial, size, per_image):
 
 @pytest.mark.parametrize("keep", [1, 2, 4, 6])
 def test_choose_regions(keep):
-    regions, anchor = integers(6, 200), torch.rand(200) < 0.5
-    anchor[(regions == 1) | (regions == 4)] = False  # four regions hold an anchor
-    ids, old = choose_regions(regions, 6, anchor, keep)
+    regions, anchor, labels = integers(8, 400), torch.rand(400) < 0.5, integers(3, 400)
+    alive = torch.rand(400) < 0.9
+    anchor[(regions == 1) | (regions == 4)] = False  # four regions hold an anchor and two labels
+    labels[regions == 6] = 2
+    alive[(regions == 7) & (labels != 1)] = False
+    ids, old = choose_regions(regions, 8, labels, alive, anchor, keep)
     assert old.shape == (keep,) and len(set(old.tolist())) == keep
     kept = ids < keep
     assert set(regions[kept].tolist()) <= {0, 2, 3, 5} and len(regions[kept].unique()) == min(keep, 4)
     assert torch.equal(old[ids[kept]], regions[kept])  # renumbered as `old` says
     assert (ids[~kept] == keep).all()
-    assert all(kept[regions == region].unique().numel() == 1 for region in range(6))  # whole regions
+    assert all(kept[regions == region].unique().numel() == 1 for region in range(8))  # whole regions
 
 
 def test_regions_are_chosen_uniformly():
-    regions, anchor = torch.arange(5), torch.tensor([True, True, False, True, True])
+    regions, anchor = torch.arange(5).repeat(2), torch.tensor([True, True, False, True, True]).repeat(2)
+    labels, alive = torch.arange(10), torch.ones(10, dtype=torch.bool)
     seen = torch.zeros(5)
     for _ in range(600):
-        ids, _ = choose_regions(regions, 5, anchor, 2)
-        seen[ids < 2] += 1
-    assert seen[2] == 0 and (seen[anchor] > 230).all()  # 300 each; 5.7 standard deviations
+        ids, _ = choose_regions(regions, 5, labels, alive, anchor, 2)
+        seen[ids[:5] < 2] += 1
+    assert seen[2] == 0 and (seen[anchor[:5]] > 230).all()  # 300 each; 5.7 standard deviations

@@ -130,7 +130,7 @@ class TestByHand:
 
     def test_supcon_with_keys(self):
         # x0 (label 1), x1 (label 2: no key of it) against x2 (1), x3 (3), x4 (ignored)
-        actual = supcon(self.X[:2], torch.tensor([1, 2]), self.X[2:], torch.tensor([1, 3, 255]), 0.5, reduction="none")
+        actual = supcon(self.X[:2], torch.tensor([1, 2]), self.X[2:], torch.tensor([1, 3, -100]), 0.5, reduction="none")
         assert_value(actual, [log(e(1.2) + e(-2)) - 1.2, 0])
 
     def test_ntxent(self):
@@ -419,8 +419,9 @@ class TestLoops:
     @pytest.mark.parametrize("reduction", ["mean", "class", "sum", "none"])
     def test_supcon(self, form, reduction):
         x, y, options = rows(12, 4), label_map(12), dict(form=form, reduction=reduction)
+        y[y == 255] = -100  # 255 is a class of vectors
         assert_value(supcon(x, y, **options), loop_supcon(x, y, **options))
-        k, key_y = rows(7, 4, seed=2), torch.tensor([0, 1, 1, 255, 3, 0, 7])
+        k, key_y = rows(7, 4, seed=2), torch.tensor([0, 1, 1, -100, 3, 0, 7])
         assert_value(supcon(x, y, k, key_y, **options), loop_supcon(x, y, k, key_y, **options))
         options |= dict(temperature=1.5, normalize=False, ignore_index=(0,))
         assert_value(supcon(x, y, k, key_y, **options), loop_supcon(x, y, k, key_y, **options))
@@ -763,10 +764,10 @@ class TestDegenerate:
     @pytest.mark.parametrize("reduction", ["mean", "class", "sum", "none"])
     def test_supcon(self, form, reduction):
         loss = partial(supcon, form=form, reduction=reduction)
-        for y in (torch.full((4,), 255), torch.arange(4), torch.tensor([2])):
+        for y in (torch.full((4,), -100), torch.arange(4), torch.tensor([2])):
             self.assert_zero(lambda x, y=y: loss(x, y), rows(len(y), 3))
         self.assert_zero(lambda x: loss(x, integers(2, 0)), rows(0, 3))
-        for key_y in (torch.tensor([8, 9]), torch.tensor([255, -1]), integers(2, 0)):
+        for key_y in (torch.tensor([8, 9]), torch.tensor([-100, -1]), integers(2, 0)):
             self.assert_zero(lambda x, k, y=key_y: loss(x, integers(2, 4), k, y), rows(4, 3), rows(len(key_y), 3))
 
     @pytest.mark.parametrize("n", [0, 1])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends import blockwise
+from hpcloss.checks import check_backend
 
 BACKENDS: dict[str, ModuleType] = {"blockwise": blockwise}
 UNAVAILABLE = {"triton": ["this version ships no Triton kernels"]}
@@ -19,14 +20,14 @@ UNAVAILABLE = {"triton": ["this version ships no Triton kernels"]}
 
 def resolve(backend: str, tensor: Tensor) -> str:
     """Name of the backend that runs a call on `tensor`. An explicit request never falls back."""
-    if backend == "auto":
-        return next(name for name, module in BACKENDS.items() if not module.unsupported(tensor))
-    if backend not in BACKENDS and backend not in UNAVAILABLE:
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS, *UNAVAILABLE]}, got {backend!r}")
-    reasons = UNAVAILABLE.get(backend) or BACKENDS[backend].unsupported(tensor)
-    if reasons:
-        raise NotImplementedError(f"backend {backend!r} cannot run this call: " + "; ".join(reasons))
-    return backend
+    check_backend(backend)
+    refusals = []
+    for name in (*BACKENDS, *UNAVAILABLE) if backend == "auto" else (backend,):
+        reasons = UNAVAILABLE[name] if name in UNAVAILABLE else BACKENDS[name].unsupported(tensor)
+        if not reasons:
+            return name
+        refusals.append(f"backend {name!r} cannot run this call: {'; '.join(reasons)}")
+    raise NotImplementedError(". ".join(refusals))
 
 
 def info() -> str:

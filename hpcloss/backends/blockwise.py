@@ -9,6 +9,7 @@ schedule covers all pairs and masks come from the intervals.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,8 +23,8 @@ from hpcloss.partition import Pairs
 BLOCK = 512  # rows of a tile; a 512 x 512 fp32 tile is 1 MB and stays in a core's cache
 LONG_RUN = 128  # anchors of one class from which a block of their own is cheaper than a mask
 STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
-# exp(scale * s) needs no shift while |scale * s| stays below this (headroom for a sum over 2^18 keys).
-SAFE_EXPONENT = {torch.float32: 75.0, torch.float64: 600.0}
+# A sum of exp(scale * s) over all keys needs no shift while its logarithm is sure to stay between these bounds.
+SAFE_EXPONENT = {torch.float32: 87.0, torch.float64: 700.0}
 COLUMNS = 16  # of the rows, at a time, where a float64 copy of all of them would cost memory
 SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
 INF, NAN = float("inf"), float("nan")
@@ -47,8 +48,13 @@ class Tile(NamedTuple):
 
 
 def unsupported(tensor: Tensor) -> list[str]:
-    """Reasons why this backend cannot run on the tensor's device and dtype: none, it runs everywhere."""
-    return []
+    """Reasons why this backend cannot run on the tensor's device and dtype."""
+    return ["device 'mps' has no float64"] if tensor.device.type == "mps" else []
+
+
+def rows_dtype(dtype: torch.dtype, normalize: bool) -> torch.dtype:
+    """Dtype in which features are packed for this backend: it computes half precision in fp32, so it packs fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------- schedule
@@ -234,7 +240,8 @@ def pair_lse(
     at = Pairs.from_intervals(intervals)
     anchors, keys = _accumulation(anchors, keys)
     tiles = _Tiles(anchors, keys, at, rule, scale.to(anchors.dtype))
-    if bias is None and scale_bound is not None and scale_bound <= SAFE_EXPONENT[anchors.dtype]:
+    largest = INF if bias is not None or scale_bound is None else scale_bound + math.log(max(tiles.keys.shape[0], 1))
+    if largest <= SAFE_EXPONENT[anchors.dtype]:
         total = anchors.new_zeros(anchors.shape[0])
         for tile, logits in tiles:
             terms = tiles.exclude(tile, logits.exp_(), 0.0)
@@ -325,7 +332,7 @@ def pair_mean(
     scale = scale.to(anchors.dtype)
     mass = _weight_mass(anchors, keys, log_weight, hardness, at)
     out, slope = torch.zeros_like(mass), torch.zeros_like(mass)
-    if stat is None and hardness == 0 and log_weight is None and keys is None:
+    if _is_linear(anchors, keys, stat, log_weight, hardness):
         # Linear in the positives: their sums suffice, no pair is visited.
         for part in anchors.split(COLUMNS, 1):
             out += (part * _positive_sums(part, at)).sum(1)
@@ -371,7 +378,7 @@ def pair_mean_backward(
     grad = torch.where(mass == -INF, 0.0, grad.to(anchors.dtype))
     d_scale = anchors.new_zeros(())
     differentiated = hardness != 0 and not detach_weights
-    if stat is None and hardness == 0 and log_weight is None and keys is None:
+    if _is_linear(anchors, keys, stat, log_weight, hardness):
         per_pair = (grad * torch.exp(-_finite_mass(mass)))[:, None]
         d_rows = torch.empty_like(anchors)
         for part, d_part in zip(anchors.split(COLUMNS, 1), d_rows.split(COLUMNS, 1)):
@@ -411,6 +418,14 @@ def pair_mean_backward(
         total = tiles.exclude(tile, total.expand_as(similarity).contiguous(), 0.0)
         tiles.scatter(tile, total, d_anchors, d_keys)
     return _gradients(anchors, d_anchors, None if keys is None else d_keys, d_scale)
+
+
+def _is_linear(
+    anchors: Tensor, keys: Tensor | None, stat: Tensor | None, log_weight: Tensor | None, hardness: float
+) -> bool:
+    """Whether class sums suffice. Their prefix sums are refused on a GPU where only deterministic kernels may run."""
+    refused = anchors.device.type != "cpu" and torch.are_deterministic_algorithms_enabled()
+    return stat is None and hardness == 0 and log_weight is None and keys is None and not refused
 
 
 def _weight_mass(anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Pairs) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from hpcloss.checks import check_backend
 
 
 class Loss(nn.Module):
@@ -13,8 +15,13 @@ class Loss(nn.Module):
     def __init__(self, **options: Any):
         super().__init__()
         self._names = tuple(options)
+        check_backend(options.get("backend", "auto"))
         for name, value in options.items():
-            setattr(self, name, value)
+            # A tensor (a learnable temperature is a Parameter) moves and is saved with the module.
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.checks import check_vector_options
-from hpcloss.functional import UNFILLED, ihpc_loss
+from hpcloss.functional import NO_GROUP, UNFILLED, ihpc_loss
 from hpcloss.losses.base import Loss
 
 
@@ -27,7 +27,8 @@ class IHPCLoss(Loss):
         temperature: positive number, or a 0-dim tensor (learnable).
         hardness: 0 weighs all images alike; larger weighs images with dissimilar views more.
         memory_bank: (rows, D) of a queue of past `view2` embeddings that serve as further negatives without gradient;
-            kept in `state_dict`. None: the batch alone.
+            kept in `state_dict`. None: the batch alone. Each process of a distributed run keeps its own: exclude the
+            loss from what is wrapped, or pass broadcast_buffers=False.
         normalize: L2-normalise the rows.
         reduction: "mean", "sum" or "none" ([2N], view1 first; the mean of them is the loss).
         backend: "auto", "blockwise" or "triton".
@@ -72,10 +73,12 @@ class IHPCLoss(Loss):
 
             L_i = log( e^{(1-β) l_i+} + Σ_{n∈N(i)} e^{l_in} ) - (1-β) l_i+,      unweighted mean
 
-        Raises ValueError unless 0 <= beta < 1.
+        Options are the constructor's without hardness, which has no part in it. ValueError unless 0 <= beta < 1.
         """
         check_vector_options(0.5, "mean", beta=beta)
-        loss = cls(hardness=options.pop("hardness", 0.0), **options)
+        if "hardness" in options:
+            raise TypeError(f"the published form has no hardness, got hardness={options['hardness']}")
+        loss = cls(hardness=0.0, **options)
         loss.beta = float(beta)
         return loss
 
@@ -87,9 +90,8 @@ class IHPCLoss(Loss):
         """
         if self.memory_bank is None:
             return ihpc_loss(view1, view2, groups, **self.options)
-        # The loss keeps a reference to what it read, and the enqueue below writes in place.
-        bank, bank_groups = self.bank.clone(), self.bank_groups.clone()
-        loss = ihpc_loss(view1, view2, groups, **self.options, bank=bank, bank_groups=bank_groups)
+        # Packing copies what it reads, so the rows may be replaced before the backward pass.
+        loss = ihpc_loss(view1, view2, groups, **self.options, bank=self.bank, bank_groups=self.bank_groups)
         if self.training:
             self._enqueue(view2, groups)
         return loss
@@ -102,7 +104,11 @@ class IHPCLoss(Loss):
         if self.normalize:
             view = torch.nn.functional.normalize(view, dim=1)
         slots = (self.bank_next + torch.arange(view.shape[0], device=view.device)) % rows
-        newest = torch.full_like(slots, -1) if groups is None else groups.reshape(-1)[-rows:].to(slots)
+        newest = torch.full_like(slots, NO_GROUP) if groups is None else groups.reshape(-1)[-rows:].to(slots)
+        # A step that overflowed in half precision is skipped by the scaler; its rows must not stay as keys.
+        sound = view.isfinite().all(1)
+        newest = torch.where(sound, newest, UNFILLED)
+        view = torch.where(sound[:, None], view, 0.0)
         self.bank.index_copy_(0, slots, view)
         self.bank_groups.index_copy_(0, slots, newest)
         self.bank_next.copy_((self.bank_next + view.shape[0]) % rows)

@@ -90,12 +90,15 @@ class RegionPHPCLoss(Loss):
     def published(cls, beta: float = 0.1, **options: Any) -> RegionPHPCLoss:
         """The form of the authors' code, cleaned: uniform positives, each discounted in its own denominator.
 
+        Options are the constructor's; as in their code the default is the mean of region means, and hardness 0.
+        Raises ValueError unless beta is finite and at least 0.
+
             L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} e^{-β s_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
         Not reproduced: the anchor among its own negatives, class ids as weights, mis-aligned quadrants, the rank-1
         hardness whose square root of a product is NaN (the pair's own similarity stands in its place).
         """
-        loss = cls(hardness=options.pop("hardness", 0.0), **options)
+        loss = cls(**{"hardness": 0.0, "reduction": "region", **options})
         loss.discount = float(beta)
         loss._check()
         return loss

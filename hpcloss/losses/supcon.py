@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hpcloss.checks import IGNORED, check_vector_options
+from hpcloss.checks import VECTORS_IGNORED, check_vector_options
 from hpcloss.functional import infonce_loss, ntxent_loss, supcon_loss
 from hpcloss.losses.base import Loss
 
@@ -36,7 +37,7 @@ class SupConLoss(Loss):
         temperature: float | Tensor = 0.1,
         *,
         form: str = "out",
-        ignore_index: int | Sequence[int] = IGNORED,
+        ignore_index: int | Sequence[int] = VECTORS_IGNORED,
         normalize: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
@@ -50,7 +51,11 @@ class SupConLoss(Loss):
     def forward(
         self, embeddings: Tensor, labels: Tensor, keys: Tensor | None = None, key_labels: Tensor | None = None
     ) -> Tensor:
-        """embeddings [N, D], labels [N]; optionally keys [M, D], key_labels [M] in place of the embeddings."""
+        """embeddings [N, D], labels [N]; optionally keys [M, D], key_labels [M] in place of the embeddings.
+
+        Keys are other vectors (a queue, another encoder's): no key counts as an anchor itself, so do not repeat the
+        embeddings among them.
+        """
         return supcon_loss(embeddings, labels, keys, key_labels, **self.options)
 
 
@@ -91,7 +96,8 @@ class InfoNCELoss(Loss):
 
     Args:
         temperature: positive number, or a 0-dim tensor.
-        learnable: make log(1 / temperature) a parameter of the module, as CLIP does.
+        learnable: make log(1 / temperature) a parameter of the module, `log_scale`, that starts at `temperature`
+            (CLIP's parametrisation, without its clamp).
         normalize, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
     """
 
@@ -105,20 +111,20 @@ class InfoNCELoss(Loss):
         backend: str = "auto",
     ):
         check_vector_options(temperature, reduction)
-        super().__init__(normalize=normalize, reduction=reduction, backend=backend)
+        fixed = {} if learnable else {"temperature": temperature}
+        super().__init__(**fixed, normalize=normalize, reduction=reduction, backend=backend)
         self.learnable = learnable
         if learnable:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature))))
-        else:
-            self._temperature = temperature
 
     @property
-    def temperature(self) -> float | Tensor:
-        return torch.exp(-self.log_scale) if self.learnable else self._temperature
+    def options(self) -> dict[str, Any]:
+        options = super().options
+        return {**options, "temperature": torch.exp(-self.log_scale)} if self.learnable else options
 
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
         """query, positive [N, D]; negatives [M, D], shared by all queries."""
-        return infonce_loss(query, positive, negatives, self.temperature, **self.options)
+        return infonce_loss(query, positive, negatives, **self.options)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature!r}, learnable={self.learnable}, {super().extra_repr()}"
+        return f"{super().extra_repr()}, learnable={self.learnable}"
