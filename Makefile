@@ -6,15 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Two workers, one thread each: losses are tested one call at a time, and two cores are what a small machine has.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all bench check format clean
+.PHONY: demo test bench check format clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.three_stage --data builtin --out demo --resume
 
 test: $(VENV)/examples $(VENV)/dev
-	$(PYTEST) tests -n 2 -m "not slow"
-
-test-all: $(VENV)/examples $(VENV)/dev
 	$(PYTEST) tests -n 2
 
 bench: $(VENV)/dev

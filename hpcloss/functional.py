@@ -210,7 +210,8 @@ class _Recipe:
         own = self.denominator == "own"
         mean, _ = pair_mean(
             self.rows, pairs, "own" if own else "logit", self.scale, keys=keys, stat=lse if own else None,
-            hardness=self.hardness, discount=self.discount, detach_weights=self.detach_weights, backend=self.backend,
+            hardness=self.hardness, discount=self.discount, detach_weights=self.detach_weights,
+            scale_bound=self.scale_bound, backend=self.backend,
         )  # fmt: skip
         return torch.where(counted, mean if own else lse - mean, 0.0), counted
 

@@ -83,7 +83,12 @@ def _gather(features: Tensor, order: Tensor) -> Tensor:
     batch, pixels, channels = by_pixel.shape
     if order.numel() * FEW < batch * pixels:
         return by_pixel[order // pixels, order % pixels]
-    # Most pixels: one pass that brings channels together is cheaper than strided reads.
+    # Most pixels: one pass that brings channels together is cheaper than strided reads, and image by image cheapest.
+    if not by_pixel.is_contiguous() and features.device.type == "cpu":
+        together = features.new_empty(batch, pixels, channels)
+        for image, target in zip(by_pixel, together):
+            target.copy_(image)
+        by_pixel = together
     return by_pixel.reshape(batch * pixels, channels).index_select(0, order)
 
 
@@ -97,12 +102,18 @@ def _pack_impl(
     accumulate = _norm_dtype(features.dtype)
     alive = torch.arange(order.numel(), device=order.device) < live
     rows = _gather(features, order)
+    rows = rows.to(accumulate)
     # Filled, not multiplied by zero: an ignored pixel may hold inf or NaN.
-    rows = rows.to(accumulate).masked_fill_(~alive[:, None], 0.0)
+    if rows.device.type == "cpu":
+        rows[int(live) :].zero_()
+    else:
+        rows.masked_fill_(~alive[:, None], 0.0)
     if not normalize:
         return rows.to(dtype), alive.to(accumulate)
-    # In float64 the squares of a row of 1e30 neither overflow nor vanish.
-    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(rows, dim=1)
+    if rows.device.type != "cpu" or not bool((norm < 1e15).all()):
+        # The squares of a row of 1e30 overflow fp32.
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     inverse_norm = torch.where(norm <= NORM_EPS, 0.0, 1 / norm).to(accumulate)
     return rows.mul_(inverse_norm[:, None]).to(dtype), inverse_norm
 

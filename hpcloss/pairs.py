@@ -37,7 +37,8 @@ def pair_lse(
     rule: "positives", "negatives", "others" (both; never the anchor itself) or "every" (all keys of the region).
     An empty set, and a row that is no anchor, gives -inf and no gradient. Results over parts of the keys merge by
     logaddexp. scale: 0-dim tensor, differentiable. bias [M]: log-multiplicity of each key, not differentiable.
-    scale_bound: a number that |scale s_ij| cannot exceed, if one is known; it only chooses a faster, equal sum.
+    scale_bound: 1 / temperature as a number, only where rows are normalised (then |scale s_ij| cannot exceed it); it
+    only chooses a faster, equal sum.
     """
     grad_keys = None if keys is None else keys.companion
     key_data = None if keys is None else keys.data
@@ -67,6 +68,7 @@ def pair_mean(
     log_weight: Tensor | None = None,
     discount: float = 0.0,
     detach_weights: bool = True,
+    scale_bound: float | None = None,
     backend: str = "blockwise",
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_{j in positives(i)} w_ij t_ij, w = softmax over the positives of (-hardness s_ij + log_weight_j).
@@ -75,14 +77,14 @@ def pair_mean(
     of a positive against its own denominator e^{(scale - discount) s} + e^{stat_i}.
     Returns (out, mass), [N] each; mass is the log-sum-exp of the weights, not differentiable: results over parts of the
     keys merge by their masses. An empty set gives out 0 and mass -inf. Differentiable in rows, scale and stat; through
-    the weights only with `detach_weights=False`.
+    the weights only with `detach_weights=False`. scale_bound: as in `pair_lse`.
     """
     if (term == "own") != (stat is not None):
         raise ValueError(f"term {term!r} {'needs' if stat is None else 'takes no'} stat")
     grad_keys = None if keys is None else keys.companion
     key_data = None if keys is None else keys.data
     return _PairMean.apply(
-        anchors.data, anchors.companion, key_data, grad_keys, stat, log_weight, scale,
+        anchors.data, anchors.companion, key_data, grad_keys, stat, log_weight, scale, scale_bound,
         float(hardness), float(discount), detach_weights, backend, *pairs.intervals(),
     )  # fmt: skip
 
@@ -104,7 +106,7 @@ class _PairLse(torch.autograd.Function):
     ) -> Tensor:
         lse = torch.ops.hpcloss.pair_lse(anchors, keys, bias, scale, scale_bound, list(intervals), rule, backend)
         ctx.save_for_backward(lse, anchors, keys, bias, scale, *intervals)
-        ctx.rule, ctx.backend = rule, backend
+        ctx.rule, ctx.scale_bound, ctx.backend = rule, scale_bound, backend
         return lse
 
     @staticmethod
@@ -119,6 +121,7 @@ class _PairLse(torch.autograd.Function):
             keys,
             bias,
             scale,
+            ctx.scale_bound,
             intervals,
             ctx.rule,
             needs_anchors,
@@ -148,6 +151,7 @@ class _PairMean(torch.autograd.Function):
         stat: Tensor | None,
         log_weight: Tensor | None,
         scale: Tensor,
+        scale_bound: float | None,
         hardness: float,
         discount: float,
         detach_weights: bool,
@@ -155,10 +159,10 @@ class _PairMean(torch.autograd.Function):
         *intervals: Tensor,
     ) -> tuple[Tensor, Tensor]:
         out, mass, slope = torch.ops.hpcloss.pair_mean(
-            anchors, keys, stat, log_weight, scale, hardness, discount, list(intervals), backend
+            anchors, keys, stat, log_weight, scale, scale_bound, hardness, discount, list(intervals), backend
         )
         ctx.save_for_backward(out, mass, slope, anchors, keys, stat, log_weight, scale, *intervals)
-        ctx.options = hardness, discount, detach_weights
+        ctx.options = scale_bound, hardness, discount, detach_weights
         ctx.backend = backend
         ctx.mark_non_differentiable(mass)
         return out, mass
@@ -182,7 +186,7 @@ class _PairMean(torch.autograd.Function):
             grad * slope if needs_stat else None,
             None,
             d_scale.to(scale.dtype) if d_scale is not None and needs_scale else None,
-            *(None,) * (4 + len(intervals)),
+            *(None,) * (5 + len(intervals)),
         )
 
 
@@ -228,6 +232,7 @@ def _pair_lse_backward_fake(
     keys: Tensor | None,
     bias: Tensor | None,
     scale: Tensor,
+    scale_bound: float | None,
     intervals: list[Tensor],
     rule: str,
     needs_anchors: bool,
@@ -269,23 +274,24 @@ register(
 )
 register(
     "pair_lse_backward",
-    "(Tensor grad, Tensor lse, Tensor anchors, Tensor? keys, Tensor? bias, Tensor scale, Tensor[] intervals, str rule,"
+    "(Tensor grad, Tensor lse, Tensor anchors, Tensor? keys, Tensor? bias, Tensor scale, float? scale_bound,"
+    " Tensor[] intervals, str rule,"
     " bool needs_anchors, bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
     _pair_lse_backward,
     _pair_lse_backward_fake,
 )
 register(
     "pair_mean",
-    "(Tensor anchors, Tensor? keys, Tensor? stat, Tensor? log_weight, Tensor scale, float hardness, float discount,"
-    " Tensor[] intervals, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor anchors, Tensor? keys, Tensor? stat, Tensor? log_weight, Tensor scale, float? scale_bound,"
+    " float hardness, float discount, Tensor[] intervals, str backend) -> (Tensor, Tensor, Tensor)",
     _pair_mean,
     _pair_mean_fake,
 )
 register(
     "pair_mean_backward",
     "(Tensor grad, Tensor out, Tensor mass, Tensor anchors, Tensor? keys, Tensor? stat, Tensor? log_weight,"
-    " Tensor scale, float hardness, float discount, bool detach_weights, Tensor[] intervals, bool needs_anchors,"
-    " bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
+    " Tensor scale, float? scale_bound, float hardness, float discount, bool detach_weights, Tensor[] intervals,"
+    " bool needs_anchors, bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
     _pair_mean_backward,
     _pair_mean_backward_fake,
 )

@@ -213,18 +213,21 @@ def test_pair_mean(plan, term, detach, schedule):
         (0.0, some_bias(mask.shape[1]), 0.0),
         (0.8, some_bias(mask.shape[1]), discounts[-1]),
     ):
-        scale = torch.tensor(2.5).double().requires_grad_()
-        leaf = None if stat is None else stat.clone().requires_grad_()
         options = {"hardness": hardness, "log_weight": log_weight, "discount": discount, "detach_weights": detach}
-        actual, mass = pair_mean(as_rows(anchors), plan.pairs, term, scale, keys=as_rows(keys), stat=leaf, **options)
-        oracle_keys = anchors if keys is None else keys
         there = mask if log_weight is None else mask & (log_weight > -math.inf)
-        expected, expected_mass = reference.pair_mean(
-            anchors, oracle_keys, there, scale, stat=leaf, term=term, **options
-        )
-        assert not mass.requires_grad
-        assert_exact(mass, expected_mass, floor=NOISE)
-        compare(actual, expected, [x for x in (anchors, keys, scale, leaf) if x is not None])
+        for bound in (None, 60.0):  # the second is the path of a fixed temperature and unit rows
+            scale = torch.tensor(2.5).double().requires_grad_(bound is None)
+            leaf = None if stat is None else stat.clone().requires_grad_()
+            actual, mass = pair_mean(
+                as_rows(anchors), plan.pairs, term, scale, keys=as_rows(keys), stat=leaf, scale_bound=bound, **options
+            )
+            oracle_keys = anchors if keys is None else keys
+            expected, expected_mass = reference.pair_mean(
+                anchors, oracle_keys, there, scale, stat=leaf, term=term, **options
+            )
+            assert not mass.requires_grad
+            assert_exact(mass, expected_mass, floor=NOISE)
+            compare(actual, expected, [x for x in (anchors, keys, scale, leaf) if x is not None and x.requires_grad])
 
 
 @pytest.mark.parametrize("term", ["logit", "own"])
@@ -370,16 +373,17 @@ def backend_calls(n, dim):
             for bound in (None, 50.0):
                 yield lambda keys=keys, at=at, rule=rule, bound=bound: (
                     lse := blockwise.pair_lse(x, keys, None, scale, bound, at, rule),
-                    *blockwise.pair_lse_backward(grad, lse, x, keys, None, scale, at, rule, True, True, True),
+                    *blockwise.pair_lse_backward(grad, lse, x, keys, None, scale, bound, at, rule, True, True, True),
                 )
         for stat in (None, grad):
-            for hardness in (0.0, 1.0):
-                yield lambda keys=keys, at=at, stat=stat, hardness=hardness: (
-                    *(forward := blockwise.pair_mean(x, keys, stat, None, scale, hardness, 0.0, at)),
+            for hardness, bound in ((0.0, None), (1.0, None), (0.0, 20.0), (1.0, 20.0)):
+                yield lambda keys=keys, at=at, stat=stat, hardness=hardness, bound=bound: (
+                    *(forward := blockwise.pair_mean(x, keys, stat, None, scale, bound, hardness, 0.0, at)),
                     *blockwise.pair_mean_backward(
-                        grad, *forward[:2], x, keys, stat, None, scale, hardness, 0.0, False, at, True, True, True
+                        grad, *forward[:2], x, keys, stat, None, scale, bound, hardness, 0.0, bound is not None, at,
+                        True, True, bound is None,
                     ),
-                )
+                )  # fmt: skip
 
 
 class LargestTensor(TorchDispatchMode):
@@ -447,9 +451,11 @@ def test_nothing_is_written_to_the_inputs():
     before = [tensor.clone() for tensor in arguments]
     x, scale, grad = arguments[:3]
     lse = blockwise.pair_lse(x, None, None, scale, None, at, "others")
-    blockwise.pair_lse_backward(grad, lse, x, None, None, scale, at, "others", True, True, True)
-    out, mass, _ = blockwise.pair_mean(x, None, grad, None, scale, 1.0, 0.1, at)
-    blockwise.pair_mean_backward(grad, out, mass, x, None, grad, None, scale, 1.0, 0.1, False, at, True, True, True)
+    blockwise.pair_lse_backward(grad, lse, x, None, None, scale, None, at, "others", True, True, True)
+    out, mass, _ = blockwise.pair_mean(x, None, grad, None, scale, None, 1.0, 0.1, at)
+    blockwise.pair_mean_backward(
+        grad, out, mass, x, None, grad, None, scale, None, 1.0, 0.1, False, at, True, True, True
+    )
     assert all(torch.equal(tensor, old) for tensor, old in zip(arguments, before, strict=True))
 
 
@@ -458,7 +464,7 @@ def test_unneeded_gradients_are_not_returned():
     anchors, keys = (x.detach() for x in inputs(plan))
     at, scale, grad = list(plan.pairs.intervals()), torch.tensor(2.0).double(), rows(30, seed=3)
     lse = blockwise.pair_lse(anchors, keys, None, scale, None, at, "every")
-    arguments = (grad, lse, anchors, keys, None, scale, at, "every")
+    arguments = (grad, lse, anchors, keys, None, scale, None, at, "every")
     both = blockwise.pair_lse_backward(*arguments, True, True, True)
     for needs_anchors, needs_keys in ((True, False), (False, True), (False, False)):
         some = blockwise.pair_lse_backward(*arguments, needs_anchors, needs_keys, False)

@@ -157,6 +157,7 @@ def test_opcheck_pair_ops(cross, dtype):
                 keys,
                 some_bias,
                 scale,
+                bound,
                 at,
                 rule,
                 *needs,
@@ -164,7 +165,7 @@ def test_opcheck_pair_ops(cross, dtype):
                 trace=all(needs),
             )
     for some_stat, weight, hardness in ((None, None, 0.0), (None, bias, 1.0), (stat, None, 0.0), (stat, bias, 1.0)):
-        options = (some_stat, weight, scale, hardness, 0.0)
+        options = (some_stat, weight, scale, 2.0 if weight is None else None, hardness, 0.0)
         check(OPS.pair_mean, x, keys, *options, at, "blockwise", trace=hardness > 0)
         out, mass, _ = OPS.pair_mean(x, keys, *options, at, "blockwise")
         for needs in itertools.product((False, True), repeat=3):

@@ -25,6 +25,7 @@ LONG_RUN = 128  # anchors of one class from which a block of their own is cheape
 STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
 # A sum of exp(scale * s) over all keys needs no shift while its logarithm is sure to stay between these bounds.
 SAFE_EXPONENT = {torch.float32: 87.0, torch.float64: 700.0}
+LOG2E = math.log2(math.e)  # exp2 takes a third of the time of exp
 COLUMNS = 16  # of the rows, at a time, where a float64 copy of all of them would cost memory
 SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
 INF, NAN = float("inf"), float("nan")
@@ -82,10 +83,7 @@ def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[
 
 
 def _sliced_schedule(at: Pairs, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
-    runs: list[int] = []  # rows at which the positive interval changes; the other rules do not care
-    if rule in ("positives", "negatives") and at.pos_start.numel():
-        changes = (at.pos_start[1:] != at.pos_start[:-1]) | (at.pos_end[1:] != at.pos_end[:-1])
-        runs = (changes.nonzero().view(-1) + 1).tolist()
+    runs = _run_edges(at) if rule in ("positives", "negatives") else []  # the other rules do not care
     has_self = rule != "every" and not symmetric and bool((at.self_pos >= 0).any())
     for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at.intervals()[3:]), strict=True):
         for i0, i1, pure in _row_blocks(a0, a1, runs):
@@ -107,6 +105,12 @@ def _sliced_schedule(at: Pairs, rule: str, symmetric: bool) -> Iterator[list[Til
                 tiles = [tile._replace(masked=tile.masked or (tile.j0 <= last and tile.j1 > first)) for tile in tiles]
             if tiles:
                 yield tiles
+
+
+def _run_edges(at: Pairs) -> list[int]:
+    """Rows at which the positive interval changes."""
+    changes = (at.pos_start[1:] != at.pos_start[:-1]) | (at.pos_end[1:] != at.pos_end[:-1])
+    return (changes.nonzero().view(-1) + 1).tolist()
 
 
 def _row_blocks(start: int, end: int, runs: list[int]) -> Iterator[tuple[int, int, bool]]:
@@ -178,18 +182,23 @@ class _Tiles:
         self.keys = anchors if keys is None else keys
         self.at, self.rule, self.anchor_scale = at, rule, anchor_scale
         self.blocks = _schedule(at, self.keys.shape[0], rule, self.symmetric)
-        self.buffer = anchors.new_empty(0)
+        self.buffers: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[Tile, Tensor]]:
         """Each tile with its similarities times `anchor_scale`; the next tile overwrites them."""
         for block in self.blocks:
             rows = self.anchors[block[0].i0 : block[0].i1] * self.anchor_scale
             for tile in block:
-                shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)
-                if self.buffer.numel() < shape[0] * shape[1]:
-                    self.buffer = rows.new_empty(max(shape[0] * shape[1], 1))
-                out = self.buffer[: shape[0] * shape[1]].view(shape)
-                yield tile, torch.mm(rows, self.keys[tile.j0 : tile.j1].T, out=out)
+                keys = self.keys[tile.j0 : tile.j1]
+                yield tile, torch.mm(rows, keys.T, out=self.buffer("similarity", tile))
+
+    def buffer(self, name: str, tile: Tile) -> Tensor:
+        """Memory of the tile's shape; the next tile that asks for the same name overwrites it."""
+        shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)
+        held = self.buffers.get(name)
+        if held is None or held.numel() < shape[0] * shape[1]:
+            held = self.buffers[name] = self.anchors.new_empty(shape[0] * shape[1])
+        return held[: shape[0] * shape[1]].view(shape)
 
     def exclude(self, tile: Tile, values: Tensor, fill: float) -> Tensor:
         """Overwrite the pairs of the tile that the rule does not count."""
@@ -211,6 +220,16 @@ def _accumulation(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor 
     """Rows in the dtype of the arithmetic: fp32, or float64 for float64 rows."""
     dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
     return anchors.to(dtype), None if keys is None else keys.to(dtype)
+
+
+def _is_safe(
+    anchors: Tensor, keys: Tensor | None, scale_bound: float | None, *, twice: bool = False, margin: float = 0.0
+) -> bool:
+    """Whether exp(scale s) may be summed over all keys without a shift; `twice`: multiplied by such a sum as well."""
+    if scale_bound is None:
+        return False
+    count = max((anchors if keys is None else keys).shape[0], 1)
+    return (2 if twice else 1) * scale_bound + margin + math.log(count) <= SAFE_EXPONENT[anchors.dtype]
 
 
 def _gradients(
@@ -239,18 +258,19 @@ def pair_lse(
     """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
     at = Pairs.from_intervals(intervals)
     anchors, keys = _accumulation(anchors, keys)
-    tiles = _Tiles(anchors, keys, at, rule, scale.to(anchors.dtype))
-    largest = INF if bias is not None or scale_bound is None else scale_bound + math.log(max(tiles.keys.shape[0], 1))
-    if largest <= SAFE_EXPONENT[anchors.dtype]:
+    scale = scale.to(anchors.dtype)
+    if bias is None and _is_safe(anchors, keys, scale_bound):
         total = anchors.new_zeros(anchors.shape[0])
+        tiles = _Tiles(anchors, keys, at, rule, scale * LOG2E)
         for tile, logits in tiles:
-            terms = tiles.exclude(tile, logits.exp_(), 0.0)
+            terms = tiles.exclude(tile, logits.exp2_(), 0.0)
             total[tile.i0 : tile.i1] += terms.sum(1)
             if tile.mirrored:
                 total[tile.j0 : tile.j1] += terms.sum(0)
         lse = total.log_()
     else:
         lse = anchors.new_full(anchors.shape[:1], -INF)
+        tiles = _Tiles(anchors, keys, at, rule, scale)
         for tile, logits in tiles:
             tiles.exclude(tile, logits, -INF)
             rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
@@ -269,6 +289,7 @@ def pair_lse_backward(
     keys: Tensor | None,
     bias: Tensor | None,
     scale: Tensor,
+    scale_bound: float | None,
     intervals: list[Tensor],
     rule: str,
     needs_anchors: bool,
@@ -279,25 +300,37 @@ def pair_lse_backward(
     at = Pairs.from_intervals(intervals)
     anchors, keys = _accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
-    tiles = _Tiles(anchors, keys, at, rule, scale)
     d_anchors = torch.zeros_like(anchors) if needs_anchors or needs_scale else None
     d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
     empty = lse == -INF
     grad = torch.where(empty, 0.0, grad.to(anchors.dtype))
-    lse = torch.where(empty, INF, lse)  # exp(. - inf) = 0
-    for tile, logits in tiles:
-        tiles.exclude(tile, logits, -INF)
-        rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
-        toward = logits - lse[rows, None]
-        if bias is not None:
-            toward += bias[columns]
-        slope = toward.exp_().mul_(grad[rows, None])
-        if tile.mirrored or tile.diagonal:
-            back = logits.sub_(lse[columns])
+    if bias is None and _is_safe(anchors, keys, scale_bound, twice=True):
+        # One exponential serves both directions: exp(l - lse_i) = exp(l) exp(-lse_i).
+        factor = grad * torch.exp(-torch.where(empty, 0.0, lse))
+        tiles = _Tiles(anchors, keys, at, rule, scale * LOG2E)
+        for tile, logits in tiles:
+            rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+            factors = factor[rows, None]
+            if tile.mirrored or tile.diagonal:
+                factors = torch.add(factors, factor[columns], out=tiles.buffer("factors", tile))
+            slope = tiles.exclude(tile, logits.exp2_().mul_(factors), 0.0)
+            tiles.scatter(tile, slope, d_anchors, d_keys)
+    else:
+        lse = torch.where(empty, INF, lse)  # exp(. - inf) = 0
+        tiles = _Tiles(anchors, keys, at, rule, scale)
+        for tile, logits in tiles:
+            tiles.exclude(tile, logits, -INF)
+            rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+            toward = logits - lse[rows, None]
             if bias is not None:
-                back += bias[rows, None]
-            slope.addcmul_(back.exp_(), grad[columns])
-        tiles.scatter(tile, slope, d_anchors, d_keys)
+                toward += bias[columns]
+            slope = toward.exp_().mul_(grad[rows, None])
+            if tile.mirrored or tile.diagonal:
+                back = logits.sub_(lse[columns])
+                if bias is not None:
+                    back += bias[rows, None]
+                slope.addcmul_(back.exp_(), grad[columns])
+            tiles.scatter(tile, slope, d_anchors, d_keys)
     d_scale = anchors.new_zeros(())
     if d_anchors is not None:
         if needs_scale:
@@ -318,6 +351,7 @@ def pair_mean(
     stat: Tensor | None,
     log_weight: Tensor | None,
     scale: Tensor,
+    scale_bound: float | None,
     hardness: float,
     discount: float,
     intervals: list[Tensor],
@@ -330,13 +364,14 @@ def pair_mean(
     at = Pairs.from_intervals(intervals)
     anchors, keys = _accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
+    if stat is not None and log_weight is None:
+        margin = 2 * abs(discount) + abs(hardness)
+        if _is_safe(anchors, keys, scale_bound, twice=True, margin=margin):
+            return _own_mean(anchors, keys, stat, scale, hardness, discount, at)
     mass = _weight_mass(anchors, keys, log_weight, hardness, at)
     out, slope = torch.zeros_like(mass), torch.zeros_like(mass)
     if _is_linear(anchors, keys, stat, log_weight, hardness):
-        # Linear in the positives: their sums suffice, no pair is visited.
-        for part in anchors.split(COLUMNS, 1):
-            out += (part * _positive_sums(part, at)).sum(1)
-        return out.mul_(torch.exp(-_finite_mass(mass))).mul_(scale), mass, slope
+        return scale * _linear_mean(anchors, mass, at), mass, slope
     weights = _Weights(mass, log_weight, hardness)
     tiles = _Tiles(anchors, keys, at, "positives")
     for tile, similarity in tiles:
@@ -363,6 +398,7 @@ def pair_mean_backward(
     stat: Tensor | None,
     log_weight: Tensor | None,
     scale: Tensor,
+    scale_bound: float | None,
     hardness: float,
     discount: float,
     detach_weights: bool,
@@ -379,16 +415,16 @@ def pair_mean_backward(
     d_scale = anchors.new_zeros(())
     differentiated = hardness != 0 and not detach_weights
     if _is_linear(anchors, keys, stat, log_weight, hardness):
-        per_pair = (grad * torch.exp(-_finite_mass(mass)))[:, None]
-        d_rows = torch.empty_like(anchors)
-        for part, d_part in zip(anchors.split(COLUMNS, 1), d_rows.split(COLUMNS, 1)):
-            d_part.copy_(_positive_sums(part, at).mul_(per_pair))
-            d_scale += (part * d_part).sum()
-            # Pair (i, j) counts once for anchor i and, j being an anchor of the same class, once for anchor j.
-            d_part += _positive_sums(part * per_pair, at)
-        return _gradients(anchors, d_rows.mul_(scale) if needs_anchors else None, None, d_scale)
+        d_rows = _linear_mean_backward(grad, anchors, mass, at).mul_(scale) if needs_anchors else None
+        return _gradients(anchors, d_rows, None, (grad * out).sum() / scale if needs_scale else d_scale)
     d_anchors = torch.zeros_like(anchors) if needs_anchors else None
     d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
+    if stat is not None and log_weight is None and not differentiated and not needs_scale:
+        margin = 2 * abs(discount) + abs(hardness)
+        if _is_safe(anchors, keys, scale_bound, twice=True, margin=margin):
+            factor = grad * torch.exp(-_finite_mass(mass))
+            _own_mean_backward(factor, anchors, keys, stat, scale, hardness, discount, at, d_anchors, d_keys)
+            return _gradients(anchors, d_anchors, None if keys is None else d_keys, d_scale)
     weights = _Weights(mass, log_weight, hardness)
     tiles = _Tiles(anchors, keys, at, "positives")
     for tile, similarity in tiles:
@@ -418,6 +454,76 @@ def pair_mean_backward(
         total = tiles.exclude(tile, total.expand_as(similarity).contiguous(), 0.0)
         tiles.scatter(tile, total, d_anchors, d_keys)
     return _gradients(anchors, d_anchors, None if keys is None else d_keys, d_scale)
+
+
+def _own_mean(
+    anchors: Tensor, keys: Tensor | None, stat: Tensor, scale: Tensor, hardness: float, discount: float, at: Pairs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The "own" term where nothing can overflow: one pass, and both directions of a tile share the exponentials.
+
+    With y_ij = exp(stat_i) exp(-(scale - discount) s_ij): t_ij = log(1 + y_ij) - discount s_ij, dt/dstat = y / (1 + y).
+    """
+    out, slope, mass = (anchors.new_zeros(anchors.shape[0]) for _ in range(3))
+    push = torch.exp(stat.to(anchors.dtype))
+    tiles = _Tiles(anchors, keys, at, "positives")
+    for tile, similarity in tiles:
+        decay = torch.mul(similarity, (discount - scale) * LOG2E, out=tiles.buffer("decay", tile)).exp2_()
+        weight = None
+        if hardness:
+            weight = torch.mul(similarity, -hardness * LOG2E, out=tiles.buffer("weight", tile)).exp2_()
+            tiles.exclude(tile, weight, 0.0)
+        for side in _sides(tile, both=tile.mirrored):
+            ratio = torch.mul(decay, side.along(push), out=tiles.buffer("ratio", tile))
+            terms = torch.log1p(ratio, out=tiles.buffer("terms", tile))
+            if discount:
+                terms.sub_(similarity, alpha=discount)
+            share = ratio.div_(torch.add(ratio, 1.0, out=tiles.buffer("denominator", tile)))
+            for values, total in ((terms, out), (share, slope)):
+                values = tiles.exclude(tile, values, 0.0) if weight is None else values.mul_(weight)
+                total[side.own] += values.sum(side.dim)
+            if weight is not None:
+                mass[side.own] += weight.sum(side.dim)
+    mass = mass.log_() if hardness else _weight_mass(anchors, keys, None, 0.0, at)
+    mass.masked_fill_(~at.is_anchor(), -INF)
+    share_of_one = torch.exp(-_finite_mass(mass))
+    return out.mul_(share_of_one), mass, slope.mul_(share_of_one)
+
+
+def _own_mean_backward(
+    factor: Tensor,
+    anchors: Tensor,
+    keys: Tensor | None,
+    stat: Tensor,
+    scale: Tensor,
+    hardness: float,
+    discount: float,
+    at: Pairs,
+    d_anchors: Tensor | None,
+    d_keys: Tensor | None,
+) -> None:
+    """dS_ij = -factor_i weight_ij ((scale - discount) y_ij / (1 + y_ij) + discount), added to d_anchors and d_keys.
+
+    factor_i: incoming gradient over the sum of the unnormalised weights.
+    """
+    push = torch.exp(stat.to(anchors.dtype))
+    pull = factor * push * (discount - scale)
+    one = anchors.new_ones(())
+    tiles = _Tiles(anchors, keys, at, "positives")
+    for tile, similarity in tiles:
+        decay = torch.mul(similarity, (discount - scale) * LOG2E, out=tiles.buffer("decay", tile)).exp2_()
+        slopes = []
+        for side in _sides(tile, both=tile.mirrored or tile.diagonal):
+            # pull y / (push (1 + y)), with y / push = decay multiplied in once for both directions
+            slope = torch.addcmul(one, decay, side.along(push), out=tiles.buffer(f"slope{side.dim}", tile))
+            slopes.append(torch.div(side.along(pull), slope, out=slope))
+        total = slopes[0].add_(slopes[1]) if len(slopes) == 2 else slopes[0]
+        total.mul_(decay)
+        if discount:
+            for side in _sides(tile, both=tile.mirrored or tile.diagonal):
+                total.sub_(side.along(factor), alpha=discount)
+        if hardness:
+            total.mul_(similarity.mul_(-hardness * LOG2E).exp2_())
+        tiles.scatter(tile, tiles.exclude(tile, total, 0.0), d_anchors, d_keys)
 
 
 def _is_linear(
@@ -474,6 +580,52 @@ class _Weights:
 def _finite_mass(mass: Tensor) -> Tensor:
     """With -inf replaced by inf, so that exp(. - mass) is 0 for an empty set."""
     return torch.where(mass == -INF, INF, mass)
+
+
+def _linear_mean(rows: Tensor, mass: Tensor, at: Pairs) -> Tensor:
+    """Mean of <row, positive> over the positives of each row in self-contrast: their sum suffices, no pair is met."""
+    out = rows.new_zeros(rows.shape[0])
+    runs = _long_runs(at)
+    if runs is None:
+        for part in rows.split(COLUMNS, 1):
+            out += (part * _positive_sums(part, at)).sum(1)
+    else:
+        for i0, i1, p0, p1 in runs:
+            torch.mv(rows[i0:i1], rows[p0:p1].sum(0), out=out[i0:i1])
+        out -= _squares(rows) * at.self_is_positive()
+    return out.mul_(torch.exp(-_finite_mass(mass)))
+
+
+def _linear_mean_backward(grad: Tensor, rows: Tensor, mass: Tensor, at: Pairs) -> Tensor:
+    """Gradient of `_linear_mean`; a pair counts once for anchor i and, if j is an anchor too, once for anchor j."""
+    per_pair = grad * torch.exp(-_finite_mass(mass))
+    runs = _long_runs(at)
+    if runs is None:
+        d_rows = torch.empty_like(rows)
+        for part, d_part in zip(rows.split(COLUMNS, 1), d_rows.split(COLUMNS, 1)):
+            d_part.copy_(_positive_sums(part, at).mul_(per_pair[:, None]))
+            d_part += _positive_sums(part * per_pair[:, None], at)
+        return d_rows
+    d_rows = rows * (-2 * per_pair * at.self_is_positive())[:, None]
+    for i0, i1, p0, p1 in runs:
+        d_rows[i0:i1].addr_(per_pair[i0:i1], rows[p0:p1].sum(0))
+        d_rows[p0:p1] += torch.mv(rows[i0:i1].T, per_pair[i0:i1])
+    return d_rows
+
+
+def _long_runs(at: Pairs) -> list[tuple[int, int, int, int]] | None:
+    """(first row, end, first positive, end) of each run of rows with equal positives, if there are few; CPU only."""
+    if at.pos_start.device.type != "cpu":
+        return None
+    edges = [0, *_run_edges(at), at.pos_start.numel()]
+    if len(edges) > 16 and (len(edges) - 1) * 64 > at.pos_start.numel():
+        return None
+    return [(i0, i1, int(at.pos_start[i0]), int(at.pos_end[i0])) for i0, i1 in zip(edges[:-1], edges[1:]) if i1 > i0]
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """|row|^2 [N], a few rows at a time."""
+    return torch.cat([(part * part).sum(1) for part in rows.split(1 << 12)]) if rows.shape[0] else rows.new_zeros(0)
 
 
 def _positive_sums(rows: Tensor, at: Pairs) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,14 +116,13 @@ class InfoNCELoss(Loss):
         if learnable:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature))))
 
-    @property
-    def options(self) -> dict[str, Any]:
-        options = super().options
-        return {**options, "temperature": torch.exp(-self.log_scale)} if self.learnable else options
-
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
         """query, positive [N, D]; negatives [M, D], shared by all queries."""
-        return infonce_loss(query, positive, negatives, **self.options)
+        options = self.options
+        if self.learnable:
+            options["temperature"] = torch.exp(-self.log_scale)
+        return infonce_loss(query, positive, negatives, **options)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, learnable={self.learnable}"
+        start = f"temperature={torch.exp(-self.log_scale).item():.4g}, " if self.learnable else ""
+        return f"{start}{super().extra_repr()}, learnable={self.learnable}"
