@@ -101,6 +101,11 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def integers(name: str, value: Any) -> tuple[int, ...]:
     """One integer, or several, as a tuple."""
+    # Plain integers first: older torch cannot trace the rest.
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, (tuple, list)) and all([isinstance(one, int) for one in value]):
+        return tuple(value)
     try:
         return (operator.index(value),)
     except TypeError:
