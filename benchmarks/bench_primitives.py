@@ -67,7 +67,7 @@ def _time(benchmark, report, matmuls, run, rule: str, direction: str, rows: Rows
         with torch.no_grad():
             seconds, ratio = against(benchmark, partial(run, rows, pairs), matmuls, work)
     else:
-        step = partial(torch.autograd.grad, out, rows.grad, grad, retain_graph=True)
+        step = partial(torch.autograd.grad, out, rows.companion, grad, retain_graph=True)
         seconds, ratio = against(benchmark, step, matmuls, work)
     report(seconds, work_ratio=ratio)
 
@@ -101,7 +101,7 @@ def bench_pair_mean_own(benchmark, report, matmuls, hardness, direction):
         return torch.linspace(2.0, 12.0, pairs.order.numel(), dtype=torch.float32)
 
     def run(rows, pairs):
-        return pair_mean(rows, pairs, "own", scale, stat=stat(pairs), hardness=hardness)[0]
+        return pair_mean(rows, pairs, "own", scale, stat=stat(pairs), hardness=hardness, scale_bound=SCALE)[0]
 
     def exact(unit, pairs, masks):
         return reference.pair_mean(unit, unit, masks["positives"], SCALE, hardness, stat(pairs).double(), "own")[0]
