@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as t_distribution
 from torch import Tensor
 
 from examples import figures
@@ -200,13 +201,13 @@ def verdict(summary: dict) -> list[str]:
         against = f"Against {TITLES[baseline].replace('supervised,', 'supervised training at')}"
         if sd is None:
             lines.append(f"- {against}: {mean:+.1f} Dice on one seed, which says nothing about other seeds.")
-        elif abs(mean) <= sd:
-            lines.append(
-                f"- {against}: {mean:+.1f} ± {sd:.1f} over {len(values)} seeds, no difference beyond seed noise."
-            )
         else:
+            # Few seeds: the spread alone flatters a difference, so say what Student's t leaves of it.
+            half = float(t_distribution.ppf(0.975, len(values) - 1)) * sd / len(values) ** 0.5
+            told_apart = "told apart from none" if abs(mean) > half else "not told apart from none"
             lines.append(
-                f"- {against}: {mean:+.1f} ± {sd:.1f} over {len(values)} seeds, more than the spread of the seeds."
+                f"- {against}: {mean:+.1f} ± {sd:.1f} over {len(values)} seeds, 95 % interval of the mean "
+                f"{mean - half:+.1f} to {mean + half:+.1f}: {told_apart}."
             )
     return lines
 
