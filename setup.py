@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "hpcloss/__init__.py").read_text(), re.MULTILINE).group(1)
 
 EXAMPLES = ["monai", "lightning>=2.6", "nibabel", "nilearn", "scipy", "matplotlib", "tensorboard"]
-TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy"]
+TEST = ["triton; platform_system == 'Linux'", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy"]
 DEV = ["ruff", "mypy"]
 
 setup(

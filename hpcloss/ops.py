@@ -8,6 +8,15 @@ from typing import Any
 
 import torch
 
+# A row at most this long has no direction: it becomes the zero row and gets no gradient.
+# (Dividing by a floor instead would give such a row a gradient 1e12 times too large.)
+NORM_EPS = 1e-12
+
+
+def statistics_dtype(rows: torch.dtype) -> torch.dtype:
+    """Dtype of the statistics, losses and gradients of rows: fp32, or float64 for float64 rows."""
+    return torch.float64 if rows == torch.float64 else torch.float32
+
 
 def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `torch.ops.hpcloss.<name>`. The body runs with autocast off, as it chooses its own precision."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.backends import BACKENDS
-from hpcloss.ops import differentiable_once, register
+from hpcloss.backends import load
+from hpcloss.ops import differentiable_once, register, statistics_dtype
 from hpcloss.pack import Rows
 from hpcloss.partition import Pairs
 
@@ -190,10 +190,6 @@ class _PairMean(torch.autograd.Function):
         )
 
 
-def _statistic_dtype(anchors: Tensor) -> torch.dtype:
-    return torch.float64 if anchors.dtype == torch.float64 else torch.float32
-
-
 def _pair_lse(
     anchors: Tensor,
     keys: Tensor | None,
@@ -204,22 +200,22 @@ def _pair_lse(
     rule: str,
     backend: str,
 ) -> Tensor:
-    return BACKENDS[backend].pair_lse(anchors, keys, bias, scale, scale_bound, intervals, rule)
+    return load(backend).pair_lse(anchors, keys, bias, scale, scale_bound, intervals, rule)
 
 
 def _pair_lse_fake(anchors: Tensor, *_: Any) -> Tensor:
-    return anchors.new_empty(anchors.shape[:1], dtype=_statistic_dtype(anchors))
+    return anchors.new_empty(anchors.shape[:1], dtype=statistics_dtype(anchors.dtype))
 
 
 def _pair_lse_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
-    return BACKENDS[backend].pair_lse_backward(grad, *args)
+    return load(backend).pair_lse_backward(grad, *args)
 
 
 def _gradients_fake(
     anchors: Tensor, keys: Tensor | None, needs_anchors: bool, needs_keys: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _statistic_dtype(anchors)
+    dtype = statistics_dtype(anchors.dtype)
     d_anchors = anchors.new_empty(anchors.shape if needs_anchors else (0,), dtype=dtype)
     d_keys = anchors.new_empty(keys.shape if keys is not None and needs_keys else (0,), dtype=dtype)
     return d_anchors, d_keys, anchors.new_empty((), dtype=dtype)
@@ -245,17 +241,17 @@ def _pair_lse_backward_fake(
 
 def _pair_mean(anchors: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
-    return BACKENDS[backend].pair_mean(anchors, *args)
+    return load(backend).pair_mean(anchors, *args)
 
 
 def _pair_mean_fake(anchors: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _statistic_dtype(anchors)
+    dtype = statistics_dtype(anchors.dtype)
     return tuple(anchors.new_empty(anchors.shape[:1], dtype=dtype) for _ in range(3))  # type: ignore[return-value]
 
 
 def _pair_mean_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
-    return BACKENDS[backend].pair_mean_backward(grad, *args)
+    return load(backend).pair_mean_backward(grad, *args)
 
 
 def _pair_mean_backward_fake(

@@ -131,10 +131,10 @@ def test_opcheck_pack(dtype):
     features = rows(2, 3, 4, 2, dtype=dtype).contiguous(memory_format=torch.channels_last)
     order, live = torch.randperm(16, dtype=torch.int32), torch.tensor([13], dtype=torch.int32)
     for normalize in (True, False):
-        check(OPS.pack, features, order, live, normalize, dtype)
-        data, inverse_norm = OPS.pack(features, order, live, normalize, dtype)
-        grad, strides = rows(16, 3, dtype=dtype), list(features.stride())
-        check(OPS.pack_backward, grad, data, inverse_norm, order, normalize, [2, 3, 4, 2], strides, torch.float16)
+        check(OPS.pack, features, order, live, normalize, "blockwise")
+        data, inverse_norm = OPS.pack(features, order, live, normalize, "blockwise")
+        grad, layout = rows(16, 3, dtype=dtype), ([2, 3, 4, 2], list(features.stride()), torch.float16)
+        check(OPS.pack_backward, grad, data, inverse_norm, order, normalize, *layout, True, "blockwise")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

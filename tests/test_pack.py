@@ -5,7 +5,8 @@ import torch
 from cases import integers, rows
 from numerics import assert_exact
 
-from hpcloss.pack import NORM_EPS, Rows, pack
+from hpcloss.ops import NORM_EPS
+from hpcloss.pack import Rows, pack
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),

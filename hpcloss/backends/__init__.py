@@ -1,38 +1,89 @@
 """Where the primitives run: the only place that knows how.
 
-A backend is a module with `unsupported(tensor) -> list of reasons` and the four functions of `blockwise`:
-`pair_lse`, `pair_lse_backward`, `pair_mean`, `pair_mean_backward`.
+A backend is a package here with the same functions: `rows_dtype`, `pack`, `pack_backward`, `pair_lse`,
+`pair_lse_backward`, `pair_mean`, `pair_mean_backward`. Nothing of Triton is imported before a call needs it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import platform
+import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hpcloss.backends import blockwise
 from hpcloss.checks import check_backend
+from hpcloss.partition import INT32_MAX
 
-BACKENDS: dict[str, ModuleType] = {"blockwise": blockwise}
-UNAVAILABLE = {"triton": ["this version ships no Triton kernels"]}
+AUTO = ("triton", "blockwise")  # fastest first
+MAX_CHANNELS = 512  # of a row of the Triton kernels
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """The backend of this name, imported when first asked for."""
+    return importlib.import_module(f"hpcloss.backends.{name}")
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
-    """Name of the backend that runs a call on `tensor`. An explicit request never falls back."""
+    """Name of the backend that runs a call on `tensor` [., D, ...]. An explicit request never falls back."""
     check_backend(backend)
+    if backend == "auto" and tensor.device.type == "cpu":
+        return "blockwise"
     refusals = []
-    for name in (*BACKENDS, *UNAVAILABLE) if backend == "auto" else (backend,):
-        reasons = UNAVAILABLE[name] if name in UNAVAILABLE else BACKENDS[name].unsupported(tensor)
+    for name in AUTO if backend == "auto" else (backend,):
+        reasons = unsupported(name, tensor)
         if not reasons:
             return name
         refusals.append(f"backend {name!r} cannot run this call: {'; '.join(reasons)}")
     raise NotImplementedError(". ".join(refusals))
 
 
+def unsupported(name: str, tensor: Tensor) -> list[str]:
+    """Reasons why a backend cannot run a call on `tensor` [., D, ...]."""
+    if name == "blockwise":
+        return ["device 'mps' has no float64"] if tensor.device.type == "mps" else []
+    reasons = list(_triton_refusals(tensor.device.type, tensor.device.index, tensor.dtype))
+    if tensor.shape[1] > MAX_CHANNELS:
+        reasons.append(f"at most {MAX_CHANNELS} channels fit its tiles, got {tensor.shape[1]}")
+    if tensor.numel() // max(tensor.shape[1], 1) > INT32_MAX:
+        reasons.append("row numbers beyond 2^31")
+    return reasons
+
+
+def _triton_refusals(device: str, index: int | None, dtype: torch.dtype) -> tuple[str, ...]:
+    refused = _triton_missing(device, index)
+    return (*refused, "float64 needs backend 'blockwise'") if dtype == torch.float64 else refused
+
+
+# What `torch.compiler.assume_constant_result` sets; calling it would import the compiler, and Triton, at once.
+_triton_refusals._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _triton_missing(device: str, index: int | None) -> tuple[str, ...]:
+    """What keeps Triton from running on a device; asked once a process, and on a GPU told once."""
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed (pip install triton)"
+        told = platform.system() == "Linux"  # elsewhere there is none
+    else:
+        reason, told = load("triton.probe").why_not(device, index), True
+    if reason and told and device == "cuda":
+        warnings.warn(f"hpcloss runs its PyTorch tiles on this GPU, not its kernels: {reason}", stacklevel=2)
+    return (reason,) if reason else ()
+
+
 def info() -> str:
     """What this installation found, and why the rest is not there: `print(hpcloss.info())`."""
-    lines = [f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}"]
-    lines += [f"backend {name}: available" for name in BACKENDS]
-    lines += [f"backend {name}: not available, {'; '.join(reasons)}" for name, reasons in UNAVAILABLE.items()]
+    cuda = torch.cuda.is_available()
+    lines = [
+        f"torch {torch.__version__}, CUDA {'available' if cuda else 'not available'}",
+        "backend blockwise: available",
+    ]
+    refused = _triton_refusals("cuda" if cuda else "cpu", torch.cuda.current_device() if cuda else None, torch.float32)
+    lines.append(f"backend triton: {'not available, ' + '; '.join(refused) if refused else 'available'}")
     return "\n".join(lines)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from hpcloss.backends.bounds import is_safe
+from hpcloss.ops import statistics_dtype
 from hpcloss.partition import Pairs
 
 BLOCK = 512  # rows of a tile; a 512 x 512 fp32 tile is 1 MB and stays in a core's cache
 LONG_RUN = 128  # anchors of one class from which a block of their own is cheaper than a mask
 STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
-# A sum of exp(scale * s) over all keys needs no shift while its logarithm is sure to stay between these bounds.
-SAFE_EXPONENT = {torch.float32: 87.0, torch.float64: 700.0}
 LOG2E = math.log2(math.e)  # exp2 takes a third of the time of exp
 COLUMNS = 16  # of the rows, at a time, where a float64 copy of all of them would cost memory
 SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
@@ -46,16 +46,6 @@ class Tile(NamedTuple):
     mirrored: bool = False
     diagonal: bool = False
     masked: bool = False
-
-
-def unsupported(tensor: Tensor) -> list[str]:
-    """Reasons why this backend cannot run on the tensor's device and dtype."""
-    return ["device 'mps' has no float64"] if tensor.device.type == "mps" else []
-
-
-def rows_dtype(dtype: torch.dtype, normalize: bool) -> torch.dtype:
-    """Dtype in which features are packed for this backend: it computes half precision in fp32, so it packs fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------- schedule
@@ -218,18 +208,15 @@ class _Tiles:
 
 def _accumulation(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows in the dtype of the arithmetic: fp32, or float64 for float64 rows."""
-    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(anchors.dtype)
     return anchors.to(dtype), None if keys is None else keys.to(dtype)
 
 
 def _is_safe(
     anchors: Tensor, keys: Tensor | None, scale_bound: float | None, *, twice: bool = False, margin: float = 0.0
 ) -> bool:
-    """Whether exp(scale s) may be summed over all keys without a shift; `twice`: multiplied by such a sum as well."""
-    if scale_bound is None:
-        return False
-    count = max((anchors if keys is None else keys).shape[0], 1)
-    return (2 if twice else 1) * scale_bound + margin + math.log(count) <= SAFE_EXPONENT[anchors.dtype]
+    count = (anchors if keys is None else keys).shape[0]
+    return is_safe(count, scale_bound, anchors.dtype, twice=twice, margin=margin)
 
 
 def _gradients(

@@ -1,0 +1,17 @@
+"""The PyTorch backend: any device, float32 and float64, where half precision is computed in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpcloss.backends.blockwise.rows import pack, pack_backward
+from hpcloss.backends.blockwise.tiles import pair_lse, pair_lse_backward, pair_mean, pair_mean_backward
+from hpcloss.ops import statistics_dtype
+
+__all__ = ["pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_mean", "pair_mean_backward", "rows_dtype"]
+
+
+def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
+    """Dtype in which features are packed for this backend."""
+    return statistics_dtype(features.dtype)

@@ -1,0 +1,22 @@
+"""When exponentials of similarities need no shift."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# A sum of exp(scale * s) over all keys needs no shift while its logarithm is sure to stay between these bounds.
+SAFE_EXPONENT = {torch.float32: 87.0, torch.float64: 700.0}
+
+
+def is_safe(
+    count: int, scale_bound: float | None, dtype: torch.dtype, *, twice: bool = False, margin: float = 0.0
+) -> bool:
+    """Whether exp(scale s) may be summed over `count` keys without a shift; `twice`: multiplied by such a sum as well.
+
+    dtype: that of the sum. margin: what the exponent may hold besides scale s.
+    """
+    if scale_bound is None:
+        return False
+    return (2 if twice else 1) * scale_bound + margin + math.log(max(count, 1)) <= SAFE_EXPONENT[dtype]

@@ -1,0 +1,41 @@
+"""Whether kernels can be built and run on a device, found out by building one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+OLDEST = (7, 5)
+
+
+@triton.jit
+def _touch(pointer):
+    tl.store(pointer, 1.0)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, decided by TRITON_INTERPRET when they were first imported."""
+    return not isinstance(_touch, triton.runtime.JITFunction)
+
+
+def why_not(device: str, index: int | None) -> str | None:
+    """Why kernels cannot run on the device, with the fix where there is one; None if they can."""
+    if interpreted():
+        return None if device == "cpu" else f"TRITON_INTERPRET=1 runs on the CPU, the tensor is on {device!r}"
+    if device != "cuda":
+        return f"its kernels run on CUDA devices, the tensor is on {device!r} (TRITON_INTERPRET=1 interprets them)"
+    if torch.version.hip:
+        return "its kernels are built and tested for NVIDIA devices alone"
+    if torch.cuda.get_device_capability(index) < OLDEST:
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    try:
+        with torch.cuda.device(index):
+            touched = torch.zeros(1, device=torch.device(device, index))
+            _touch[(1,)](touched)
+    except Exception as error:  # whatever compiler, headers or driver may raise: the reason is what matters
+        return (
+            f"a kernel cannot be built here: {type(error).__name__}: {str(error).strip().splitlines()[-1]} "
+            "(Triton needs a C compiler, the Python headers and a driver of its CUDA version)"
+        )
+    return None

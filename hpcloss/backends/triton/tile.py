@@ -1,0 +1,176 @@
+"""What every pair kernel is made of: which tiles a block of rows meets, which pairs of a tile count, and arithmetic.
+
+A program owns a block of rows of one side and streams tiles of the other. For each region it meets it reads the hull of
+its rows' intervals, from which follow the tiles to visit and whether a tile needs a mask at all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+FARTHEST = tl.constexpr(2**31 - 1)
+SCAN = tl.constexpr(256)  # intervals looked at together
+
+
+# ---------------------------------------------------------------------------------------------------- intervals
+
+
+@triton.jit
+def meeting(starts, ends, count, first, last):
+    """Range of the intervals [starts, ends) that meet rows first:last; a hull, they may come in any order."""
+    low, high = FARTHEST, 0
+    for begin in range(0, count, SCAN):
+        number = begin + tl.arange(0, SCAN)
+        start = tl.load(starts + number, mask=number < count, other=FARTHEST)
+        end = tl.load(ends + number, mask=number < count, other=0)
+        meets = (start < last) & (end > first) & (start < end)
+        low = tl.minimum(low, tl.min(tl.where(meets, number, FARTHEST)))
+        high = tl.maximum(high, tl.max(tl.where(meets, number + 1, 0)))
+    return low, high
+
+
+@triton.jit
+def row_intervals(pos_start, pos_end, self_pos, rows, there):
+    """Interval of the positives and own key of each row; an empty interval and no key where no row is."""
+    start = tl.load(pos_start + rows, mask=there, other=0)
+    end = tl.load(pos_end + rows, mask=there, other=0)
+    own = tl.load(self_pos + rows, mask=there, other=-1)
+    return start, end, own
+
+
+@triton.jit
+def hulls(start, end, own, member):
+    """Over the member rows: hull and intersection of the positives, hull of the own keys. Empty ones end at 0."""
+    filled = member & (start < end)
+    outer_start = tl.min(tl.where(filled, start, FARTHEST))
+    outer_end = tl.max(tl.where(filled, end, 0))
+    inner_start = tl.max(tl.where(member, start, 0))
+    inner_end = tl.min(tl.where(member, end, FARTHEST))
+    own_start = tl.min(tl.where(member & (own >= 0), own, FARTHEST))
+    own_end = tl.max(tl.where(member, own + 1, 0))
+    return outer_start, outer_end, inner_start, inner_end, own_start, own_end
+
+
+@triton.jit
+def spans(outer_start, outer_end, inner_start, inner_end, start, end, RULE: tl.constexpr):
+    """The keys of start:end that a rule can count, as two spans; the second is empty but for a hole in the middle."""
+    if RULE == "positives":
+        start, end = tl.maximum(outer_start, start), tl.minimum(outer_end, end)
+    hole, rest = end, end
+    if RULE == "negatives":
+        if inner_start < inner_end:
+            hole = tl.minimum(tl.maximum(inner_start, start), end)
+            rest = tl.minimum(tl.maximum(inner_end, start), end)
+    return start, tl.maximum(hole, start), rest, end
+
+
+@triton.jit
+def is_clean(outer_start, outer_end, inner_start, inner_end, own_start, own_end, first, last, RULE: tl.constexpr):
+    """Whether each pair of the block's rows with keys first:last counts (all being in the region)."""
+    clean = True
+    if RULE != "every":
+        clean = (last <= own_start) | (first >= own_end)
+    if RULE == "positives":
+        clean = clean & (first >= inner_start) & (last <= inner_end)
+    if RULE == "negatives":
+        clean = clean & ((last <= outer_start) | (first >= outer_end))
+    return clean
+
+
+@triton.jit
+def counts(start, end, own, keys, RULE: tl.constexpr):
+    """Whether the rule counts each pair of anchors and keys of one region; the intervals are those of the anchors."""
+    inside = (keys >= start) & (keys < end)
+    if RULE == "positives":
+        counted = inside & (keys != own)
+    elif RULE == "negatives":
+        counted = (~inside) & (keys != own)
+    elif RULE == "others":
+        counted = keys != own
+    else:
+        counted = keys == keys
+    return counted
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+@triton.jit
+def load_rows(pointer, rows, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [., D] as a tile [., BLOCK_D]; zeros where no row or channel is."""
+    channels = tl.arange(0, BLOCK_D)
+    mask = there[:, None]
+    if BLOCK_D != D:
+        mask = mask & (channels < D)[None, :]
+    return tl.load(pointer + rows.to(tl.int64)[:, None] * D + channels[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, rows, there, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write a tile [., BLOCK_D] to rows [., D]."""
+    channels = tl.arange(0, BLOCK_D)
+    mask = there[:, None]
+    if BLOCK_D != D:
+        mask = mask & (channels < D)[None, :]
+    tl.store(pointer + rows.to(tl.int64)[:, None] * D + channels[None, :], values, mask=mask)
+
+
+@triton.jit
+def load_statistics(pointer, rows, there):
+    """The four statistics of each row, read as one 16-byte piece."""
+    four = tl.load(pointer + rows.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], mask=there[:, None], other=0.0)
+    even, odd = tl.split(tl.reshape(four, [four.shape[0], 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+# --------------------------------------------------------------------------------------------------- arithmetic
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of a positive number, in one special-function operation where a division takes many."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for x in [0, 1] to 2e-7 of itself, without a special function: x times a minimax polynomial."""
+    series = 0.005232511494405621
+    series = series * x - 0.02950448067590543
+    series = series * x + 0.07822466061570289
+    series = series * x - 0.13663129666782417
+    series = series * x + 0.19105947667119172
+    series = series * x - 0.24842965306420894
+    series = series * x + 0.33319094274422867
+    series = series * x - 0.49999492973249926
+    series = series * x + 0.999999969848312
+    return series * x
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) and its slope, from x log2(e); finite for every x."""
+    small = tl.exp2(-tl.abs(x))  # e^-|x|
+    inverse = reciprocal(1.0 + small)
+    return tl.maximum(x, 0.0) * LN2 + log1p_unit(small), tl.where(x < 0, small, 1.0) * inverse
+
+
+@triton.jit
+def similarities(x, y, PRECISION: tl.constexpr):
+    """<x_i, y_j> of two tiles of rows, fp32."""
+    return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+
+
+@triton.jit
+def lift_of(largest_grad, bound):
+    """Power of two that brings the largest fp16 slope, at most largest_grad * bound, near 8192: small ones survive."""
+    largest = largest_grad * bound
+    power = tl.exp2(tl.floor(tl.log2(8192.0 / largest)))
+    return tl.where((largest > 2.0**-100) & (largest < 2.0**100), power, 1.0)
