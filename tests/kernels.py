@@ -1,0 +1,17 @@
+"""Where the tests of Triton kernels run: on a GPU, else on the CPU in Triton's interpreter.
+
+The interpreter needs TRITON_INTERPRET=1 from the start of the process, so these tests are a run of their own:
+`TRITON_INTERPRET=1 python -m pytest tests/test_kernels*.py`. It computes bf16 wrongly; bf16 is for GPUs.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+needs_kernels = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not INTERPRETED, reason="needs a CUDA device or TRITON_INTERPRET=1"
+)
+DTYPES = [torch.float32, torch.float16, *([] if DEVICE.type == "cpu" else [torch.bfloat16])]
