@@ -6,13 +6,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Two workers, one thread each: losses are tested one call at a time, and two cores are what a small machine has.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test bench check format clean
+.PHONY: demo test test-all bench check format clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.three_stage --data builtin --out demo --resume
 
+# The second run is that of the GPU kernels, on the CPU in Triton's interpreter.
 test: $(VENV)/examples $(VENV)/dev
 	$(PYTEST) tests -n 2
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2
+
+# Also every shipped tile shape on every GPU target, and every planted kernel mutation.
+test-all: test
+	$(PYTEST) tests -n 2 -m slow
+	$(BIN)/python tests/mutations.py
 
 bench: $(VENV)/dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only

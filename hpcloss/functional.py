@@ -30,7 +30,7 @@ from hpcloss.checks import (
     labels_of_vectors,
 )
 from hpcloss.pack import Rows, pack
-from hpcloss.pairs import pair_lse, pair_mean
+from hpcloss.pairs import pair_lse, pair_lse_both, pair_mean
 from hpcloss.partition import (
     Pairs,
     against_cells,
@@ -93,7 +93,8 @@ def region_phpc_loss(
     size = region_shape(region_size, features.shape[2:])
     flat = labels.reshape(-1)
     pairs, region_ids = _plan(labels, size, num_classes, samples_per_class, max_regions, background, ignored, per_image)
-    rows = pack(features, pairs.order, pairs.live(), normalize=normalize, backend=backend)
+    whole = samples_per_class is None and pairs.order.numel() == flat.numel()
+    rows = pack(features, pairs.order, pairs.live(), normalize=normalize, permutation=whole, backend=backend)
     scale, bound = _scale(temperature, rows, normalize)
     recipe = _Recipe(rows, denominator, hardness, discount, scale, bound, detach_weights, backend)
     loss, counted = recipe(pairs)
@@ -414,11 +415,14 @@ def infonce_loss(
     negatives: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     *,
+    symmetric: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of each query with its positive key; equations and arguments in `InfoNCELoss`."""
+    if symmetric and negatives is not None:
+        raise ValueError("symmetric=True has no meaning with negatives of the queries' own")
     check_vector_options(temperature, reduction)
     check_vectors("query", query)
     check_vectors("positive", positive, like=query, same_length=True)
@@ -428,7 +432,10 @@ def infonce_loss(
     keys = pack(positive, pairs.order, normalize=normalize, backend=backend)
     scale, bound = _scale(temperature, rows, normalize)
     own, _ = pair_mean(rows, pairs, "logit", scale, keys=keys, backend=backend)
-    if negatives is None:
+    if symmetric:
+        of_query, of_key = pair_lse_both(rows, keys, pairs, scale, scale_bound=bound, backend=backend)
+        loss = (of_query + of_key) / 2 - own
+    elif negatives is None:
         loss = pair_lse(rows, pairs, "every", scale, keys=keys, scale_bound=bound, backend=backend) - own
     else:
         check_vectors("negatives", negatives, like=query)

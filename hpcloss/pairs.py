@@ -56,6 +56,26 @@ def pair_lse(
     )
 
 
+def pair_lse_both(
+    anchors: Rows,
+    keys: Rows,
+    pairs: Pairs,
+    scale: Tensor,
+    *,
+    scale_bound: float | None = None,
+    backend: str = "blockwise",
+) -> tuple[Tensor, Tensor]:
+    """Row and column log-sum-exp of one S, for two-sided losses.
+
+    rows_i = log sum_j exp(scale s_ij) over the keys that anchor i may meet [N], columns_j = log sum_i exp(scale s_ij)
+    over the anchors that may meet key j [M]. Each is `pair_lse` with rule "every" of one direction; but the backward
+    pass serves both with one sweep for the anchors and one for the keys. Regions must not share keys.
+    """
+    return _PairLseBoth.apply(
+        anchors.data, anchors.companion, keys.data, keys.companion, scale, scale_bound, backend, *pairs.intervals()
+    )
+
+
 def pair_mean(
     anchors: Rows,
     pairs: Pairs,
@@ -137,6 +157,43 @@ class _PairLse(torch.autograd.Function):
             None,
             d_scale.to(scale.dtype) if needs_scale else None,
             *(None,) * (3 + len(intervals)),
+        )
+
+
+class _PairLseBoth(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        grad_anchors: Tensor,
+        keys: Tensor,
+        grad_keys: Tensor,
+        scale: Tensor,
+        scale_bound: float | None,
+        backend: str,
+        *intervals: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        rows, columns = torch.ops.hpcloss.pair_lse_both(anchors, keys, scale, scale_bound, list(intervals), backend)
+        ctx.save_for_backward(rows, columns, anchors, keys, scale, *intervals)
+        ctx.scale_bound, ctx.backend = scale_bound, backend
+        return rows, columns
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, anchors, keys, scale, *intervals = ctx.saved_tensors
+        needs_anchors, needs_keys, needs_scale = (ctx.needs_input_grad[index] for index in (1, 3, 4))
+        d_anchors, d_keys, d_scale = torch.ops.hpcloss.pair_lse_both_backward(
+            grad_rows, grad_columns, rows, columns, anchors, keys, scale, ctx.scale_bound, intervals,
+            needs_anchors, needs_keys, needs_scale, ctx.backend,
+        )  # fmt: skip
+        return (
+            None,
+            d_anchors if needs_anchors else None,
+            None,
+            d_keys if needs_keys else None,
+            d_scale.to(scale.dtype) if needs_scale else None,
+            *(None,) * (2 + len(intervals)),
         )
 
 
@@ -236,7 +293,29 @@ def _pair_lse_backward_fake(
     needs_scale: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_fake(anchors, keys, needs_anchors or needs_scale, needs_keys)
+    return _gradients_fake(anchors, keys, needs_anchors, needs_keys)
+
+
+def _pair_lse_both(anchors: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *args, backend = args  # type: ignore[assignment]
+    return load(backend).pair_lse_both(anchors, *args)
+
+
+def _pair_lse_both_fake(anchors: Tensor, keys: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = statistics_dtype(anchors.dtype)
+    return anchors.new_empty(anchors.shape[:1], dtype=dtype), anchors.new_empty(keys.shape[:1], dtype=dtype)
+
+
+def _pair_lse_both_backward(grad_rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *args, backend = args  # type: ignore[assignment]
+    return load(backend).pair_lse_both_backward(grad_rows, *args)
+
+
+def _pair_lse_both_backward_fake(
+    grad_rows: Tensor, grad_columns: Tensor, rows: Tensor, columns: Tensor, anchors: Tensor, keys: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_anchors, needs_keys, _, _ = rest[-4:]
+    return _gradients_fake(anchors, keys, needs_anchors, needs_keys)
 
 
 def _pair_mean(anchors: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,6 +354,21 @@ register(
     " bool needs_anchors, bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
     _pair_lse_backward,
     _pair_lse_backward_fake,
+)
+register(
+    "pair_lse_both",
+    "(Tensor anchors, Tensor keys, Tensor scale, float? scale_bound, Tensor[] intervals, str backend)"
+    " -> (Tensor, Tensor)",
+    _pair_lse_both,
+    _pair_lse_both_fake,
+)
+register(
+    "pair_lse_both_backward",
+    "(Tensor grad_rows, Tensor grad_columns, Tensor rows, Tensor columns, Tensor anchors, Tensor keys, Tensor scale,"
+    " float? scale_bound, Tensor[] intervals, bool needs_anchors, bool needs_keys, bool needs_scale, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _pair_lse_both_backward,
+    _pair_lse_both_backward_fake,
 )
 register(
     "pair_mean",

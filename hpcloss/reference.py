@@ -429,6 +429,7 @@ def infonce_loss(
     negatives: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     *,
+    symmetric: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -437,8 +438,10 @@ def infonce_loss(
         L_i = -log( e^{q_i.k_i / τ} / Σ_j e^{q_i.k_j / τ} )                               negatives None
         L_i = -log( e^{q_i.k_i / τ} / ( e^{q_i.k_i / τ} + Σ_m e^{q_i.n_m / τ} ) )         negatives given
 
-    van den Oord et al. 2018, eq. 4 (arXiv 1807.03748); with negatives He et al. 2020, eq. 1 (arXiv 1911.05722). Every
-    query counts.
+        L_i = 1/2 [ the first + -log( e^{q_i.k_i / τ} / Σ_j e^{q_j.k_i / τ} ) ]           symmetric
+
+    van den Oord et al. 2018, eq. 4 (arXiv 1807.03748); with negatives He et al. 2020, eq. 1 (arXiv 1911.05722);
+    symmetric Radford et al. 2021, fig. 3 (arXiv 2103.00020). Every query counts.
 
     query, positive [N, D]; negatives [M, D]. Returns a scalar, or [N] with reduction="none".
     """
@@ -447,5 +450,7 @@ def infonce_loss(
     keys = k if negatives is None else _unit(negatives, normalize)
     logit = q @ keys.T / temperature
     lse = _lse(logit, torch.ones_like(logit, dtype=torch.bool))
+    if symmetric:
+        lse = (lse + _lse(logit.T, torch.ones_like(logit.T, dtype=torch.bool))) / 2
     loss = lse - own if negatives is None else _softplus(lse - own)
     return _reduce(loss, torch.ones_like(own, dtype=torch.bool), reduction)

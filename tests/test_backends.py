@@ -16,7 +16,7 @@ from hpcloss import reference
 from hpcloss.backends import blockwise, resolve
 from hpcloss.backends.blockwise import tiles
 from hpcloss.pack import Rows
-from hpcloss.pairs import RULES, pair_lse, pair_mean
+from hpcloss.pairs import RULES, pair_lse, pair_lse_both, pair_mean
 from hpcloss.partition import Pairs, against_cells, one_to_one, paired, partition, partition_against
 from hpcloss.regions import cells_of_regions, grid_regions
 
@@ -197,6 +197,22 @@ def test_pair_lse(plan, rule, schedule):
         there = mask if bias is None else mask & (bias > -math.inf)
         expected = reference.pair_lse(anchors, anchors if keys is None else keys, there, scale, bias)
         compare(actual, expected, [x for x in (anchors, keys, scale) if x is not None])
+
+
+@pytest.mark.parametrize("plan", ["one to one", "labelled keys", "cells", "no keys"])
+def test_pair_lse_both(plan, schedule):
+    """Regions that share no key: the sums over rows and over columns of one matrix."""
+    plan = PLANS[plan]()
+    anchors, keys = inputs(plan)
+    mask = allowed(plan, "every")
+    for value, bound in ((3.0, None), (3.0, 100.0), (-2.0, None), (90.0, None)):
+        scale = torch.tensor(value).double().requires_grad_()
+        actual = pair_lse_both(as_rows(anchors), as_rows(keys), plan.pairs, scale, scale_bound=bound)
+        expected = (
+            reference.pair_lse(anchors, keys, mask, scale, None),
+            reference.pair_lse(keys, anchors, mask.T, scale, None),
+        )
+        compare(torch.cat(actual), torch.cat(expected), [anchors, keys, scale])
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -19,11 +19,11 @@ LAYERS = [
     {"ops", "partition", "regions", "sampling", "reference"},
     {"checks"},
     {"backends"},
-    {"pack", "pairs"},
+    {"pack", "pairs", "segments"},
     {"functional"},
     {"losses"},
 ]
-INSIDE_A_LAYER = {("pairs", "pack")}  # `Rows` is what both speak of
+INSIDE_A_LAYER = {("pairs", "pack"), ("segments", "pack")}  # `Rows` is what all speak of
 APART = {"heads"}  # imports nothing of the package
 
 

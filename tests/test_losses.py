@@ -325,6 +325,7 @@ def test_infonce_loss(temperature, reduction, normalize):
     for n, m in ((0, 3), (1, 1), (3, 0), (1, 40), (31, 7), (520, 530)):
         query, positive, negatives = rows(n, 3), rows(n, 3, seed=1), rows(m, 3, seed=2)
         assert_same(*both("infonce", **options), query, positive)
+        assert_same(*both("infonce", symmetric=True, **options), query, positive)
         assert_same(*both("infonce", **options), query, positive, negatives)
 
 
@@ -860,6 +861,8 @@ def test_errors_of_the_vector_losses():
         ihpc(x, x, bank=x[:, :2])
     with bad(r"positive must have shape \[6, 4\]"):
         infonce(x, x[:3])
+    with bad("symmetric=True has no meaning with negatives"):
+        infonce(x, x, x, symmetric=True)
     with bad(r"negatives must have shape \[M, 4\]"):
         infonce(x, x, x[:, :3])
     with bad("triton", NotImplementedError):

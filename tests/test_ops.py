@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 import hpcloss
+import hpcloss.segments  # its operators have tests of their own
 from hpcloss.backends import blockwise
 from hpcloss.pack import Rows, pack
 from hpcloss.pairs import RULES, pair_lse, pair_mean
@@ -113,6 +114,7 @@ def test_gradcheck_vector_losses():
         assert gradcheck(lambda x, k, t: FAST["supcon"](x, labels, k, key_labels, t, form=form), (x, z, t))  # noqa: B023
     assert gradcheck(lambda a, b, t: FAST["ntxent"](a, b, t), (x, y, t))
     assert gradcheck(lambda a, b, t: FAST["infonce"](a, b, None, t), (x, y, t))
+    assert gradcheck(lambda a, b, t: FAST["infonce"](a, b, None, t, symmetric=True), (x, y, t))
     assert gradcheck(lambda a, b, c, t: FAST["infonce"](a, b, c, t), (x, y, z, t))
     assert gradcheck(lambda a, b, t: FAST["ihpc"](a, b, integers(3, 6), t, beta=0.2), (x, y, t))
     assert gradcheck(lambda a, b, t: FAST["ihpc"](a, b, None, t, 0.0, bank=z.detach()), (x, y, t))
@@ -174,11 +176,23 @@ def test_opcheck_pair_ops(cross, dtype):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_pair_lse_both(dtype):
+    at, x, keys = list(cross_pairs().intervals()), rows(9, 3, dtype=dtype), rows(14, 3, seed=1, dtype=dtype)
+    scale, grads = torch.tensor(2.0), [rows(n, seed=2, dtype=dtype) for n in (9, 14)]
+    for bound in (9.0, None):
+        check(OPS.pair_lse_both, x, keys, scale, bound, at, "blockwise")
+        lse = OPS.pair_lse_both(x, keys, scale, bound, at, "blockwise")
+        for needs in itertools.product((False, True), repeat=3):
+            check(OPS.pair_lse_both_backward, *grads, *lse, x, keys, scale, bound, at, *needs, "blockwise", trace=False)
+
+
 def test_every_operator_is_known():
     """A new operator needs its line in the tests above."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("hpcloss::")}
     assert names == {
-        "pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_mean", "pair_mean_backward"
+        "pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_lse_both", "pair_lse_both_backward",
+        "pair_mean", "pair_mean_backward", "segment_mean", "segment_mean_backward",
     }  # fmt: skip
 
 
@@ -207,6 +221,7 @@ def modules():
         "supcon, in, keys": (hpcloss.SupConLoss(form="in"), (a, vector_labels, b, vector_labels)),
         "ntxent": (hpcloss.NTXentLoss(), (a, b)),
         "infonce": (hpcloss.InfoNCELoss(learnable=True), (a, b)),
+        "infonce, symmetric": (hpcloss.InfoNCELoss(symmetric=True), (a, b)),
         "infonce, negatives": (hpcloss.InfoNCELoss(), (a, b, c)),
         "ihpc": (hpcloss.IHPCLoss(), (a, b)),
         "ihpc, groups": (hpcloss.IHPCLoss.published(), (a, b, vector_labels)),

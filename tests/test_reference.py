@@ -171,6 +171,9 @@ class TestByHand:
         assert_value(infonce(q, k, None, 0.5), in_batch)
         with_negatives = (log(e(1.2) + e(0)) - 1.2 + log(e(0) + e(-2)) - 0) / 2
         assert_value(infonce(q, k, self.X[4:], 0.5), with_negatives)
+        # columns: k0 against q0 1.2, q1 1.6; k1 against q0 -2, q1 0
+        exchanged = (log(e(1.2) + e(1.6)) - 1.2 + log(e(-2) + e(0)) - 0) / 2
+        assert_value(infonce(q, k, None, 0.5, symmetric=True), (in_batch + exchanged) / 2)
 
 
 # (b) The definitions as plain loops over pairs of plain numbers.
@@ -433,6 +436,8 @@ class TestLoops:
             assert_value(ntxent(a, b, **options), loop_ntxent(a, b, **options))
             assert_value(infonce(a, b, **options), loop_infonce(a, b, **options))
             assert_value(infonce(a, b, c, **options), loop_infonce(a, b, c, **options))
+            sides = [torch.tensor(loop_infonce(*pair, **options), dtype=torch.float64) for pair in ((a, b), (b, a))]
+            assert_value(infonce(a, b, symmetric=True, **options), (sum(sides) / 2).tolist())
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("form", [dict(), dict(hardness=0.0), dict(hardness=5.0, temperature=0.1), dict(beta=0.3)])

@@ -90,13 +90,16 @@ class InfoNCELoss(Loss):
 
         without negatives:  L_i = -log( e^{q_i·k_i/τ} / Σ_j e^{q_i·k_j/τ} )       the other positives are the negatives
         with negatives n:   L_i = -log( e^{q_i·k_i/τ} / ( e^{q_i·k_i/τ} + Σ_m e^{q_i·n_m/τ} ) )
+        symmetric:          L_i = 1/2 [ the first line + -log( e^{q_i·k_i/τ} / Σ_j e^{q_j·k_i/τ} ) ]
 
-    van den Oord et al., "Representation learning with contrastive predictive coding" (2018), eq. 4.
+    van den Oord et al., "Representation learning with contrastive predictive coding" (2018), eq. 4; symmetric: Radford
+    et al., "Learning transferable visual models from natural language supervision" (2021), fig. 3.
 
     Args:
         temperature: positive number, or a 0-dim tensor.
         learnable: make log(1 / temperature) a parameter of the module, `log_scale`, that starts at `temperature`
             (CLIP's parametrisation, without its clamp).
+        symmetric: each positive looks for its query as well (CLIP); ValueError with negatives.
         normalize, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
     """
 
@@ -105,13 +108,14 @@ class InfoNCELoss(Loss):
         temperature: float | Tensor = 0.1,
         *,
         learnable: bool = False,
+        symmetric: bool = False,
         normalize: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
     ):
         check_vector_options(temperature, reduction)
         fixed = {} if learnable else {"temperature": temperature}
-        super().__init__(**fixed, normalize=normalize, reduction=reduction, backend=backend)
+        super().__init__(**fixed, symmetric=symmetric, normalize=normalize, reduction=reduction, backend=backend)
         self.learnable = learnable
         if learnable:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature))))

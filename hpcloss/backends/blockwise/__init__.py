@@ -6,10 +6,29 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends.blockwise.rows import pack, pack_backward
-from hpcloss.backends.blockwise.tiles import pair_lse, pair_lse_backward, pair_mean, pair_mean_backward
+from hpcloss.backends.blockwise.segments import segment_mean
+from hpcloss.backends.blockwise.tiles import (
+    pair_lse,
+    pair_lse_backward,
+    pair_lse_both,
+    pair_lse_both_backward,
+    pair_mean,
+    pair_mean_backward,
+)
 from hpcloss.ops import statistics_dtype
 
-__all__ = ["pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_mean", "pair_mean_backward", "rows_dtype"]
+__all__ = [
+    "pack",
+    "pack_backward",
+    "pair_lse",
+    "pair_lse_backward",
+    "pair_lse_both",
+    "pair_lse_both_backward",
+    "pair_mean",
+    "pair_mean_backward",
+    "rows_dtype",
+    "segment_mean",
+]
 
 
 def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:

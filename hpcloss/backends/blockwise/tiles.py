@@ -152,6 +152,8 @@ def _allowed(tile: Tile, at: Pairs, rule: str, symmetric: bool) -> Tensor:
         region = torch.searchsorted(last_key, row_numbers, right=True)
         dead = region == last_key.numel()
         region = torch.where(dead, 0, region)
+        if not symmetric:
+            dead |= row_numbers < at.anchor_start[region]
         allowed = (keys >= at.key_start[region, None]) & (keys < at.key_end[region, None]) & ~dead[:, None]
         if rule == "negatives":
             allowed &= ~inside
@@ -326,7 +328,69 @@ def pair_lse_backward(
         d_anchors *= scale
     if keys is not None and d_keys is not None:
         d_keys *= scale
-    return _gradients(anchors, d_anchors, None if keys is None else d_keys, d_scale)
+    return _gradients(anchors, d_anchors if needs_anchors else None, None if keys is None else d_keys, d_scale)
+
+
+def pair_lse_both(
+    anchors: Tensor, keys: Tensor, scale: Tensor, scale_bound: float | None, intervals: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """lse over the keys of each anchor [N] and over the anchors of each key [M], from one S; -inf for an empty set."""
+    anchors, keys = anchors.to(statistics_dtype(anchors.dtype)), keys.to(statistics_dtype(keys.dtype))
+    rows, columns = anchors.new_full(anchors.shape[:1], -INF), keys.new_full(keys.shape[:1], -INF)
+    tiles = _Tiles(anchors, keys, Pairs.from_intervals(intervals), "every", scale.to(anchors.dtype))
+    safe = all(_is_safe(side, None, scale_bound) for side in (anchors, keys))
+    if safe:
+        rows.zero_()
+        columns.zero_()
+    for tile, logits in tiles:
+        row, column = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+        if safe:
+            terms = tiles.exclude(tile, logits.exp_(), 0.0)
+            rows[row] += terms.sum(1)
+            columns[column] += terms.sum(0)
+        else:
+            tiles.exclude(tile, logits, -INF)
+            rows[row] = torch.logaddexp(rows[row], torch.logsumexp(logits, 1))
+            columns[column] = torch.logaddexp(columns[column], torch.logsumexp(logits, 0))
+    return (rows.log_(), columns.log_()) if safe else (rows, columns)
+
+
+def pair_lse_both_backward(
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    anchors: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    scale_bound: float | None,
+    intervals: list[Tensor],
+    needs_anchors: bool,
+    needs_keys: bool,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dS_ij = scale (g_i exp(scale s_ij - row_i) + h_j exp(scale s_ij - column_j)), as d anchors, d keys, d scale."""
+    anchors, keys = anchors.to(statistics_dtype(anchors.dtype)), keys.to(statistics_dtype(keys.dtype))
+    scale = scale.to(anchors.dtype)
+    d_anchors = torch.zeros_like(anchors) if needs_anchors or needs_scale else None
+    d_keys = torch.zeros_like(keys) if needs_keys else None
+    sides = [(grad_rows, rows), (grad_columns, columns)]
+    grad_rows, grad_columns = (torch.where(lse == -INF, 0.0, grad.to(anchors.dtype)) for grad, lse in sides)
+    rows, columns = (torch.where(lse == -INF, INF, lse) for _, lse in sides)
+    tiles = _Tiles(anchors, keys, Pairs.from_intervals(intervals), "every", scale)
+    for tile, logits in tiles:
+        row, column = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+        slope = torch.exp(logits - rows[row, None]).mul_(grad_rows[row, None])
+        slope += torch.exp(logits - columns[column]).mul_(grad_columns[column])
+        tiles.scatter(tile, tiles.exclude(tile, slope, 0.0), d_anchors, d_keys)
+    d_scale = anchors.new_zeros(())
+    if d_anchors is not None:
+        if needs_scale:
+            d_scale = (anchors * d_anchors).sum()  # S depends on the scale as on the anchors' length
+        d_anchors *= scale
+    if d_keys is not None:
+        d_keys *= scale
+    return _gradients(anchors, d_anchors if needs_anchors else None, d_keys, d_scale)
 
 
 # ---------------------------------------------------------------------------------------------------- pair_mean

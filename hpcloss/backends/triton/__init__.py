@@ -5,7 +5,8 @@ Each function launches what the other modules define; shapes and pointers are ch
 
 from __future__ import annotations
 
-import contextlib
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ import triton
 from torch import Tensor
 
 from hpcloss.backends.bounds import is_safe
+from hpcloss.backends.triton import configs, launch, segments
+from hpcloss.backends.triton import pack as pack_kernels
 from hpcloss.backends.triton import pair_lse as lse_kernels
 from hpcloss.backends.triton import pair_mean as mean_kernels
 from hpcloss.backends.triton.backward import backward_kernel
 from hpcloss.backends.triton.configs import Config, config
+from hpcloss.backends.triton.launch import int32
 from hpcloss.backends.triton.probe import interpreted
 
 ROWS = 1024  # of a program that works row by row
@@ -29,9 +33,17 @@ def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
     if normalize:
         return torch.float16
     # No bf16 in the matrix unit of Turing, nor right in the interpreter.
-    return (
-        torch.float32 if interpreted() or torch.cuda.get_device_capability(features.device) < (8, 0) else torch.bfloat16
-    )
+    no_bf16 = interpreted() or configs.capability(features.device) < 80
+    return torch.float32 if no_bf16 else torch.bfloat16
+
+
+def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Rows `order` of the map [n, D], those from `live` on zero, and the inverse norm of each [n]."""
+    return pack_kernels.pack(features, order, live, normalize, rows_dtype(features, normalize))
+
+
+pack_backward = pack_kernels.pack_backward
+segment_mean = segments.segment_mean
 
 
 def pair_lse(
@@ -44,10 +56,10 @@ def pair_lse(
     rule: str,
 ) -> Tensor:
     """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
-    others = anchors if keys is None else keys
+    others = _keys(anchors, keys)
     online = bias is not None or not is_safe(others.shape[0], scale_bound, torch.float32)
     lse = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
-    at = _intervals(intervals)
+    at = int32(intervals)
     tiles = config("pair_lse", anchors)
     _launch(
         lse_kernels.forward_kernel, lse, tiles,
@@ -74,16 +86,66 @@ def pair_lse_backward(
     """dS_ij = g_i scale exp(scale s_ij + bias_j - lse_i), as d anchors, d keys (one sum in self-contrast), d scale."""
     count = (anchors if keys is None else keys).shape[0]
     online = bias is not None or not is_safe(count, scale_bound, torch.float32, twice=True)
-    statistics, lift, largest_grad, grad = _statistics(grad, anchors)
-    _launch(
-        lse_kernels.statistics_kernel, lse, Config(ROWS, 0, 4, 1),
-        grad, lse, scale, largest_grad, lift, statistics, lse.numel(), ONLINE=online, BLOCK=ROWS,
-    )  # fmt: skip
+    statistics, lift = _lse_statistics(grad, lse, anchors, scale, online)
     return _backward(
-        anchors, keys, statistics, lift, bias, scale, None, None, 0.0, intervals,
+        anchors, keys, statistics, lift, bias, scale, None, None, None, intervals,
         dict(SLOPE=lse_kernels.slope, TERM="lse", RULE=rule, ONLINE=online),
         needs_anchors, needs_keys, needs_scale,
     )  # fmt: skip
+
+
+def pair_lse_both(
+    anchors: Tensor, keys: Tensor, scale: Tensor, scale_bound: float | None, intervals: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """lse over the keys of each anchor [N] and over the anchors of each key [M]; -inf for an empty set."""
+    rows = pair_lse(anchors, keys, None, scale, scale_bound, intervals, "every")
+    return rows, pair_lse(keys, anchors, None, scale, scale_bound, _exchanged(keys, intervals), "every")
+
+
+def pair_lse_both_backward(
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    anchors: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    scale_bound: float | None,
+    intervals: list[Tensor],
+    needs_anchors: bool,
+    needs_keys: bool,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dS_ij = scale (g_i exp(scale s_ij - row_i) + h_j exp(scale s_ij - column_j)), as d anchors, d keys, d scale."""
+    count = max(anchors.shape[0], keys.shape[0])
+    pair = {
+        "SLOPE": lse_kernels.slope,
+        "TERM": "lse",
+        "RULE": "every",
+        "ONLINE": not is_safe(count, scale_bound, torch.float32, twice=True),
+    }
+    # One lift for both sides: their slopes add.
+    both = torch.cat([grad_rows, grad_columns]), torch.cat([rows, columns])
+    statistics, lift = _lse_statistics(*both, anchors, scale, pair["ONLINE"])
+    of_anchors, of_keys = statistics.split([anchors.shape[0], keys.shape[0]])
+    values, none = (None, scale, None, None, None, lift), (None, None)
+    gradients, parts = [], []
+    for own, other, of_own, of_other, at, wanted in (
+        (anchors, keys, of_anchors, of_keys, intervals, needs_anchors),
+        (keys, anchors, of_keys, of_anchors, _exchanged(keys, intervals), needs_keys),
+    ):
+        *positives, own_start, own_end, other_start, other_end = int32(at)
+        parts.append(torch.zeros_like(of_own[:, 0]) if needs_scale else None)
+        regions = (own_start, own_end, other_start, other_end, *none)
+        gradients.append(_own(own, other, of_own, of_other, values, positives, regions, pair, wanted, parts[-1]))
+    return *gradients, _sum_or_zero(torch.cat(parts) if needs_scale else None, anchors)
+
+
+def _exchanged(keys: Tensor, intervals: list[Tensor]) -> list[Tensor]:
+    """The regions with anchors and keys exchanged; rule "every" knows no positives."""
+    anchor_start, anchor_end, key_start, key_end = intervals[3:]
+    nothing = torch.zeros(keys.shape[0], dtype=torch.int32, device=keys.device)
+    return [nothing, nothing, nothing, key_start, key_end, anchor_start, anchor_end]
 
 
 def pair_mean(
@@ -101,14 +163,17 @@ def pair_mean(
 
     Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all [N].
     """
-    others = anchors if keys is None else keys
+    if _needs_no_pairs(keys, stat, log_weight, hardness):
+        return segments.linear_mean(anchors, scale, intervals)
+    others = _keys(anchors, keys)
     online = log_weight is not None or not _weights_are_safe(others, scale_bound, hardness)
-    out, mass, slope = torch.empty(3, anchors.shape[0], dtype=torch.float32, device=anchors.device)
-    at = _intervals(intervals)
+    out = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
+    mass, slope = torch.empty_like(out), torch.empty_like(out)
+    at = int32(intervals)
     tiles = config("pair_mean", anchors)
     _launch(
         mean_kernels.forward_kernel, out, tiles,
-        anchors, others, stat, log_weight, scale, _weighting(hardness, log_weight), discount, out, mass, slope,
+        anchors, others, stat, log_weight, scale, _weighting(hardness, log_weight), discount or None, out, mass, slope,
         *at, out.numel(), at[3].numel(),
         D=anchors.shape[1], TERM="logit" if stat is None else "own", ONLINE=online, **_tiling(tiles, anchors),
     )  # fmt: skip
@@ -134,21 +199,24 @@ def pair_mean_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = g_i w_ij (dt/ds - hardness (t_ij - out_i), the second part unless weights are detached)."""
-    others = anchors if keys is None else keys
+    if _needs_no_pairs(keys, stat, log_weight, hardness):
+        return segments.linear_mean_backward(grad, out, mass, anchors, scale, intervals, needs_anchors, needs_scale)
+    others = _keys(anchors, keys)
     pull = None if detach_weights or hardness == 0 else -hardness
-    margin = 2 * abs(discount) + abs(hardness)
-    safe = is_safe(others.shape[0], scale_bound, torch.float32, twice=True, margin=margin)
-    online = log_weight is not None or pull is not None or not safe
+    # Two factors 1 + exp(stat_i - (scale - discount) s), which one reciprocal serves, and a weight.
+    bound = None if scale_bound is None else 2 * (scale_bound + abs(discount)) + abs(hardness)
+    safe = is_safe(others.shape[0], bound, torch.float32, twice=True, margin=math.log(max(others.shape[0], 1)))
+    online = log_weight is not None or pull is not None or needs_scale or not safe
     weighting = _weighting(hardness, log_weight)
     term = "logit" if stat is None else "own"
     statistics, lift, largest_grad, grad = _statistics(grad, anchors)
     _launch(
         mean_kernels.statistics_kernel, out, Config(ROWS, 0, 4, 1),
-        grad, out, mass, stat, scale, weighting, pull, discount, largest_grad, lift, statistics, out.numel(),
+        grad, out, mass, stat, scale, weighting, pull, discount or None, largest_grad, lift, statistics, out.numel(),
         TERM=term, ONLINE=online, BLOCK=ROWS,
     )  # fmt: skip
     return _backward(
-        anchors, keys, statistics, lift, log_weight, scale, weighting, pull, discount, intervals,
+        anchors, keys, statistics, lift, log_weight, scale, weighting, pull, discount or None, intervals,
         dict(SLOPE=mean_kernels.slope, TERM=term, RULE="positives", ONLINE=online),
         needs_anchors, needs_keys, needs_scale,
     )  # fmt: skip
@@ -163,7 +231,7 @@ def _backward(
     scale: Tensor,
     hardness: float | None,
     pull: float | None,
-    discount: float,
+    discount: float | None,
     intervals: list[Tensor],
     pair: dict[str, Any],
     needs_anchors: bool,
@@ -171,38 +239,63 @@ def _backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from the anchors' statistics: one pass in self-contrast, else one for each side that needs it."""
-    *positives, anchor_start, anchor_end, key_start, key_end = _intervals(intervals)
-    at_anchors, at_keys = (anchor_start, anchor_end), (key_start, key_end)
+    keys = None if keys is None else _keys(anchors, keys)
+    *positives, anchor_start, anchor_end, key_start, key_end = int32(intervals)
+    at_anchors, at_keys, no_anchors = (anchor_start, anchor_end), (key_start, key_end), (None, None)
     values = (key_bias, scale, hardness, pull, discount, lift)
-    tiles = config("backward", anchors)
-
-    def run(own: Tensor, other: Tensor, of_own: Any, of_other: Any, wanted: bool, by_scale: Any, *at: Any) -> Tensor:
-        gradient = torch.empty(own.shape if wanted else (0,), dtype=torch.float32, device=own.device)
-        _launch(
-            backward_kernel, own, tiles,
-            own, other, of_own, of_other, *values, gradient if wanted else None, by_scale,
-            *positives, *at, own.shape[0], other.shape[0], anchor_start.numel(),
-            D=anchors.shape[1], **pair, **_tiling(tiles, anchors),
-        )  # fmt: skip
-        return gradient
-
     by_scale = torch.empty_like(statistics[:, 0]) if needs_scale else None
+    d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
     if keys is None:
         # Here every row of a region is a key, and meets its region.
-        d_anchors = run(
-            anchors, anchors, statistics, statistics, needs_anchors, by_scale, *at_keys, *at_keys, *at_anchors
-        )
-        d_keys = d_anchors.new_empty(0)
+        sides, at = (anchors, anchors, statistics, statistics), (*at_keys, *at_keys, *at_anchors)
+        d_anchors = _own(*sides, values, positives, at, pair, needs_anchors, by_scale)
     else:
-        d_anchors = d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
-        if needs_anchors or needs_scale:
-            d_anchors = run(anchors, keys, statistics, None, needs_anchors, by_scale, *at_anchors, *at_keys, None, None)
+        sides, at = (anchors, keys, statistics, None), (*at_anchors, *at_keys, *no_anchors)
+        d_anchors = _own(*sides, values, positives, at, pair, needs_anchors, by_scale)
         if needs_keys:
-            d_keys = run(keys, anchors, None, statistics, True, None, *at_keys, *at_anchors, None, None)
-        else:
-            d_keys = d_keys.clone()  # an operator's results may not alias
-    d_scale = torch.zeros((), dtype=torch.float32, device=anchors.device) if by_scale is None else by_scale.sum()
-    return d_anchors, d_keys, d_scale
+            sides, at = (keys, anchors, None, statistics), (*at_keys, *at_anchors, *no_anchors)
+            d_keys = _own(*sides, values, positives, at, pair, True, None)
+    return d_anchors, d_keys, _sum_or_zero(by_scale, anchors)
+
+
+def _own(
+    own: Tensor,
+    other: Tensor,
+    own_statistics: Tensor | None,
+    other_statistics: Tensor | None,
+    values: tuple[Any, ...],
+    positives: Sequence[Tensor],
+    regions: tuple[Tensor | None, ...],
+    pair: dict[str, Any],
+    wanted: bool,
+    by_scale: Tensor | None,
+) -> Tensor:
+    """The gradient of the own rows, from one pass over the other rows; by_scale [N] is written where it is given."""
+    gradient = torch.empty(own.shape if wanted else (0,), dtype=torch.float32, device=own.device)
+    if wanted or by_scale is not None:
+        tiles = config("backward", own)
+        _launch(
+            backward_kernel, own, tiles,
+            own, other, own_statistics, other_statistics, *values, gradient if wanted else None, by_scale,
+            *positives, *regions, own.shape[0], other.shape[0], regions[0].numel(),
+            D=own.shape[1], **pair, **_tiling(tiles, own),
+        )  # fmt: skip
+    return gradient
+
+
+def _sum_or_zero(by_scale: Tensor | None, rows: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=rows.device) if by_scale is None else by_scale.sum()
+
+
+def _lse_statistics(
+    grad: Tensor, lse: Tensor, rows: Tensor, scale: Tensor, online: bool
+) -> tuple[Tensor, Tensor | None]:
+    statistics, lift, largest_grad, grad = _statistics(grad, rows)
+    _launch(
+        lse_kernels.statistics_kernel, lse, Config(ROWS, 0, 4, 1),
+        grad, lse, scale, largest_grad, lift, statistics, lse.numel(), ONLINE=online, BLOCK=ROWS,
+    )  # fmt: skip
+    return statistics, lift
 
 
 def _statistics(grad: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -214,8 +307,14 @@ def _statistics(grad: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor | None, T
     return statistics, torch.ones((), device=grad.device), torch.linalg.vector_norm(grad, float("inf")), grad
 
 
-def _intervals(intervals: list[Tensor]) -> list[Tensor]:
-    return [bound.to(torch.int32).contiguous() for bound in intervals]
+def _keys(anchors: Tensor, keys: Tensor | None) -> Tensor:
+    """The other rows, in the anchors' dtype: a matrix unit multiplies equals (fp16 views meet an fp32 memory bank)."""
+    return anchors if keys is None else keys.to(anchors.dtype)
+
+
+def _needs_no_pairs(keys: Tensor | None, stat: Tensor | None, log_weight: Tensor | None, hardness: float) -> bool:
+    """Whether the mean is one of a linear term with uniform weights in self-contrast: class sums give it."""
+    return keys is None and stat is None and log_weight is None and hardness == 0
 
 
 def _weighting(hardness: float, log_weight: Tensor | None) -> float | None:
@@ -237,11 +336,6 @@ def _tiling(tiles: Config, rows: Tensor) -> dict[str, Any]:
 
 
 def _launch(kernel: Any, like: Tensor, tiles: Config, *args: Any, **constants: Any) -> None:
-    """Run one program for each block of the leading dimension of `like`, on its device."""
-    if like.shape[0] == 0:
-        return
-    guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
-    with guard:
-        kernel[(triton.cdiv(like.shape[0], tiles.block_i),)](
-            *args, **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages
-        )
+    """Run one program for each block of the leading dimension of `like`."""
+    warps = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    launch.run(kernel, triton.cdiv(like.shape[0], tiles.block_i), like, *args, **constants, **warps)

@@ -46,11 +46,12 @@ def backward_kernel(
     logit_scale = tl.load(scale)
     total = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     by_scale = tl.zeros([BLOCK_I], tl.float32)
+    own_side, own_bias = None, None
     if ROW:
         start, end, own = row_intervals(pos_start, pos_end, self_pos, rows, there)
-        own_0, own_1, own_2, own_3 = load_statistics(own_statistics, rows, there)
-    if key_bias is not None:
-        own_bias = tl.load(key_bias + rows, mask=there, other=0.0)
+        own_side = load_statistics(own_statistics, rows, there)
+    if COL and key_bias is not None:
+        own_bias = tl.load(key_bias + rows, mask=there, other=0.0)[:, None]
     if (not ROW) and (RULE == "positives"):
         first_met, last_met = meeting(pos_start, pos_end, num_others, first_row, first_row + BLOCK_I)
     low, high = meeting(own_start, own_end, num_regions, first_row, first_row + BLOCK_I)
@@ -80,42 +81,29 @@ def backward_kernel(
             inside = columns < last
             y = load_rows(rows_of_other, columns, inside, D, BLOCK_D)
             similarity = similarities(x, y, PRECISION)
-            slopes = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-            if ROW:
-                other_bias = None
-                if key_bias is not None:
-                    other_bias = tl.load(key_bias + columns, mask=inside, other=0.0)[None, :]
-                by_similarity, along_scale = SLOPE(
-                    similarity, own_0[:, None], own_1[:, None], own_2[:, None], own_3[:, None], other_bias,
-                    logit_scale, hardness, pull, discount, TERM, ONLINE,
-                )  # fmt: skip
-                slopes += by_similarity
+            other, other_bias = None, None
             if COL:
-                other_0, other_1, other_2, other_3 = load_statistics(other_statistics, columns, inside)
-                row_bias = None
-                if key_bias is not None:
-                    row_bias = own_bias[:, None]
-                by_similarity, _ = SLOPE(
-                    similarity, other_0[None, :], other_1[None, :], other_2[None, :], other_3[None, :], row_bias,
-                    logit_scale, hardness, pull, discount, TERM, ONLINE,
-                )  # fmt: skip
-                slopes += by_similarity
+                other = load_statistics(other_statistics, columns, inside)
+            if key_bias is not None:
+                other_bias = tl.load(key_bias + columns, mask=inside, other=0.0)[None, :]
+            slopes, along_scale = SLOPE(
+                similarity, own_side, other, own_bias, other_bias, logit_scale, hardness, pull, discount, TERM, ONLINE
+            )
             if ROW:
                 clean = is_clean(
                     outer_start, outer_end, inner_start, inner_end, key_start, key_end, first, first + BLOCK_J, RULE
                 )
-                counted = counts(start[:, None], end[:, None], own[:, None], columns[None, :], RULE)
             else:
                 clean = RULE == "every"
-                other_start_of, other_end_of, other_key = row_intervals(pos_start, pos_end, self_pos, columns, inside)
-                counted = counts(
-                    other_start_of[None, :], other_end_of[None, :], other_key[None, :], rows[:, None], RULE
-                )
             if not (clean & whole & (first + BLOCK_J <= last)):
-                counted = counted & member[:, None] & inside[None, :]
-                slopes = tl.where(counted, slopes, 0.0)
+                if ROW:
+                    counted = counts(start[:, None], end[:, None], own[:, None], columns[None, :], RULE)
+                else:
+                    starts, ends, key = row_intervals(pos_start, pos_end, self_pos, columns, inside)
+                    counted = counts(starts[None, :], ends[None, :], key[None, :], rows[:, None], RULE)
+                slopes = tl.where(counted & member[:, None] & inside[None, :], slopes, 0.0)
                 if scale_gradient is not None:
-                    along_scale = tl.where(counted, along_scale, 0.0)
+                    along_scale = tl.where(counted & member[:, None] & inside[None, :], along_scale, 0.0)
             if scale_gradient is not None:
                 by_scale += tl.sum(along_scale, 1)
             if gradient is not None:

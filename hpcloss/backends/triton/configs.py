@@ -1,6 +1,6 @@
-"""Tile shapes, keyed by what decides them: the chip's matrix unit and shared memory, the width of a row, its dtype.
+"""Tile shapes, by what decides them: the part (matrix unit and shared memory), the precision, the width of a row.
 
-Found by `python benchmarks/tune.py`. A part that is not listed takes those of the smallest.
+Chosen so that nothing spills (`tests/test_offline.py`); `python benchmarks/tune.py` searches them by time on a GPU.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
+
+from hpcloss.backends.triton.probe import interpreted
 
 
 class Config(NamedTuple):
@@ -20,8 +23,102 @@ class Config(NamedTuple):
 
 
 INTERPRETED = Config(16, 16, 4, 1)  # small, so that little inputs make many tiles
+SMALLEST = "turing"  # what an unknown part takes
+WIDTHS = (64, 128, 256, 512)
+
+# Products on the multiply-add units, on any part: their operands fill the registers.
+EXACT = {
+    "pair_lse": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
+    "pair_mean": (Config(32, 32, 4, 2), Config(32, 16, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
+    "backward": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+}
+# [part][precision][kernel]: one shape for each of WIDTHS.
+CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
+    "hopper": {
+        "half": {
+            "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+            "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+            "backward": (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+        },
+        "tf32": {
+            "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 32, 4, 2)),
+            "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 32, 4, 2)),
+            "backward": (Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(16, 32, 4, 1)),
+        },
+        "ieee": EXACT,
+    },
+    "ampere": {
+        "half": {
+            "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
+            "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 32, 4, 2)),
+            "backward": (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+        },
+        "tf32": {
+            "pair_lse": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 1)),
+            "pair_mean": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1)),
+            "backward": (Config(32, 32, 4, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1), Config(16, 32, 4, 1)),
+        },
+        "ieee": EXACT,
+    },
+    "consumer": {
+        "half": {
+            "pair_lse": (Config(128, 64, 8, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
+            "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
+            "backward": (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 4, 1)),
+        },
+        "tf32": {
+            "pair_lse": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 1)),
+            "pair_mean": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 1)),
+            "backward": (Config(32, 32, 4, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
+        },
+        "ieee": EXACT,
+    },
+    "blackwell": {
+        "half": {
+            "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
+            "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
+            "backward": (Config(128, 32, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
+        },
+        "tf32": {
+            "pair_lse": (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 32, 4, 2)),
+            "pair_mean": (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 32, 4, 2)),
+            "backward": (Config(64, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(16, 32, 4, 1)),
+        },
+        "ieee": EXACT,
+    },
+    # No matrix unit that Triton knows: products as exact as they are slow.
+    "turing": {"half": EXACT, "tf32": EXACT, "ieee": EXACT},
+}
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, such as 90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def part(capability: int) -> str:
+    """Which shapes a compute capability takes."""
+    if capability in (80, 87):
+        return "ampere"  # 163 KB of shared memory a block
+    if capability in (86, 89, 120, 121):
+        return "consumer"  # 99 KB
+    return {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(capability, SMALLEST)
+
+
+def precision(rows: torch.Tensor) -> str:
+    """How products of these rows are computed: "half", or for fp32 rows "tf32" or "ieee" (exact, without matrix units).
+
+    As torch computes its own: `torch.get_float32_matmul_precision()`, of which "highest" is exact.
+    """
+    if rows.dtype != torch.float32:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def config(kernel: str, rows: torch.Tensor) -> Config:
     """The shape in which a kernel ("pair_lse", "pair_mean", "backward") runs on rows [N, D]."""
-    return INTERPRETED
+    if interpreted():
+        return INTERPRETED
+    width = max(triton.next_power_of_2(rows.shape[1]), WIDTHS[0])
+    return CONFIGS[part(capability(rows.device))][precision(rows)][kernel][WIDTHS.index(width)]

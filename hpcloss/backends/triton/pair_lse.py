@@ -104,14 +104,32 @@ def statistics_kernel(
 
 @triton.jit
 def slope(
-    similarity, shift, factor, scale_factor, _, key_bias, scale, hardness, pull, discount,
+    similarity, own, other, own_bias, other_bias, scale, hardness, pull, discount,
     TERM: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    """d/ds and d/dscale of the loss through one direction of a pair: g scale exp(scale s + bias - lse), times s."""
+    """Of each pair d loss/ds = g scale exp(scale s + bias - lse), both directions added, and the own d loss/dscale.
+
+    own, other: statistics of the own rows (i is the anchor) and of the other rows (j is), None where a side has none.
+    """
     exponent = similarity * (scale * LOG2E)
+    slopes = tl.zeros_like(similarity)
+    along_scale = slopes
+    if own is not None:
+        shift, factor, scale_factor, _ = own
+        weight = directed(exponent, other_bias, shift[:, None], ONLINE)
+        slopes += weight * factor[:, None]
+        along_scale = weight * (scale_factor[:, None] * similarity)
+    if other is not None:
+        shift, factor, _, _ = other
+        slopes += directed(exponent, own_bias, shift[None, :], ONLINE) * factor[None, :]
+    return slopes, along_scale
+
+
+@triton.jit
+def directed(exponent, key_bias, shift, ONLINE: tl.constexpr):
+    """exp(scale s + bias - lse) in the direction of the statistics; without ONLINE their factor holds the lse."""
     if key_bias is not None:
         exponent += key_bias * LOG2E
     if ONLINE:
         exponent -= shift
-    weight = tl.exp2(exponent)
-    return weight * factor, weight * (scale_factor * similarity)
+    return tl.exp2(exponent)

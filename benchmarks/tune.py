@@ -1,0 +1,113 @@
+"""Search tile shapes on the GPU of this machine: `python benchmarks/tune.py [--rows 16384] [--only pair_lse]`.
+
+For each kernel, width and precision every candidate that compiles is timed on random unit rows in four equal classes;
+the fastest is printed as a line for `hpcloss/backends/triton/configs.py`, beside the shipped one and its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+
+from hpcloss.backends import triton as backend  # noqa: E402
+from hpcloss.backends.triton import configs  # noqa: E402
+from hpcloss.partition import partition  # noqa: E402
+
+WIDTHS = (64, 128, 256, 512)
+PRECISIONS = {"half": (torch.float16, "highest"), "tf32": (torch.float32, "high"), "ieee": (torch.float32, "highest")}
+KERNELS = ("pair_lse", "pair_mean", "backward")
+
+
+def candidates() -> Iterator[configs.Config]:
+    """Shapes worth a try: at least a warp's matrix tile, at most what 255 registers could hold."""
+    for block_i, block_j, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
+        if 256 <= block_i * block_j // warps <= 2048 * 2:
+            yield configs.Config(block_i, block_j, warps, stages)
+
+
+def work(kernel: str, rows: torch.Tensor) -> Callable[[], object]:
+    """One call that runs the kernel, with its statistics where it is a backward pass."""
+    count = rows.shape[0]
+    labels = torch.arange(count, device=rows.device) * 4 // count
+    at = list(partition(labels).intervals())
+    scale = torch.full((), 10.0, device=rows.device)
+    lse = backend.pair_lse(rows, None, None, scale, 10.0, at, "negatives")
+    if kernel == "pair_lse":
+        return lambda: backend.pair_lse(rows, None, None, scale, 10.0, at, "negatives")
+    mean = (rows, None, lse, None, scale, 10.0, 1.0, 0.0)
+    if kernel == "pair_mean":
+        return lambda: backend.pair_mean(*mean, at)
+    out, mass, _ = backend.pair_mean(*mean, at)
+    grad = torch.full_like(lse, 1 / count)
+
+    def backward() -> None:
+        backend.pair_lse_backward(grad, lse, rows, None, None, scale, 10.0, at, "negatives", True, False, False)
+        backend.pair_mean_backward(grad, out, mass, *mean, True, at, True, False, False)
+
+    return backward
+
+
+def milliseconds(call: Callable[[], object], repeats: int = 7) -> float:
+    """Median time on the device."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def main() -> int:
+    """Print the fastest shape of each kernel; 1 where there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=16384)
+    parser.add_argument("--only", choices=KERNELS)
+    parser.add_argument("--width", type=int, choices=WIDTHS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("tuning needs a CUDA device")
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    print(
+        f"{torch.cuda.get_device_name(device)}, part {configs.part(configs.capability(device))}, N = {arguments.rows}"
+    )
+    shipped = backend.config
+    for (precision, (dtype, setting)), width, kernel in itertools.product(PRECISIONS.items(), WIDTHS, KERNELS):
+        if arguments.only not in (None, kernel) or arguments.width not in (None, width):
+            continue
+        torch.set_float32_matmul_precision(setting)
+        rows = torch.nn.functional.normalize(torch.randn(arguments.rows, width, device=device), dim=1).to(dtype)
+        run = work(kernel, rows)
+        times = {}
+        for shape in candidates():
+            backend.config = lambda name, like, shape=shape, kernel=kernel: (
+                shape if name == kernel else shipped(name, like)
+            )
+            try:
+                times[shape] = milliseconds(run)
+            except Exception as error:  # too much shared memory, or more registers than there are
+                print(f"  {tuple(shape)}: {type(error).__name__}", file=sys.stderr)
+        backend.config = shipped
+        best = min(times, key=times.__getitem__)
+        print(
+            f'("{kernel}", "{precision}", {width}): Config{tuple(best)},  # {times[best]:.3f} ms;'
+            f" shipped {tuple(shipped(kernel, rows))}: {milliseconds(run):.3f} ms",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

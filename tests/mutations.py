@@ -1,0 +1,355 @@
+"""Planted mistakes in the Triton kernels, each of which the tests must notice: `python tests/mutations.py [words]`.
+
+Every mistake is made in a copy of the package and the tests, where the tests that should see it run in Triton's
+interpreter. A mistake that survives, and a selection of tests that fails without one, make the script fail.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = Path("hpcloss/backends/triton")
+PROCESSES = 2
+LIMIT = 300  # seconds; a kernel that never ends is noticed too
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    tests: str  # expression of `pytest -k`
+
+
+LSE = "test_pair_lse and not both and float32"
+MEAN = "test_pair_mean and float32"
+EDGE = "test_edges and 16x16"
+PACK = "test_live_rows_end_anywhere"
+LINEAR = "test_linear_mean_of_plans and short"
+
+MUTATIONS = [
+    # ------------------------------------------------------------------------------ which pairs count
+    Mutation(
+        "interval starts one late", "tile.py",
+        "inside = (keys >= start) & (keys < end)", "inside = (keys > start) & (keys < end)",
+        f"{LSE} and cells and positives",
+    ),
+    Mutation(
+        "interval ends one late", "tile.py",
+        "inside = (keys >= start) & (keys < end)", "inside = (keys >= start) & (keys <= end)",
+        f"{LSE} and cells and positives",
+    ),
+    Mutation(
+        "self is a positive", "tile.py",
+        "counted = inside & (keys != own)", "counted = inside",
+        f"{LSE} and background and positives",
+    ),
+    Mutation(
+        "self is among the others", "tile.py",
+        "counted = keys != own", "counted = keys == keys",
+        f"{LSE} and background and others",
+    ),
+    Mutation(
+        "a hole where classes differ", "tile.py",
+        "if inner_start < inner_end:", "if outer_start < outer_end:",
+        f"{LSE} and short and negatives",
+    ),
+    Mutation(
+        "hole one too wide", "tile.py",
+        "hole = tl.minimum(tl.maximum(inner_start, start), end)",
+        "hole = tl.minimum(tl.maximum(inner_start - 1, start), end)",
+        f"{LSE} and short and negatives",
+    ),
+    Mutation(
+        "clean by the hull of the positives", "tile.py",
+        "(first >= inner_start) & (last <= inner_end)", "(first >= outer_start) & (last <= outer_end)",
+        f"{EDGE} and runs",
+    ),
+    Mutation(
+        "clean although self is there", "tile.py",
+        "clean = (last <= own_start) | (first >= own_end)", "clean = True",
+        f"{EDGE} and whole",
+    ),
+    Mutation(
+        "clean by the last row's positives", "tile.py",
+        "inner_end = tl.min(tl.where(member, end, FARTHEST))", "inner_end = tl.max(tl.where(member, end, 0))",
+        f"{EDGE} and runs",
+    ),
+    Mutation(
+        "region that ends on a block's first row", "tile.py",
+        "(start < last) & (end > first) & (start < end)", "(start < last) & (end > first + 1) & (start < end)",
+        f"{EDGE} and regions and not without",
+    ),
+    Mutation(
+        "region that starts on a block's last row", "tile.py",
+        "(start < last) & (end > first) & (start < end)", "(start < last - 1) & (end > first) & (start < end)",
+        f"{EDGE} and regions and not without",
+    ),
+    Mutation(
+        "keys past the region counted", "pair_lse.py",
+        "if not (clean & whole & (first + BLOCK_J <= last)):", "if not (clean & whole):",
+        f"{LSE} and class and every",
+    ),
+    Mutation(
+        "rows of other regions counted", "pair_lse.py",
+        "exponent = tl.where(counted & member[:, None] & (columns < last)[None, :], exponent, -INF)",
+        "exponent = tl.where(counted & (columns < last)[None, :], exponent, -INF)",
+        f"{LSE} and background and every",
+    ),
+    Mutation(
+        "tail columns not masked", "pair_lse.py",
+        "exponent = tl.where(counted & member[:, None] & (columns < last)[None, :], exponent, -INF)",
+        "exponent = tl.where(counted & member[:, None], exponent, -INF)",
+        f"{LSE} and background and every",
+    ),
+    Mutation(
+        "gradients of rows of other regions", "backward.py",
+        "slopes = tl.where(counted & member[:, None] & inside[None, :], slopes, 0.0)",
+        "slopes = tl.where(counted & inside[None, :], slopes, 0.0)",
+        f"{LSE} and many and every",
+    ),
+    Mutation(
+        "one anchor short where keys alone meet anchors", "backward.py",
+        "tl.maximum(begin, first_anchor), tl.minimum(hole, last_anchor)",
+        "tl.maximum(begin, first_anchor), tl.minimum(hole, last_anchor - 1)",
+        f"{EDGE} and both",
+    ),
+    Mutation(
+        "a block with one anchor taken for keys alone", "backward.py",
+        "(first_row + BLOCK_I <= first_anchor)", "(first_row + BLOCK_I <= first_anchor + 1)",
+        f"{EDGE} and less",
+    ),
+    Mutation(
+        "keys miss the last anchor they meet", "backward.py",
+        "tl.maximum(begin, first_met), tl.minimum(stop, last_met)",
+        "tl.maximum(begin, first_met), tl.minimum(stop, last_met - 1)",
+        f"{LSE} and labelled and positives",
+    ),
+    # ----------------------------------------------------------------------------------------- values
+    Mutation(
+        "running sum not rescaled", "pair_lse.py",
+        "total = total * tl.exp2(largest - base) + ", "total = total + ",
+        f"{LSE} and one and region and every",
+    ),
+    Mutation(
+        "rows of empty sets not written", "pair_lse.py",
+        "tl.store(lse + rows, total_log * LN2, mask=there)",
+        "tl.store(lse + rows, total_log * LN2, mask=there & (total > 0))",
+        f"{LSE} and background and positives",
+    ),
+    Mutation(
+        "running mean not rescaled", "pair_mean.py",
+        "weights * kept, terms * kept, shares * kept", "weights * kept, terms, shares * kept",
+        f"{MEAN} and one and region",
+    ),
+    Mutation(
+        "self among the number of positives", "pair_mean.py",
+        "(end - start - tl.where(inside, 1, 0)).to(tl.float32)", "(end - start).to(tl.float32)",
+        f"{MEAN} and one and region",
+    ),
+    Mutation(
+        "discount of the wrong sign", "pair_mean.py",
+        "term -= (discount * LOG2E) * similarity", "term += (discount * LOG2E) * similarity",
+        f"{MEAN} and background",
+    ),
+    Mutation(
+        "slope of stat not a mean", "pair_mean.py",
+        "tl.store(slope_of_stat + rows, shares / whole_weight, mask=there)",
+        "tl.store(slope_of_stat + rows, shares, mask=there)",
+        f"{MEAN} and background",
+    ),
+    Mutation(
+        "logistic function mirrored", "tile.py",
+        "tl.where(x < 0, small, 1.0)", "tl.where(x > 0, small, 1.0)",
+        f"{MEAN} and background",
+    ),
+    # -------------------------------------------------------------------------------------- gradients
+    Mutation(
+        "gradient of the wrong sign", "pair_lse.py",
+        "slopes += weight * factor[:, None]", "slopes -= weight * factor[:, None]",
+        f"{LSE} and background and every",
+    ),
+    Mutation(
+        "the other direction dropped", "backward.py",
+        "other = load_statistics(other_statistics, columns, inside)", "other = None",
+        f"{LSE} and background and every",
+    ),
+    Mutation(
+        "lse not subtracted where nothing overflows", "pair_lse.py",
+        "grad_i *= tl.exp2(-shift)", "grad_i *= 1.0",
+        f"{LSE} and background and every",
+    ),
+    Mutation(
+        "bias of the wrong side", "pair_lse.py",
+        "weight = directed(exponent, other_bias, shift[:, None], ONLINE)",
+        "weight = directed(exponent, own_bias, shift[:, None], ONLINE)",
+        f"{LSE} and background",
+    ),
+    Mutation(
+        "d scale times the scale", "pair_lse.py",
+        "along_scale = weight * (scale_factor[:, None] * similarity)",
+        "along_scale = weight * (factor[:, None] * similarity)",
+        f"{LSE} and background and every",
+    ),
+    Mutation(
+        "d scale of both directions", "pair_lse.py",
+        "slopes += directed(exponent, own_bias, shift[None, :], ONLINE) * factor[None, :]",
+        "part = directed(exponent, own_bias, shift[None, :], ONLINE) * factor[None, :]\n"
+        "        slopes += part\n        along_scale += part * similarity",
+        f"{LSE} and background and every",
+    ),
+    Mutation(
+        "d scale of pairs that do not count", "backward.py",
+        "along_scale = tl.where(counted & member[:, None] & inside[None, :], along_scale, 0.0)",
+        "along_scale = along_scale",
+        f"{LSE} and background and negatives",
+    ),
+    Mutation(
+        "mass not subtracted", "pair_mean.py",
+        "exponent -= mass", "exponent -= 0.0",
+        f"{MEAN} and background",
+    ),
+    Mutation(
+        "weights pull the wrong way", "pair_mean.py",
+        "by_similarity += pull * (term - out)", "by_similarity -= pull * (term - out)",
+        f"{MEAN} and background",
+    ),
+    Mutation(
+        "discount of the wrong sign in the bounded slope", "pair_mean.py",
+        "slopes -= discount * always", "slopes += discount * always",
+        f"{MEAN} and background",
+    ),
+    Mutation(
+        "the other direction dropped from the bounded slope", "pair_mean.py",
+        "part = part * other_whole + numerator[None, :] * whole", "part = part * other_whole",
+        f"{MEAN} and background",
+    ),
+    Mutation(
+        "lift not undone", "backward.py",
+        "store_rows(gradient, rows, there, total * unlift, D, BLOCK_D)",
+        "store_rows(gradient, rows, there, total, D, BLOCK_D)",
+        "test_gradients_at_the_weights and online",
+    ),
+    Mutation(
+        "no lift of small gradients", "tile.py",
+        "tl.where((largest > 2.0**-100) & (largest < 2.0**100), power, 1.0)",
+        "tl.where((largest > 2.0**100) & (largest < 2.0**100), power, 1.0)",
+        "test_gradients_at_the_weights and online",
+    ),
+    # --------------------------------------------------------------------------------------- launches
+    Mutation(
+        "statistics of the wrong side for the keys", "__init__.py",
+        "(keys, anchors, of_keys, of_anchors, _exchanged", "(keys, anchors, of_anchors, of_keys, _exchanged",
+        "test_pair_lse_both and float32 and one",
+    ),
+    Mutation(
+        "regions not exchanged", "__init__.py",
+        "return [nothing, nothing, nothing, key_start, key_end, anchor_start, anchor_end]",
+        "return [nothing, nothing, nothing, anchor_start, anchor_end, key_start, key_end]",
+        "test_pair_lse_both and float32 and labelled",
+    ),
+    Mutation(
+        "weights differentiated although detached", "__init__.py",
+        "pull = None if detach_weights or hardness == 0 else -hardness", "pull = None if hardness == 0 else -hardness",
+        f"{MEAN} and background",
+    ),
+    # --------------------------------------------------------------------------------- pack, segments
+    Mutation(
+        "norm's part of the gradient added", "pack.py",
+        "g -= unit * tl.expand_dims(tl.sum(g * unit, C), C)", "g += unit * tl.expand_dims(tl.sum(g * unit, C), C)",
+        PACK,
+    ),
+    Mutation("dead rows packed", "pack.py", "alive = there & (rows < tl.load(live))", "alive = there", PACK),
+    Mutation("gradient of dead pixels not written", "pack.py", "written = there", "written = alive", PACK),
+    Mutation(
+        "self in the sum of the class", "segments.py",
+        "others = shared[None, :] - tl.where(inside[:, None], x, 0.0)", "others = shared[None, :]",
+        LINEAR,
+    ),
+    Mutation(
+        "self once in the gradient of the class sum", "segments.py",
+        "total -= 2 * weight[:, None] * itself", "total -= weight[:, None] * itself",
+        LINEAR,
+    ),
+    Mutation(
+        "self among few positives", "segments.py",
+        "counted = short & (key < end) & (key != own)", "counted = short & (key < end)",
+        LINEAR,
+    ),
+]  # fmt: skip
+
+
+def copy(folder: str) -> Path:
+    """The package, the tests and their settings, alone in a folder."""
+    for part in ("hpcloss", "tests"):
+        shutil.copytree(ROOT / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return Path(folder)
+
+
+def run(folder: Path, tests: str) -> tuple[bool, str]:
+    """Whether the selected tests pass in the copy, and what the first failure says."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    files = sorted(str(path) for path in folder.glob("tests/test_kernels*.py"))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *files, "-k", tests]
+    try:
+        result = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no end after {LIMIT} s"
+    if result.returncode == 0:
+        return True, ""
+    if result.returncode > 1:
+        raise SystemExit(f"pytest -k {tests!r} did not run:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
+    said = re.search(r"^E +(?:\w+\.)*(.*)$", result.stdout, re.MULTILINE)
+    return False, said.group(1) if said else result.stdout.strip().splitlines()[-1]
+
+
+def attempt(mutation: Mutation) -> tuple[bool, str, float]:
+    """Whether the tests noticed the mistake, what they said, and the seconds it took."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        path = copy(folder) / KERNELS / mutation.file
+        path.write_text(path.read_text().replace(mutation.old, mutation.new))
+        passed, said = run(Path(folder), mutation.tests)
+    seconds = time.monotonic() - began
+    print(f"{'SURVIVED' if passed else 'noticed '} {seconds:5.1f} s  {mutation.file}: {mutation.name}", flush=True)
+    return not passed, said, seconds
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTATIONS if all(word in f"{m.file} {m.name}" for word in words)]
+    for mutation in chosen:
+        count = (ROOT / KERNELS / mutation.file).read_text().count(mutation.old)
+        if count != 1:
+            print(f"{mutation.file}: {mutation.name}: the text to change occurs {count} times: {mutation.old}")
+            return 1
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PROCESSES) as pool:
+        tests = " or ".join(sorted({f"({mutation.tests})" for mutation in chosen}))
+        unmutated = pool.submit(run, copy(folder), tests)
+        results = list(pool.map(attempt, chosen))
+        passed, said = unmutated.result()
+    print(f"\n| file | mistake | noticed by | first failure |\n{'|---' * 4}|")
+    for mutation, (noticed, first, _) in zip(chosen, results, strict=True):
+        print(f"| {mutation.file} | {mutation.name} | {mutation.tests if noticed else '**NOTHING**'} | {first[:100]} |")
+    survived = sum(not noticed for noticed, _, _ in results)
+    print(f"\n{len(chosen)} mistakes, {survived} survived; {time.monotonic() - began:.0f} s")
+    if not passed:
+        print(f"The tests fail without any mistake: {said}")
+    return int(survived > 0 or not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""Kernels compiled for GPUs that are not here: what the backend would launch, and what the compiler makes of it.
+
+Run the backend on CPU tensors with its launcher replaced by a recorder, then compile each recorded launch for a target.
+Needs a process without TRITON_INTERPRET. `python tests/offline.py 90 128` prints registers, spills, shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hpcloss.backends import triton as backend
+from hpcloss.backends.triton import configs, launch
+from hpcloss.partition import one_to_one, partition
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+OPERATIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "LDGSTS", "LDL", "STL", "MUFU", "FFMA")
+# Shared memory a program may have, by compute capability.
+SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+
+class Launch(NamedTuple):
+    """One recorded call of a kernel; options: how its programs are run, num_warps and num_stages."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of it."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    operations: Counter[str]
+
+
+@contextlib.contextmanager
+def recorded(capability: int, tiles: configs.Config | None = None):
+    """The launches of the backend inside the block, as on a GPU of this compute capability; nothing runs."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, programs: int, like: Any, *args: Any, **constants: Any) -> None:
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+        launches.append(Launch(kernel, args, constants, options))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch, "run", record))
+        stack.enter_context(mock.patch.object(configs, "capability", lambda device: capability))
+        if tiles is not None:
+            stack.enter_context(mock.patch.object(backend, "config", lambda *_: tiles))
+        yield launches
+
+
+def compile_for(recorded_launch: Launch, capability: int) -> Compiled:
+    """Compile a recorded launch for a compute capability, and look at the machine code."""
+    names = recorded_launch.kernel.arg_names
+    given = dict(zip(names, recorded_launch.args)) | recorded_launch.constants
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(names):
+        value, parameter = given[name], recorded_launch.kernel.params[position]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            if not parameter.do_not_specialize:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, bool) or value is None or isinstance(value, str | triton.JITFunction) or name.isupper():
+            signature[name] = "constexpr"
+            constants[name] = value
+        else:
+            signature[name] = parameter.annotation_type or ("i32" if isinstance(value, int) else "fp32")
+    source = ASTSource(recorded_launch.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(source, target=target, options=recorded_launch.options | {"enable_fp_fusion": True})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    operations = Counter(re.findall(r"\b(" + "|".join(OPERATIONS) + r")\b", code))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
+    return Compiled(registers, stack, built.metadata.shared, operations)
+
+
+def calls(dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The backend's calls that compile different kernels; each a function without arguments."""
+    n = 32
+    x, k = torch.zeros(n, dim, dtype=dtype), torch.zeros(n, dim, dtype=dtype)
+    own = list(partition(torch.arange(n) % 3, background=0).intervals())
+    cross = list(one_to_one(n, torch.device("cpu")).intervals())
+    scale, row = torch.ones(()), torch.zeros(n)
+    many, wide = torch.zeros(2000, dim, dtype=dtype), torch.zeros(2000)
+    segments_of_many = list(partition(torch.arange(2000) % 3, background=0).intervals())
+
+    def lse(rule: str, bound: float | None, keys: Any = None, at: Any = own) -> Any:
+        return lambda: backend.pair_lse(x, keys, None, scale, bound, at, rule)
+
+    def lse_backward(
+        rule: str, bound: float | None, needs: Any = (True, False, False), keys: Any = None, at: Any = own
+    ):
+        return lambda: backend.pair_lse_backward(row, row, x, keys, None, scale, bound, at, rule, *needs)
+
+    def mean(stat: Any, bound: float | None, hardness: float, keys: Any = None, at: Any = own) -> Any:
+        return lambda: backend.pair_mean(x, keys, stat, None, scale, bound, hardness, 0.0, at)
+
+    def mean_backward(
+        stat: Any, bound: float | None, hardness: float, detach: bool = True, needs: Any = (True, False, False),
+        keys: Any = None, at: Any = own,
+    ):  # fmt: skip
+        return lambda: backend.pair_mean_backward(
+            row, row, row, x, keys, stat, None, scale, bound, hardness, 0.0, detach, at, *needs
+        )
+
+    def packing(channels_last: bool, normalize: bool) -> Any:
+        features = torch.zeros(2, dim, 4, 4, dtype=dtype)
+        if channels_last:
+            features = features.contiguous(memory_format=torch.channels_last)
+        order, live, layout = (
+            torch.arange(n),
+            torch.ones(1, dtype=torch.int32),
+            (list(features.shape), list(features.stride()), dtype),
+        )
+
+        def both() -> None:
+            data, inverse = backend.pack(features, order, live, normalize)
+            backend.pack_backward(data.float(), data, inverse, order, normalize, *layout, True)
+
+        return both
+
+    return {
+        "pack, channels first": packing(False, True),
+        "pack, channels last": packing(True, True),
+        "pack, raw": packing(False, False),
+        "linear mean": lambda: backend.pair_mean(many, None, None, None, scale, 10.0, 0.0, 0.0, segments_of_many),
+        "linear mean backward": lambda: backend.pair_mean_backward(
+            wide, wide, wide, many, None, None, None, scale, 10.0, 0.0, 0.0, True, segments_of_many, True, False, False
+        ),
+        "segment mean": lambda: backend.segment_mean(many, torch.arange(4, dtype=torch.int32) * 100),
+        "lse": lse("negatives", 10.0),
+        "lse, online": lse("others", None),
+        "mean": mean(row, 10.0, 1.0),
+        "mean, uniform": mean(row, 10.0, 0.0),
+        "mean, online": mean(row, None, 1.0),
+        "lse backward": lse_backward("negatives", 10.0),
+        "lse backward, online": lse_backward("others", None, (True, False, True)),
+        "lse backward, anchors": lse_backward("every", 10.0, (True, False, False), k, cross),
+        "lse backward, keys": lse_backward("every", 10.0, (False, True, False), k, cross),
+        "mean backward": mean_backward(row, 10.0, 1.0),
+        "mean backward, uniform": mean_backward(row, 10.0, 0.0),
+        "mean backward, online": mean_backward(row, None, 1.0, True, (True, False, True)),
+        "mean backward, weights": mean_backward(row, None, 1.0, False),
+        "logit backward, keys": mean_backward(None, 10.0, 0.0, True, (False, True, False), k, cross),
+    }
+
+
+def main() -> None:
+    """Print the table of one compute capability and width."""
+    capability, dim = int(sys.argv[1]), int(sys.argv[2])
+    dtype = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else torch.float16
+    tiles = configs.Config(*map(int, sys.argv[4].split(","))) if len(sys.argv) > 4 else None
+    chosen = sys.argv[5] if len(sys.argv) > 5 else ""
+    for name, call in calls(dim, dtype).items():
+        if chosen not in name:
+            continue
+        with recorded(capability, tiles) as launches:
+            call()
+        for one in launches:
+            made = compile_for(one, capability)
+            print(
+                f"{name:24} {one.kernel.__name__:18} {made.registers:4} registers {made.spilled_bytes:5} spilled"
+                f" {made.shared_bytes:7} shared  {dict(made.operations)}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Shipped kernels compiled for every supported GPU: nothing spills, shared memory fits, the matrix units are used.
+
+One width and dtype of each in `make test`; every shipped tile shape in `make test-all`.
+"""
+
+import pytest
+import torch
+from kernels import INTERPRETED
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if INTERPRETED:
+    pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
+
+import offline  # noqa: E402
+
+# Instructions of a matrix unit; those of Hopper and Blackwell take 64 rows at least, else they run as on Ampere.
+MATRIX_UNIT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+TURING = 75  # for which Triton has none; and exact fp32 products use none anywhere
+CALLS = list(offline.calls(64, torch.float16))
+PRECISIONS = [(torch.float16, "half"), (torch.bfloat16, "half"), (torch.float32, "high"), (torch.float32, "highest")]
+
+
+def targets():
+    """Every part, dtype and precision, and width that has shapes of its own."""
+    for capability in (TURING, *MATRIX_UNIT):
+        for dtype, precision in PRECISIONS:
+            if capability == TURING and (dtype == torch.bfloat16 or precision == "high"):
+                continue
+            for dim in (16, 64, 128, 256, 512):
+                quick = (dtype, dim) == (torch.float16, 128)
+                yield pytest.param(capability, dtype, precision, dim, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.fixture
+def matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("capability", "dtype", "precision", "dim"), list(targets()))
+def test_budget(capability, dtype, precision, dim, name, matmul_precision):
+    matmul_precision("highest" if precision == "half" else precision)
+    with offline.recorded(capability) as launches:
+        offline.calls(dim, dtype)[name]()
+    for launch in launches:
+        made = offline.compile_for(launch, capability)
+        about = f"{launch.kernel.__name__} {launch.constants} {launch.options}: {made}"
+        assert made.spilled_bytes == 0 and not made.operations["LDL"] + made.operations["STL"], about
+        assert made.shared_bytes <= offline.SHARED_LIMIT[capability], about
+        if "PRECISION" in launch.constants and capability != TURING and precision != "highest":
+            unit = MATRIX_UNIT[capability] if launch.constants["BLOCK_I"] >= 64 else "HMMA"
+            assert made.operations[unit], about
+
+
+def test_a_changing_number_of_rows_compiles_nothing_new():
+    """Sizes are no part of what is compiled: neither N = 1 nor a multiple of 16 is a case of its own."""
+    for capability in (80, 90):
+        with offline.recorded(capability) as launches:
+            for call in offline.calls(64, torch.float16).values():
+                call()
+        for launch in launches:
+            for parameter in launch.kernel.params:
+                value = (dict(zip(launch.kernel.arg_names, launch.args)) | launch.constants)[parameter.name]
+                if type(value) is int and not parameter.is_constexpr:
+                    assert parameter.do_not_specialize, f"{launch.kernel.__name__}: {parameter.name}"

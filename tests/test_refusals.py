@@ -1,0 +1,79 @@
+"""What the Triton backend refuses, and how it says so; with the interpreter and without."""
+
+import sys
+
+import pytest
+import torch
+from cases import choice, rows
+from kernels import INTERPRETED
+
+import hpcloss
+from hpcloss import backends
+from hpcloss.backends import resolve, unsupported
+
+LOSS = hpcloss.RegionPHPCLoss(2, backend="triton")
+LABELS = choice([0, 1, 2], 1, 4, 4)
+
+
+@pytest.fixture
+def fresh():
+    """What was found out about the devices is forgotten before and after."""
+    backends._triton_missing.cache_clear()
+    yield
+    backends._triton_missing.cache_clear()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on the CPU")
+def test_cpu_without_the_interpreter():
+    with pytest.raises(NotImplementedError, match="backend 'triton' cannot run this call: .*'cpu'.*TRITON_INTERPRET=1"):
+        LOSS(rows(1, 3, 4, 4, dtype=torch.float32), LABELS)
+
+
+def test_float64():
+    with pytest.raises(NotImplementedError, match="float64 needs backend 'blockwise'"):
+        LOSS(rows(1, 3, 4, 4), LABELS)
+
+
+def test_channels():
+    with pytest.raises(NotImplementedError, match="at most 512 channels fit its tiles, got 513"):
+        LOSS(torch.zeros(1, 513, 4, 4), LABELS)
+    assert not any("channels" in reason for reason in unsupported("triton", torch.zeros(1, 512)))
+
+
+def test_rows():
+    # A zero-stride view: no memory.
+    too_many = torch.zeros(1, 1).expand(2**31, 1)
+    assert any("row numbers beyond 2^31" in reason for reason in unsupported("triton", too_many))
+
+
+def test_all_reasons_at_once():
+    with pytest.raises(NotImplementedError, match="float64 needs .*; at most 512 channels"):
+        resolve("triton", torch.zeros(1, 600, dtype=torch.float64))
+
+
+def test_without_triton(fresh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(NotImplementedError, match="Triton is not installed .pip install triton."):
+        LOSS(rows(1, 3, 4, 4, dtype=torch.float32), LABELS)
+    assert "backend triton: not available, Triton is not installed" in hpcloss.info()
+    assert resolve("auto", torch.zeros(1, 3)) == "blockwise"
+
+
+def test_info():
+    lines = hpcloss.info().splitlines()
+    assert "backend blockwise: available" in lines
+    (line,) = [line for line in lines if line.startswith("backend triton: ")]
+    if INTERPRETED and not torch.cuda.is_available():
+        assert line == "backend triton: available"
+    elif not torch.cuda.is_available():
+        assert "not available, " in line and "'cpu'" in line and "TRITON_INTERPRET=1" in line
+
+
+def test_auto_on_the_cpu_is_blockwise():
+    """Under the interpreter too, which is for tests."""
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        assert resolve("auto", torch.zeros(1, 3, dtype=dtype)) == "blockwise"
+
+
+def test_a_backend_that_is_not_asked_for_is_not_refused():
+    assert resolve("blockwise", torch.zeros(1, 600, dtype=torch.float64)) == "blockwise"
