@@ -636,6 +636,7 @@ def test_says_nothing_and_warns_of_nothing(device):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reason="Triton's interpreter needs numpy")
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     """`benchmarks/gpu.py --dry`: every row that can run without a GPU does, and the others say why not."""
     command = [sys.executable, "benchmarks/gpu.py", "--dry", "--quick", "--out", str(tmp_path / "out")]

@@ -459,8 +459,7 @@ def test_deterministic_and_inputs_untouched(plan, dtype):
         assert all(torch.equal(x, old) for x, old in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("plan", ["self", "cross with self"])
+@pytest.mark.parametrize("plan,dtype", [("self", torch.float16), ("cross with self", torch.float32)])
 def test_schemas_and_fakes(plan, dtype):
     """Nothing written to, no aliases, and shapes and dtypes that the compiler is told are those that come."""
     for op, arguments in calls(plan, dtype):
