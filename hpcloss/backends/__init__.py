@@ -1,7 +1,7 @@
 """Where the primitives run: the only place that knows how.
 
-A backend is a package here with the same functions: `rows_dtype`, `pack`, `pack_backward`, `pair_lse`,
-`pair_lse_backward`, `pair_mean`, `pair_mean_backward`. Nothing of Triton is imported before a call needs it.
+A backend is a package here with the same functions: `rows_dtype`, `pack`, `pair_lse`, `pair_lse_both`, `pair_mean` and
+their `_backward`, and `segment_mean`. Nothing of Triton is imported before a call needs it.
 """
 
 from __future__ import annotations
