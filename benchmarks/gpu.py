@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py --out DIR [--only NAME ...] [--quick] [--list] [--dry]
 
-Needs torch, triton and pytest, no installation. Writes DIR/gpu.json (after each row), DIR/gpu.txt and DIR/tests.log and
-ends within `--limit` seconds. Exit status 0: everything ran and was correct; a missed speed bar is marked, no failure.
+Needs torch, triton and pytest, no installation. Writes DIR/gpu.json (after each row), DIR/gpu.txt, DIR/tests.log and,
+where compute-sanitizer is installed, DIR/sanitizer.log; ends within `--limit` seconds. Exit status 0: all ran and
+was correct; a missed speed bar is marked, no failure.
 A row that breaks the CUDA context or hangs is recorded, and the script goes on with the next one in a fresh process.
 `--dry` runs tiny sizes on the CPU in Triton's interpreter.
 
@@ -21,6 +22,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -566,6 +568,23 @@ def no_sync_row(run: Run) -> dict[str, Any]:
     return {}
 
 
+def sanitizer_row(run: Run) -> dict[str, Any]:
+    """compute-sanitizer over small problems of every kernel: no access out of bounds, nothing read unwritten."""
+    tool = shutil.which("compute-sanitizer")
+    if DRY or tool is None:
+        raise Skip("no device to watch" if DRY else "compute-sanitizer is not installed")
+    chosen = "(test_sizes and 33) or (test_edges and runs) or test_pair_lse_both or test_prototypes"
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-x", "-q",
+               "-p", "no:cacheprovider", "-k", chosen, "tests/test_kernels.py",
+               "tests/test_kernels_segments.py"]  # fmt: skip
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=ROW_SECONDS - 10)
+    (run.out / "sanitizer.log").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise AssertionError(f"exit status {done.returncode}: {(done.stdout + done.stderr)[-300:]}")
+    return {"said": done.stdout.strip().splitlines()[-1]}
+
+
 def kernels_row(run: Run) -> dict[str, Any]:
     """Registers, spills and shared memory of every kernel that this process launched."""
     found = {}
@@ -636,6 +655,7 @@ def rows(run: Run | None) -> dict[str, Callable[[], dict[str, Any]]]:
         "sample": partial(plan_rows, run, "sample", 5),
         **{f"compiled supcon {n}": partial(peer_row, run, "compiled", n) for n in ladder},
         "kernels": partial(kernels_row, run),
+        "sanitizer": partial(sanitizer_row, run),
     }  # fmt: skip
 
 
