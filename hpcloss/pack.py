@@ -37,9 +37,10 @@ def pack(
 ) -> Rows:
     """Rows `order` of `features` [B, D, *S] (any strides), L2-normalised if asked.
 
-    order [n]: flat pixel indices b * prod(S) + s. live: 0-dim or [1] number of leading rows that count; the rest become
-    zero rows, so that whatever an ignored pixel holds reaches nothing. permutation: `order` is known to name every
-    pixel once; then the gradient is written in one pass. Differentiable with respect to features.
+    order [n]: flat pixel indices b * prod(S) + s, no pixel twice among the live rows. live: 0-dim or [1] number of
+    leading rows that count; the rest become zero rows, so that whatever an ignored pixel holds reaches nothing.
+    permutation: `order` is known to name every pixel once; then the gradient is written in one pass. Differentiable
+    with respect to features.
     """
     if live is None:
         live = torch.full((1,), order.numel(), dtype=order.dtype, device=order.device)

@@ -131,8 +131,8 @@ MUTATIONS = [
     ),
     Mutation(
         "keys miss the last anchor they meet", "backward.py",
-        "tl.maximum(begin, first_met), tl.minimum(stop, last_met)",
-        "tl.maximum(begin, first_met), tl.minimum(stop, last_met - 1)",
+        "begin + tl.minimum(low_met, stop - begin), begin + high_met",
+        "begin + tl.minimum(low_met, stop - begin), begin + high_met - 1",
         f"{LSE} and labelled and positives",
     ),
     # ----------------------------------------------------------------------------------------- values

@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of it."""
+    """What the compiler made of it. spilled_bytes: the stack, of which these kernels have no other use."""
 
     registers: int
     spilled_bytes: int
@@ -145,7 +145,26 @@ def calls(dim: int, dtype: torch.dtype) -> dict[str, Any]:
 
         return both
 
+    def pairs_of_both(needs: Any) -> Any:
+        return lambda: backend.pair_lse_both_backward(row, row, row, row, x, k, scale, 10.0, cross, *needs)
+
+    def discounted(keys: Any, needs: Any, at: Any, bound: float | None = 10.0) -> Any:
+        return lambda: backend.pair_mean_backward(
+            row, row, row, x, keys, row, None, scale, bound, 1.0, 0.2, bound is not None, at, *needs
+        )
+
     return {
+        "lse of positives, bias": lambda: backend.pair_lse(x, None, row, scale, None, own, "positives"),
+        "lse backward, bias": lambda: backend.pair_lse_backward(
+            row, row, x, None, row, scale, None, own, "positives", True, False, True
+        ),
+        "both backward": pairs_of_both((True, False, False)),
+        "both backward, scale": pairs_of_both((False, True, True)),
+        "mean, discount, weights": lambda: backend.pair_mean(x, k, row, row, scale, None, 1.0, 0.2, cross),
+        "mean backward, anchors": discounted(k, (True, False, False), cross),
+        "mean backward, keys": discounted(k, (False, True, False), cross),
+        "mean backward, discount": discounted(None, (True, False, False), own),
+        "mean backward, discounted weights": discounted(None, (True, False, False), own, None),
         "pack, channels first": packing(False, True),
         "pack, channels last": packing(True, True),
         "pack, raw": packing(False, False),

@@ -6,6 +6,7 @@ The plain computation that sets the budget is the dense form in the tested dtype
 import functools
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -621,3 +622,96 @@ def test_compile_without_a_graph_break(name):
     for actual, expected in zip(*results, strict=True):
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- what a process may be set to
+
+
+def unit_rows(*shape, seed=0, dtype=torch.float32):
+    return torch.nn.functional.normalize(rows(*shape, seed=seed), dim=1).to(DEVICE, dtype)
+
+
+def gradient(function, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(function(x).sum(), x)[0]
+
+
+def test_the_default_dtype_changes_nothing():
+    """Half precision as default would hold no lift beyond 65504."""
+    labels = choice([0, 1, 2], 64).to(DEVICE)
+    function = functools.partial(FAST["supcon"], labels=labels, backend="triton")
+    x = unit_rows(64, 7, dtype=torch.float16)
+    expected = gradient(lambda x: function(x) / 1024, x)
+    torch.set_default_dtype(torch.float16)
+    try:
+        actual = gradient(lambda x: function(x) / 1024, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has one setting alone"
+)
+def test_either_setting_of_fp32_products():
+    from hpcloss.backends.triton import configs
+
+    x = torch.zeros(1, 4)
+    with (
+        mock.patch.object(configs, "capability", lambda device: 90),
+        mock.patch.object(configs, "interpreted", lambda: False),
+    ):
+        assert configs.precision(x) == "ieee" and configs.precision(x.half()) == "half"
+        before = torch.backends.cuda.matmul.fp32_precision
+        try:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"  # now `torch.get_float32_matmul_precision` raises
+            assert configs.precision(x) == "tf32" and configs.precision(x.half()) == "half"
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
+def test_two_dtypes(dtypes):
+    """Both sides are multiplied in the dtype of the queries."""
+    x, y = unit_rows(20, 7, dtype=dtypes[0]), unit_rows(20, 7, seed=1, dtype=dtypes[1])
+    for options in ({}, {"symmetric": True}):
+        value = functools.partial(FAST["infonce"], temperature=0.5, **options)
+        for of_x in (True, False):
+            pair = (lambda z, cast: (z, cast(y))) if of_x else (lambda z, cast: (cast(x), z))
+            side = x if of_x else y
+            actual = gradient(lambda z: value(*pair(z, lambda other: other), backend="triton"), side)  # noqa: B023
+            exact = gradient(lambda z: value(*pair(z, torch.Tensor.double)), side.double())  # noqa: B023
+            torch.testing.assert_close(actual.double(), exact, rtol=0, atol=3e-3 * exact.abs().max().item())
+    with pytest.raises(NotImplementedError, match="float64 needs backend 'blockwise'"):
+        FAST["infonce"](x, y.double(), backend="triton")
+
+
+def test_vectors_of_any_stride_and_dtype():
+    problem = Problem("self", torch.float32)
+    x, at = problem.anchors.to(DEVICE), list(problem.pairs.intervals())
+    scale, n = torch.tensor(2.0, device=DEVICE), problem.count
+    for vector in (rows(n, 2, dtype=torch.float32)[:, 0], rows(1, dtype=torch.float32).expand(n), rows(n)):
+        vector = vector.to(DEVICE)
+        plain = vector.float().contiguous()
+        for some in (vector, plain):
+            lse = OPS.pair_lse(x, None, some, scale.to(some.dtype), None, at, "others", "triton")
+            mean = OPS.pair_mean(x, None, some, some, scale.to(some.dtype), None, 1.0, 0.0, at, "triton")
+            if some is vector:
+                first = (lse, *mean)
+        assert all(torch.equal(a, b) for a, b in zip(first, (lse, *mean)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e4])
+def test_the_gradient_of_a_row_without_pairs_means_nothing(value):
+    problem = Problem("self", torch.float16)
+    x, at = problem.anchors.to(DEVICE), list(problem.pairs.intervals())
+    scale, dead = torch.tensor(2.0, device=DEVICE), ~problem.pairs.is_anchor()
+    grads = [torch.full((problem.count,), 1e-9, device=DEVICE).masked_fill(dead, some) for some in (0.0, value)]
+    lse = OPS.pair_lse(x, None, None, scale, None, at, "every", "triton")
+    out, mass, _ = OPS.pair_mean(x, None, lse, None, scale, None, 1.0, 0.0, at, "triton")
+    for op, arguments in (
+        (OPS.pair_lse_backward, (lse, x, None, None, scale, None, at, "every")),
+        (OPS.pair_mean_backward, (out, mass, x, None, lse, None, scale, None, 1.0, 0.0, True, at)),
+    ):
+        expected, actual = (op(grad, *arguments, True, False, False, "triton")[0] for grad in grads)
+        assert dead.any() and expected.abs().sum() > 0 and torch.equal(actual, expected)

@@ -71,7 +71,11 @@ def _triton_missing(device: str, index: int | None) -> tuple[str, ...]:
         reason = "Triton is not installed (pip install triton)"
         told = platform.system() == "Linux"  # elsewhere there is none
     else:
-        reason, told = load("triton.probe").why_not(device, index), True
+        told = True
+        try:
+            reason = load("triton.probe").why_not(device, index)
+        except ImportError as error:
+            reason = f"Triton cannot be imported: {error}"
     if reason and told and device == "cuda":
         warnings.warn(f"hpcloss runs its PyTorch tiles on this GPU, not its kernels: {reason}", stacklevel=2)
     return (reason,) if reason else ()

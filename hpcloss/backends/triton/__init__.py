@@ -28,6 +28,8 @@ ROWS = 1024  # of a program that works row by row
 
 def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
     """fp16 for unit rows of half precision (there it is 8 times as exact as bf16), else bf16 for its range."""
+    if features.dtype == torch.float64:
+        raise NotImplementedError("float64 needs backend 'blockwise', and here one of several inputs is float64")
     if features.dtype == torch.float32:
         return torch.float32
     if normalize:
@@ -63,7 +65,7 @@ def pair_lse(
     tiles = config("pair_lse", anchors)
     _launch(
         lse_kernels.forward_kernel, lse, tiles,
-        anchors, others, bias, scale, lse, *at, lse.numel(), at[3].numel(),
+        anchors, others, _fp32(bias), _fp32(scale), lse, *at, lse.numel(), at[3].numel(),
         D=anchors.shape[1], RULE=rule, ONLINE=online, **_tiling(tiles, anchors),
     )  # fmt: skip
     return lse
@@ -98,6 +100,7 @@ def pair_lse_both(
     anchors: Tensor, keys: Tensor, scale: Tensor, scale_bound: float | None, intervals: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """lse over the keys of each anchor [N] and over the anchors of each key [M]; -inf for an empty set."""
+    keys = _keys(anchors, keys)
     rows = pair_lse(anchors, keys, None, scale, scale_bound, intervals, "every")
     return rows, pair_lse(keys, anchors, None, scale, scale_bound, _exchanged(keys, intervals), "every")
 
@@ -117,6 +120,7 @@ def pair_lse_both_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = scale (g_i exp(scale s_ij - row_i) + h_j exp(scale s_ij - column_j)), as d anchors, d keys, d scale."""
+    keys = _keys(anchors, keys)
     count = max(anchors.shape[0], keys.shape[0])
     pair = {
         "SLOPE": lse_kernels.slope,
@@ -128,7 +132,7 @@ def pair_lse_both_backward(
     both = torch.cat([grad_rows, grad_columns]), torch.cat([rows, columns])
     statistics, lift = _lse_statistics(*both, anchors, scale, pair["ONLINE"])
     of_anchors, of_keys = statistics.split([anchors.shape[0], keys.shape[0]])
-    values, none = (None, scale, None, None, None, lift), (None, None)
+    values, none = (None, _fp32(scale), None, None, None, lift), (None, None)
     gradients, parts = [], []
     for own, other, of_own, of_other, at, wanted in (
         (anchors, keys, of_anchors, of_keys, intervals, needs_anchors),
@@ -166,14 +170,17 @@ def pair_mean(
     if _needs_no_pairs(keys, stat, log_weight, hardness):
         return segments.linear_mean(anchors, scale, intervals)
     others = _keys(anchors, keys)
-    online = log_weight is not None or not _weights_are_safe(others, scale_bound, hardness)
+    # A bound is given for unit rows alone: there |hardness s| is at most |hardness|.
+    unit_bound = None if scale_bound is None else abs(hardness)
+    online = log_weight is not None or not is_safe(others.shape[0], unit_bound, torch.float32)
     out = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
     mass, slope = torch.empty_like(out), torch.empty_like(out)
     at = int32(intervals)
     tiles = config("pair_mean", anchors)
     _launch(
         mean_kernels.forward_kernel, out, tiles,
-        anchors, others, stat, log_weight, scale, _weighting(hardness, log_weight), discount or None, out, mass, slope,
+        anchors, others, _fp32(stat), _fp32(log_weight), _fp32(scale), _weighting(hardness, log_weight),
+        discount or None, out, mass, slope,
         *at, out.numel(), at[3].numel(),
         D=anchors.shape[1], TERM="logit" if stat is None else "own", ONLINE=online, **_tiling(tiles, anchors),
     )  # fmt: skip
@@ -201,19 +208,19 @@ def pair_mean_backward(
     """dS_ij = g_i w_ij (dt/ds - hardness (t_ij - out_i), the second part unless weights are detached)."""
     if _needs_no_pairs(keys, stat, log_weight, hardness):
         return segments.linear_mean_backward(grad, out, mass, anchors, scale, intervals, needs_anchors, needs_scale)
-    others = _keys(anchors, keys)
+    count = (anchors if keys is None else keys).shape[0]
     pull = None if detach_weights or hardness == 0 else -hardness
     # Two factors 1 + exp(stat_i - (scale - discount) s), which one reciprocal serves, and a weight.
     bound = None if scale_bound is None else 2 * (scale_bound + abs(discount)) + abs(hardness)
-    safe = is_safe(others.shape[0], bound, torch.float32, twice=True, margin=math.log(max(others.shape[0], 1)))
+    safe = is_safe(count, bound, torch.float32, twice=True, margin=math.log(max(count, 1)))
     online = log_weight is not None or pull is not None or needs_scale or not safe
     weighting = _weighting(hardness, log_weight)
     term = "logit" if stat is None else "own"
-    statistics, lift, largest_grad, grad = _statistics(grad, anchors)
-    _launch(
-        mean_kernels.statistics_kernel, out, Config(ROWS, 0, 4, 1),
-        grad, out, mass, stat, scale, weighting, pull, discount or None, largest_grad, lift, statistics, out.numel(),
-        TERM=term, ONLINE=online, BLOCK=ROWS,
+    statistics, lift, largest_grad, grad = _statistics(grad, mass, anchors)
+    launch.run(
+        mean_kernels.statistics_kernel, triton.cdiv(out.numel(), ROWS), out,
+        grad, out, mass, _fp32(stat), _fp32(scale), weighting, pull, discount or None, largest_grad, lift, statistics,
+        out.numel(), TERM=term, ONLINE=online, BLOCK=ROWS,
     )  # fmt: skip
     return _backward(
         anchors, keys, statistics, lift, log_weight, scale, weighting, pull, discount or None, intervals,
@@ -242,7 +249,7 @@ def _backward(
     keys = None if keys is None else _keys(anchors, keys)
     *positives, anchor_start, anchor_end, key_start, key_end = int32(intervals)
     at_anchors, at_keys, no_anchors = (anchor_start, anchor_end), (key_start, key_end), (None, None)
-    values = (key_bias, scale, hardness, pull, discount, lift)
+    values = (_fp32(key_bias), _fp32(scale), hardness, pull, discount, lift)
     by_scale = torch.empty_like(statistics[:, 0]) if needs_scale else None
     d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
     if keys is None:
@@ -290,21 +297,30 @@ def _sum_or_zero(by_scale: Tensor | None, rows: Tensor) -> Tensor:
 def _lse_statistics(
     grad: Tensor, lse: Tensor, rows: Tensor, scale: Tensor, online: bool
 ) -> tuple[Tensor, Tensor | None]:
-    statistics, lift, largest_grad, grad = _statistics(grad, rows)
-    _launch(
-        lse_kernels.statistics_kernel, lse, Config(ROWS, 0, 4, 1),
-        grad, lse, scale, largest_grad, lift, statistics, lse.numel(), ONLINE=online, BLOCK=ROWS,
+    statistics, lift, largest_grad, grad = _statistics(grad, lse, rows)
+    launch.run(
+        lse_kernels.statistics_kernel, triton.cdiv(lse.numel(), ROWS), lse,
+        grad, lse, _fp32(scale), largest_grad, lift, statistics, lse.numel(), ONLINE=online, BLOCK=ROWS,
     )  # fmt: skip
     return statistics, lift
 
 
-def _statistics(grad: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Room for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradient."""
-    grad = grad.to(torch.float32).contiguous()
-    statistics = torch.empty(grad.numel(), 4, dtype=torch.float32, device=grad.device)
-    if anchors.dtype != torch.float16 or not grad.numel():
+def _statistics(grad: Tensor, empty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Room for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradient.
+
+    empty [N]: -inf for a row without pairs, whose incoming gradient means nothing.
+    """
+    grad = _fp32(grad)
+    statistics = grad.new_empty(grad.numel(), 4)
+    if rows.dtype != torch.float16 or not grad.numel():
         return statistics, None, None, grad
-    return statistics, torch.ones((), device=grad.device), torch.linalg.vector_norm(grad, float("inf")), grad
+    largest = torch.linalg.vector_norm(grad.masked_fill(empty == -math.inf, 0.0), math.inf)
+    return statistics, grad.new_empty(()), largest, grad
+
+
+def _fp32(values: Any) -> Any:
+    """Row vectors and scalars as kernels read them."""
+    return None if values is None else values.to(torch.float32).contiguous()
 
 
 def _keys(anchors: Tensor, keys: Tensor | None) -> Tensor:
@@ -322,16 +338,12 @@ def _weighting(hardness: float, log_weight: Tensor | None) -> float | None:
     return None if hardness == 0 and log_weight is None else hardness
 
 
-def _weights_are_safe(keys: Tensor, scale_bound: float | None, hardness: float) -> bool:
-    return scale_bound is not None and is_safe(keys.shape[0], abs(hardness), torch.float32)
-
-
 def _tiling(tiles: Config, rows: Tensor) -> dict[str, Any]:
     return {
         "BLOCK_I": tiles.block_i,
         "BLOCK_J": tiles.block_j,
         "BLOCK_D": max(triton.next_power_of_2(rows.shape[1]), 16),
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if configs.precision(rows) == "tf32" else "ieee",  # of no meaning for half precision
     }
 
 

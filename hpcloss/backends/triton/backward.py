@@ -52,8 +52,6 @@ def backward_kernel(
         own_side = load_statistics(own_statistics, rows, there)
     if COL and key_bias is not None:
         own_bias = tl.load(key_bias + rows, mask=there, other=0.0)[:, None]
-    if (not ROW) and (RULE == "positives"):
-        first_met, last_met = meeting(pos_start, pos_end, num_others, first_row, first_row + BLOCK_I)
     low, high = meeting(own_start, own_end, num_regions, first_row, first_row + BLOCK_I)
     for region in range(low, high):
         first_own, last_own = tl.load(own_start + region), tl.load(own_end + region)
@@ -65,7 +63,11 @@ def backward_kernel(
             outer_start, outer_end, inner_start, inner_end, key_start, key_end = hulls(start, end, own, member)
             begin, hole, rest, stop = spans(outer_start, outer_end, inner_start, inner_end, begin, stop, RULE)
         elif RULE == "positives":
-            begin, stop = tl.maximum(begin, first_met), tl.minimum(stop, last_met)
+            # The anchors whose positives are among the own rows.
+            low_met, high_met = meeting(
+                pos_start + begin, pos_end + begin, stop - begin, first_row, first_row + BLOCK_I
+            )
+            begin, stop = begin + tl.minimum(low_met, stop - begin), begin + high_met
             hole, rest = stop, stop
         if anchor_start is not None:
             # Rows that are keys alone meet anchors alone.
@@ -84,7 +86,7 @@ def backward_kernel(
             other, other_bias = None, None
             if COL:
                 other = load_statistics(other_statistics, columns, inside)
-            if key_bias is not None:
+            if ROW and key_bias is not None:
                 other_bias = tl.load(key_bias + columns, mask=inside, other=0.0)[None, :]
             slopes, along_scale = SLOPE(
                 similarity, own_side, other, own_bias, other_bias, logit_scale, hardness, pull, discount, TERM, ONLINE

@@ -114,11 +114,15 @@ def part(capability: int) -> str:
 def precision(rows: torch.Tensor) -> str:
     """How products of these rows are computed: "half", or for fp32 rows "tf32" or "ieee" (exact, without matrix units).
 
-    As torch computes its own: `torch.get_float32_matmul_precision()`, of which "highest" is exact.
+    As torch computes its own, whichever of its settings was used: `torch.set_float32_matmul_precision` or
+    `torch.backends.cuda.matmul.fp32_precision`.
     """
     if rows.dtype != torch.float32:
         return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    setting = torch.backends.cuda.matmul
+    # The function that gives the older setting raises where the newer one was used.
+    allowed = setting.fp32_precision == "tf32" if hasattr(setting, "fp32_precision") else setting.allow_tf32
+    return "tf32" if allowed and not interpreted() and capability(rows.device) >= 80 else "ieee"
 
 
 def config(kernel: str, rows: torch.Tensor) -> Config:

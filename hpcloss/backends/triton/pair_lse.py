@@ -95,7 +95,7 @@ def statistics_kernel(
     shift = tl.where(empty, INF, lse_i * LOG2E)
     if not ONLINE:
         grad_i *= tl.exp2(-shift)
-    here = statistics + rows * 4
+    here = statistics + rows.to(tl.int64) * 4
     tl.store(here, shift, mask=there)
     tl.store(here + 1, grad_i * tl.load(scale), mask=there)
     tl.store(here + 2, grad_i, mask=there)
@@ -110,6 +110,7 @@ def slope(
     """Of each pair d loss/ds = g scale exp(scale s + bias - lse), both directions added, and the own d loss/dscale.
 
     own, other: statistics of the own rows (i is the anchor) and of the other rows (j is), None where a side has none.
+    Takes what that of `pair_mean` takes.
     """
     exponent = similarity * (scale * LOG2E)
     slopes = tl.zeros_like(similarity)

@@ -142,7 +142,7 @@ def statistics_kernel(
         if not ONLINE:
             stat_i = tl.exp2(stat_i)
             third = -scale_of_own(tl.load(scale), discount) * stat_i * factor
-    here = statistics + rows * 4
+    here = statistics + rows.to(tl.int64) * 4
     tl.store(here, stat_i, mask=there)
     tl.store(here + 1, factor, mask=there)
     tl.store(here + 2, third, mask=there)

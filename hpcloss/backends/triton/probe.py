@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 OLDEST = (7, 5)
+OLDEST_TRITON = (3, 4)  # older compilers take no tuple of tensors as an argument
 
 
 @triton.jit
@@ -25,6 +26,8 @@ def why_not(device: str, index: int | None) -> str | None:
         return None if device == "cpu" else f"TRITON_INTERPRET=1 runs on the CPU, the tensor is on {device!r}"
     if device != "cuda":
         return f"its kernels run on CUDA devices, the tensor is on {device!r} (TRITON_INTERPRET=1 interprets them)"
+    if tuple(int(number) for number in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
     if torch.version.hip:
         return "its kernels are built and tested for NVIDIA devices alone"
     if torch.cuda.get_device_capability(index) < OLDEST:
@@ -34,8 +37,9 @@ def why_not(device: str, index: int | None) -> str | None:
             touched = torch.zeros(1, device=torch.device(device, index))
             _touch[(1,)](touched)
     except Exception as error:  # whatever compiler, headers or driver may raise: the reason is what matters
+        said = (str(error).strip().splitlines() or ["without a word"])[-1]
         return (
-            f"a kernel cannot be built here: {type(error).__name__}: {str(error).strip().splitlines()[-1]} "
+            f"a kernel cannot be built here: {type(error).__name__}: {said} "
             "(Triton needs a C compiler, the Python headers and a driver of its CUDA version)"
         )
     return None

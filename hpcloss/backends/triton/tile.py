@@ -22,15 +22,16 @@ SCAN = tl.constexpr(256)  # intervals looked at together
 @triton.jit
 def meeting(starts, ends, count, first, last):
     """Range of the intervals [starts, ends) that meet rows first:last; a hull, they may come in any order."""
-    low, high = FARTHEST, 0
+    low = tl.full([SCAN], FARTHEST, tl.int32)
+    high = tl.zeros([SCAN], tl.int32)
     for begin in range(0, count, SCAN):
         number = begin + tl.arange(0, SCAN)
         start = tl.load(starts + number, mask=number < count, other=FARTHEST)
         end = tl.load(ends + number, mask=number < count, other=0)
         meets = (start < last) & (end > first) & (start < end)
-        low = tl.minimum(low, tl.min(tl.where(meets, number, FARTHEST)))
-        high = tl.maximum(high, tl.max(tl.where(meets, number + 1, 0)))
-    return low, high
+        low = tl.minimum(low, tl.where(meets, number, FARTHEST))
+        high = tl.maximum(high, tl.where(meets, number + 1, 0))
+    return tl.min(low), tl.max(high)
 
 
 @triton.jit
@@ -166,7 +167,10 @@ def similarities(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def lift_of(largest_grad, bound):
-    """Power of two that brings the largest fp16 slope, at most largest_grad * bound, near 8192: small ones survive."""
+    """Power of two that brings the largest fp16 slope, at most largest_grad * bound, near 8192: small ones survive.
+
+    The two directions of a pair add up, which stays far below the largest fp16 number, 65504.
+    """
     largest = largest_grad * bound
     power = tl.exp2(tl.floor(tl.log2(8192.0 / largest)))
     return tl.where((largest > 2.0**-100) & (largest < 2.0**100), power, 1.0)
