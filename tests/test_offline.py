@@ -33,7 +33,10 @@ def targets():
         for dtype, precision in PRECISIONS:
             if capability == TURING and (dtype == torch.bfloat16 or precision == "high"):
                 continue
-            for dim in (16, 64, 128, 256, 512):
+            if capability == 89 and dtype != torch.float16:
+                continue  # its shapes and matrix instructions are those of 86
+            dims = (128,) if dtype == torch.bfloat16 else (64, 128, 256, 512)
+            for dim in (16, *dims) if dtype == torch.float16 else dims:
                 for name in CALLS:
                     quick = (dtype, dim) == (torch.float16, 128) and (name in KERNELS or capability == 90)
                     mark = [] if quick else pytest.mark.slow
@@ -61,6 +64,8 @@ def test_budget(capability, dtype, precision, dim, name, matmul_precision):
         if "PRECISION" in launch.constants and capability != TURING and precision != "highest":
             unit = MATRIX_UNIT[capability] if launch.constants["BLOCK_I"] >= 64 else "HMMA"
             assert made.operations[unit], about
+        if "PRECISION" in launch.constants and capability != TURING and launch.options["num_stages"] > 1:
+            assert made.operations["LDGSTS"], f"tiles are not loaded ahead: {about}"
 
 
 def test_a_changing_number_of_rows_compiles_nothing_new():

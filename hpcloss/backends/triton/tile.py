@@ -22,16 +22,16 @@ SCAN = tl.constexpr(256)  # intervals looked at together
 @triton.jit
 def meeting(starts, ends, count, first, last):
     """Range of the intervals [starts, ends) that meet rows first:last; a hull, they may come in any order."""
-    low = tl.full([SCAN], FARTHEST, tl.int32)
-    high = tl.zeros([SCAN], tl.int32)
+    # Scalars: with vectors carried through this loop the compiler no longer pipelines the one over tiles.
+    low, high = FARTHEST, 0
     for begin in range(0, count, SCAN):
         number = begin + tl.arange(0, SCAN)
         start = tl.load(starts + number, mask=number < count, other=FARTHEST)
         end = tl.load(ends + number, mask=number < count, other=0)
         meets = (start < last) & (end > first) & (start < end)
-        low = tl.minimum(low, tl.where(meets, number, FARTHEST))
-        high = tl.maximum(high, tl.where(meets, number + 1, 0))
-    return tl.min(low), tl.max(high)
+        low = tl.minimum(low, tl.min(tl.where(meets, number, FARTHEST)))
+        high = tl.maximum(high, tl.max(tl.where(meets, number + 1, 0)))
+    return low, high
 
 
 @triton.jit
