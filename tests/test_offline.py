@@ -1,6 +1,6 @@
 """Shipped kernels compiled for every supported GPU: nothing spills, shared memory fits, the matrix units are used.
 
-One width and dtype of each in `make test`; every shipped tile shape in `make test-all`.
+One call of each kernel, at one width in fp16, in `make test`; every shipped tile shape and variant in `make test-all`.
 """
 
 import pytest

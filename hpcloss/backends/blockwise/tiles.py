@@ -335,7 +335,8 @@ def pair_lse_both(
     anchors: Tensor, keys: Tensor, scale: Tensor, scale_bound: float | None, intervals: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """lse over the keys of each anchor [N] and over the anchors of each key [M], from one S; -inf for an empty set."""
-    anchors, keys = anchors.to(statistics_dtype(anchors.dtype)), keys.to(statistics_dtype(keys.dtype))
+    anchors = anchors.to(statistics_dtype(anchors.dtype))
+    keys = keys.to(anchors.dtype)
     rows, columns = anchors.new_full(anchors.shape[:1], -INF), keys.new_full(keys.shape[:1], -INF)
     tiles = _Tiles(anchors, keys, Pairs.from_intervals(intervals), "every", scale.to(anchors.dtype))
     safe = all(_is_safe(side, None, scale_bound) for side in (anchors, keys))
@@ -370,7 +371,8 @@ def pair_lse_both_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = scale (g_i exp(scale s_ij - row_i) + h_j exp(scale s_ij - column_j)), as d anchors, d keys, d scale."""
-    anchors, keys = anchors.to(statistics_dtype(anchors.dtype)), keys.to(statistics_dtype(keys.dtype))
+    anchors = anchors.to(statistics_dtype(anchors.dtype))
+    keys = keys.to(anchors.dtype)
     scale = scale.to(anchors.dtype)
     d_anchors = torch.zeros_like(anchors) if needs_anchors or needs_scale else None
     d_keys = torch.zeros_like(keys) if needs_keys else None
