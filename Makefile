@@ -8,11 +8,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-all bench check format clean
 
-demo: $(VENV)/examples
+demo: $(VENV)/installed
 	$(BIN)/python -m examples.three_stage --data builtin --out demo --resume
 
 # The second run is that of the GPU kernels, on the CPU in Triton's interpreter.
-test: $(VENV)/examples $(VENV)/dev
+test: $(VENV)/installed
 	$(PYTEST) tests -n 2
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2
 
@@ -21,20 +21,20 @@ test-all: test
 	$(PYTEST) tests -n 2 -m slow
 	$(BIN)/python tests/mutations.py
 
-bench: $(VENV)/dev
+bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-check: $(VENV)/dev
+check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/dev
+format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # torch first and alone: nothing that comes after may choose another build of it.
 $(VENV)/torch: constraints.txt
@@ -42,10 +42,6 @@ $(VENV)/torch: constraints.txt
 	$(PIP) torch
 	touch $@
 
-$(VENV)/dev: $(VENV)/torch setup.py
-	$(PIP) -e ".[test,dev]"
-	touch $@
-
-$(VENV)/examples: $(VENV)/torch setup.py
-	$(PIP) -e ".[examples]"
+$(VENV)/installed: $(VENV)/torch setup.py $(wildcard csrc/*)
+	$(PIP) -e ".[test,dev,examples]"
 	touch $@

@@ -8,7 +8,7 @@ import torch
 from measure import Bar, Copies, against, assert_close, interleaved
 
 from hpcloss.pack import pack
-from hpcloss.partition import class_offsets, partition
+from hpcloss.partition import class_sort, partition
 from hpcloss.regions import grid_regions
 from hpcloss.sampling import sample
 
@@ -65,12 +65,11 @@ def bench_sample(benchmark, report, copies, labels):
     """64 pixels of every (region, class), uniformly, after the partition."""
     regions, count = _regions(labels)
     flat = labels.reshape(-1)
-    pairs = partition(flat, regions, count, background=0, num_classes=CLASSES)
-    offsets, _ = class_offsets(pairs, flat, CLASSES, 0)
+    order, offsets, _ = class_sort(flat, regions, count, background=0, num_classes=CLASSES)
     seed = torch.tensor(7)
 
     def draw():
-        return sample(pairs.order, offsets, PER_CLASS, seed=seed, num_pixels=flat.numel())
+        return sample(order, offsets, PER_CLASS, seed=seed, num_pixels=flat.numel())
 
     drawn = draw()
     taken = drawn.order[: int(drawn.offsets[-1])]

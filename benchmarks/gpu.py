@@ -50,8 +50,8 @@ import hpcloss
 from hpcloss import reference
 from hpcloss.pack import Rows, pack
 from hpcloss.pairs import pair_lse, pair_mean
-from hpcloss.partition import class_offsets, partition
-from hpcloss.regions import grid_regions
+from hpcloss.partition import class_sort, partition
+from hpcloss.regions import Grid
 from hpcloss.sampling import sample
 
 DRY = os.environ.get("TRITON_INTERPRET") == "1"  # set by --dry, before Triton is imported
@@ -155,7 +155,8 @@ def region_phpc(
     flat = labels.reshape(-1)
     features = spread(flat, D).view(batch, height, width, D).permute(0, 3, 1, 2).contiguous().to(dtype).requires_grad_()
     cell = region or max(height, width)
-    regions, count = grid_regions(batch, (height, width), (cell, cell), device=DEVICE)
+    grid = Grid(batch, (height, width), (cell, cell))
+    regions, count = grid.ids(flat.device), grid.num_regions()
     anchors, keys = (torch.bincount(regions[mask], minlength=count).double() for mask in (flat > 0, flat >= 0))
     options = {"region_size": region, "background": 0 if background else None, "backend": BACKEND, **options}
 
@@ -461,8 +462,7 @@ def pack_row(run: Run, channels_last: bool) -> dict[str, Any]:
     case = region_phpc(batch, side, side, region)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = case.leaves[0].detach().contiguous(memory_format=layout)
-    regions, count = grid_regions(batch, (side, side), (region, region), device=DEVICE)
-    pairs = partition(case.labels, regions, count)
+    pairs = partition(case.labels, Grid(batch, (side, side), (region, region)))
     # The operators themselves: a captured backward pass would run on the stream of its forward pass.
     there = partial(torch.ops.hpcloss.pack, features, pairs.order, pairs.live(), True, BACKEND)
     data, inverse_norm = there()
@@ -484,20 +484,42 @@ def pack_row(run: Run, channels_last: bool) -> dict[str, Any]:
     return barred(figures, *(Bar(f"{name}: share of the copy rate", x, 0.7, True) for name, x in zip(names, shares)))
 
 
-def plan_rows(run: Run, what: str, num_classes: int | None) -> dict[str, Any]:
-    """Partition of 12 x 512 x 512 labels into regions of 16 x 16, or 64 samples of each region and class."""
+def plan_rows(run: Run, num_classes: int | None) -> dict[str, Any]:
+    """Partition of 12 x 512 x 512 labels into regions of 16 x 16."""
     batch, side, region = size((12, 512, 16), (2, 8, 4))
-    labels = label_map(batch, side, side, 0.2).reshape(-1)
-    regions, count = grid_regions(batch, (side, side), (region, region), device=DEVICE)
-    plan = partial(partition, labels, regions, count, background=0, num_classes=num_classes)
+    labels = label_map(batch, side, side, 0.2)
+    grid = Grid(batch, (side, side), (region, region))
+    plan = partial(partition, labels, grid, background=0, num_classes=num_classes)
     pairs = plan()
-    key = (regions.reshape(-1) * 5 + labels)[pairs.order.long()]
+    key = (grid.ids(labels.device) * 5 + labels.reshape(-1))[pairs.order.long()]
     assert bool((key[1:] >= key[:-1]).all()), "the order is not sorted"
-    if what == "sample":
-        offsets, _ = class_offsets(pairs, labels, num_classes, 0)
-        seed = torch.tensor(7, device=DEVICE)
-        plan = partial(sample, pairs.order, offsets, 64, seed=seed, num_pixels=labels.numel())
     return {"n": labels.numel(), "ms": timed(plan, run.seconds)}
+
+
+def sample_rows(run: Run, kind: str, limit: float) -> dict[str, Any]:
+    """Partition and sample of 12 x 512 x 512 labels: 256 pixels of each image and class; against the published loop."""
+    batch, side, k = size((12, 512, 256), (2, 8, 5))
+    labels = label_map(batch, side, side, 0.2)
+    maps = {"uniform": {}, "weighted": {"weights": torch.rand(labels.shape, device=DEVICE)}}[kind]
+    grid = Grid(batch, (side, side), (side, side), per_image=True)
+    seed = torch.tensor(7, device=DEVICE)
+
+    def draw() -> Any:
+        rows = class_sort(labels, grid, num_classes=5)
+        return sample(rows.order, rows.offsets, k, seed=seed, num_pixels=labels.numel(), **maps)
+
+    drawn, wrong = draw(), torch.rand(labels.shape, device=DEVICE) < 0.3
+    taken = drawn.order[: int(drawn.offsets[-1])].long()
+    assert taken.unique().numel() == taken.numel(), "a pixel was drawn twice"
+    cpu = {name: values.cpu() for name, values in maps.items()}
+    rows = class_sort(labels.cpu(), grid, num_classes=5)
+    on_cpu = sample(rows.order, rows.offsets, k, seed=7, num_pixels=labels.numel(), **cpu)
+    assert torch.equal(drawn.order.cpu(), on_cpu.order), "the sample is not the one drawn on the CPU"
+    figures = {"n": labels.numel(), "ms": replayed(draw, run.seconds)}
+    loop = timed(partial(peers.hard_anchors, labels, wrong, 5, k), run.seconds)
+    figures |= {"eager_ms": timed(draw, run.seconds), "published_loop_ms": loop}
+    ratio = Bar("faster than the published loop", loop / figures["ms"], 50, True)
+    return barred(figures, Bar("ms", figures["ms"], limit), ratio)
 
 
 def launches_row(run: Run, what: str, num_classes: int | None, limit: int) -> dict[str, Any]:
@@ -507,8 +529,8 @@ def launches_row(run: Run, what: str, num_classes: int | None, limit: int) -> di
     features, labels = case.leaves[0], case.labels
 
     def plan() -> Any:
-        regions, count = grid_regions(batch, (side, side), (region, region), device=DEVICE)
-        pairs = partition(labels, regions, count, background=0, ignore_index=(-100, -1, 255), num_classes=num_classes)
+        grid = Grid(batch, (side, side), (region, region))
+        pairs = partition(labels, grid, background=0, ignore_index=(-100, -1, 255), num_classes=num_classes)
         return pack(features, pairs.order, pairs.live(), normalize=True, backend=BACKEND)
 
     function = plan if what == "plan" else lambda: torch.autograd.grad(case.step(), case.leaves)
@@ -650,9 +672,10 @@ def rows(run: Run | None) -> dict[str, Callable[[], dict[str, Any]]]:
         "block loop": partial(block_loop_row, run, *maps),
         **{f"eager supcon {n}": partial(peer_row, run, "eager", n) for n in (*ladder, *size((65536,), ()))},
         **{f"linear_cross_entropy {n}": partial(peer_row, run, "linear_cross_entropy", n) for n in ladder},
-        "partition": partial(plan_rows, run, "partition", None),
-        "partition, num_classes": partial(plan_rows, run, "partition", 5),
-        "sample": partial(plan_rows, run, "sample", 5),
+        "partition": partial(plan_rows, run, None),
+        "partition, num_classes": partial(plan_rows, run, 5),
+        "partition and sample, uniform": partial(sample_rows, run, "uniform", 0.15),
+        "partition and sample, weighted": partial(sample_rows, run, "weighted", 0.4),
         **{f"compiled supcon {n}": partial(peer_row, run, "compiled", n) for n in ladder},
         "kernels": partial(kernels_row, run),
         "sanitizer": partial(sanitizer_row, run),

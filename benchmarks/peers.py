@@ -51,6 +51,39 @@ def chunked_infonce(query: Tensor, positive: Tensor, temperature: float = 0.1) -
     return F.linear_cross_entropy(query, F.normalize(positive, dim=1), target, options=options)
 
 
+def random_anchors(labels: Tensor, num_classes: int, k: int) -> list[Tensor]:
+    """k pixels of every class of every image [B, *S], as trainers draw them: nonzero, then a random permutation."""
+    drawn = []
+    for image in labels:
+        for label in range(num_classes):
+            pixels = (image.reshape(-1) == label).nonzero().reshape(-1)
+            drawn.append(pixels[torch.randperm(pixels.numel(), device=labels.device)[:k]])
+    return drawn
+
+
+def hard_anchors(labels: Tensor, wrong: Tensor, num_classes: int, k: int) -> list[Tensor]:
+    """The anchor sampler of ContrastiveSeg (Wang et al., ICCV 2021), in our words: of every class of every image with
+    more than k pixels half wrongly predicted ones and half right ones, the quota filled from the other half."""
+    drawn = []
+    for image, failed in zip(labels.reshape(len(labels), -1), wrong.reshape(len(labels), -1)):
+        classes = [label for label in torch.unique(image) if label < num_classes]
+        classes = [label for label in classes if (image == label).nonzero().shape[0] > k]
+        for label in classes:
+            hard = ((image == label) & failed).nonzero().reshape(-1)
+            easy = ((image == label) & ~failed).nonzero().reshape(-1)
+            num_hard, num_easy = hard.shape[0], easy.shape[0]
+            if num_hard >= k / 2 and num_easy >= k / 2:
+                keep_hard = k // 2
+            elif num_hard >= k / 2:
+                keep_hard = k - num_easy
+            else:
+                keep_hard = num_hard
+            hard = hard[torch.randperm(num_hard, device=labels.device)[:keep_hard]]
+            easy = easy[torch.randperm(num_easy, device=labels.device)[: k - keep_hard]]
+            drawn.append(torch.cat([hard, easy]))
+    return drawn
+
+
 def why_no_compiler() -> str | None:
     """Why `compiled` cannot run here, or None."""
     found = any(shutil.which(name) for name in ("c++", "g++", "clang++"))

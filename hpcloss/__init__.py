@@ -11,6 +11,7 @@ from hpcloss.functional import (
 )
 from hpcloss.heads import FeatureTap, ProjectionHead
 from hpcloss.losses import IHPCLoss, InfoNCELoss, NTXentLoss, RegionPHPCLoss, RegionSupConLoss, SupConLoss
+from hpcloss.sampling import sample_anchors, sample_positives
 
 __version__ = "0.1.0"
 
@@ -30,5 +31,7 @@ __all__ = [
     "ntxent_loss",
     "region_phpc_loss",
     "region_supcon_loss",
+    "sample_anchors",
+    "sample_positives",
     "supcon_loss",
 ]

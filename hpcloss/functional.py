@@ -34,8 +34,9 @@ from hpcloss.pairs import pair_lse, pair_lse_both, pair_mean
 from hpcloss.partition import (
     Pairs,
     against_cells,
-    class_offsets,
+    class_sort,
     from_offsets,
+    is_class,
     is_ignored,
     one_to_one,
     paired,
@@ -43,7 +44,7 @@ from hpcloss.partition import (
     partition_against,
     segment_bounds,
 )
-from hpcloss.regions import cells_of_regions, choose_regions, grid_regions, region_shape
+from hpcloss.regions import Grid, cells_of_regions, choose_regions, region_shape
 from hpcloss.sampling import sample
 
 # Groups of a memory bank's rows: one that holds nothing yet, one that belongs to no group.
@@ -92,7 +93,9 @@ def region_phpc_loss(
     backend = resolve(backend, features)
     size = region_shape(region_size, features.shape[2:])
     flat = labels.reshape(-1)
-    pairs, region_ids = _plan(labels, size, num_classes, samples_per_class, max_regions, background, ignored, per_image)
+    pairs, region_ids, outside = _plan(
+        labels, size, num_classes, samples_per_class, max_regions, background, ignored, per_image
+    )
     whole = samples_per_class is None and pairs.order.numel() == flat.numel()
     rows = pack(features, pairs.order, pairs.live(), normalize=normalize, permutation=whole, backend=backend)
     scale, bound = _scale(temperature, rows, normalize)
@@ -104,14 +107,14 @@ def region_phpc_loss(
             recipe, pairs, features, flat, region_ids, size, local, per_image, background, normalize
         )
 
-    ids = {"class": flat[pairs.order], "region": pairs.region()}
     if reduction == "none":
         result = loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
     else:
-        result = _reduce(loss, counted, reduction, ids)
+        group = {"class": lambda: flat[pairs.order], "region": pairs.region}.get(reduction)
+        result = _reduce(loss, counted, reduction, group and group())
     if not return_stats:
         return result
-    return result, _stats(recipe, pairs, counted)
+    return result, _stats(recipe, pairs, counted, outside)
 
 
 def region_supcon_loss(
@@ -150,30 +153,35 @@ def _plan(
     background: int | None,
     ignored: tuple[int, ...],
     per_image: bool,
-) -> tuple[Pairs, Tensor]:
-    """Which pairs of a label map [B, *S] count, and the number of each region in the grid [R].
+) -> tuple[Pairs, Tensor | None, Tensor | None]:
+    """Which pairs of a label map [B, *S] count; the number in the grid of each region [R], None where regions are the
+    grid's; and with `num_classes` how many labels are no class and not ignored [].
 
     Shapes are static: of the regions chosen and the pixels sampled only the most there can be is known.
     """
-    batch, spatial, flat = labels.shape[0], labels.shape[1:], labels.reshape(-1)
-    regions, num_regions = grid_regions(batch, spatial, size, per_image=per_image, device=labels.device)
-    region_ids = torch.arange(num_regions, device=labels.device)
-    region_pixels = math.prod(size) * (1 if per_image else batch)
+    grid = Grid(labels.shape[0], tuple(labels.shape[1:]), size, per_image)
+    flat, num_regions = labels.reshape(-1), grid.num_regions()
+    regions: Tensor | Grid = grid
+    region_ids = None
+    region_pixels = math.prod(size) * (1 if per_image else grid.batch)
     if max_regions is not None and max_regions < num_regions:
         alive = ~is_ignored(flat, ignored, num_classes)
         anchor = alive if background is None else alive & (flat != background)
-        regions, region_ids = choose_regions(regions, num_regions, flat, alive, anchor, max_regions)
+        regions, region_ids = choose_regions(grid.ids(labels.device), num_regions, flat, alive, anchor, max_regions)
         num_regions = max_regions
-    pairs = partition(flat, regions, num_regions, background=background, ignore_index=ignored, num_classes=num_classes)
-    pairs = pairs.head(num_regions * region_pixels)
-    if samples_per_class is None or num_classes is None or not flat.numel():
-        return pairs, region_ids
-    offsets, background_ranked = class_offsets(pairs, flat, num_classes, background)
-    seed = torch.randint(2**62, (), device=labels.device)
-    most = min(samples_per_class, region_pixels)
-    chosen = sample(pairs.order, offsets, most, seed=seed, num_pixels=flat.numel())
-    sampled = from_offsets(chosen.order, chosen.offsets, num_classes, background_ranked)
-    return sampled.head(pairs.order.numel()), region_ids
+    live = num_regions * region_pixels  # the rows that may not be dead, if there are so many
+    if num_classes is None:
+        pairs = partition(flat, regions, num_regions, background=background, ignore_index=ignored)
+        return pairs.head(live), region_ids, None
+    order, offsets, outside = class_sort(
+        flat, regions, num_regions, background=background, ignore_index=ignored, num_classes=num_classes
+    )
+    if samples_per_class is not None and flat.numel():
+        seed = torch.randint(2**62, (), device=labels.device)
+        most = min(samples_per_class, region_pixels)
+        order, offsets = sample(order, offsets, most, seed=seed, num_pixels=flat.numel())
+    pairs = from_offsets(order, offsets, num_classes, is_class(background, num_classes))
+    return pairs.head(live), region_ids, outside
 
 
 class _Recipe:
@@ -199,9 +207,7 @@ class _Recipe:
         multiplicity: how often each key stands in the denominators.
         """
         positives, negatives = pairs.counts()
-        counted = positives > 0
-        if self.denominator != "all":
-            counted = counted & (negatives > 0)
+        counted = (positives if self.denominator == "all" else torch.minimum(positives, negatives)) > 0
         rule = "others" if self.denominator == "all" else "negatives"
         lse = pair_lse(
             self.rows, pairs, rule, self.scale, keys=keys, scale_bound=self.scale_bound, backend=self.backend
@@ -214,6 +220,8 @@ class _Recipe:
             hardness=self.hardness, discount=self.discount, detach_weights=self.detach_weights,
             scale_bound=self.scale_bound, backend=self.backend,
         )  # fmt: skip
+        if own and not self.discount:
+            return mean, counted  # 0 where not counted: no positives is no mean, no negatives log(1 + 0)
         return torch.where(counted, mean if own else lse - mean, 0.0), counted
 
 
@@ -222,7 +230,7 @@ def _local_contrast(
     pairs: Pairs,
     features: Tensor,
     labels: Tensor,
-    region_ids: Tensor,
+    region_ids: Tensor | None,
     size: tuple[int, ...],
     local: tuple[int, ...],
     per_image: bool,
@@ -231,7 +239,8 @@ def _local_contrast(
 ) -> Tensor:
     """Mean over the small cells of its region of each anchor's contrast against that cell alone [N]."""
     batch, spatial = features.shape[0], features.shape[2:]
-    cells, num_cells = grid_regions(batch, spatial, local, per_image=per_image, device=features.device)
+    grid = Grid(batch, tuple(spatial), local, per_image)
+    cells, num_cells = grid.ids(features.device), grid.num_regions()
     alive = torch.arange(pairs.order.numel(), device=features.device) < pairs.live()
     # Only pixels that are rows take part: the others (ignored, not sampled, region not chosen) get no cell.
     pixels = torch.where(alive, pairs.order.long(), labels.numel())
@@ -241,6 +250,8 @@ def _local_contrast(
     multiplicity = math.prod([large // small for large, small in zip(size, local)])
     total = torch.zeros_like(recipe.rows.data[:, 0], dtype=recipe.scale.dtype)
     cells_met = torch.zeros_like(total)
+    if region_ids is None:
+        region_ids = torch.arange(pairs.key_end.numel(), device=features.device)
     for cell_of_region in cells_of_regions(region_ids, batch, spatial, size, local, per_image=per_image):
         cell_pairs = against_cells(pairs, keys, cell_of_region, labels, background)
         loss, counted = recipe(cell_pairs, key_rows, multiplicity)
@@ -248,7 +259,7 @@ def _local_contrast(
     return total / cells_met.clamp(min=1)
 
 
-def _stats(recipe: _Recipe, pairs: Pairs, counted: Tensor) -> dict[str, Tensor]:
+def _stats(recipe: _Recipe, pairs: Pairs, counted: Tensor, outside: Tensor | None) -> dict[str, Tensor]:
     """What a trainer logs, as 0-dim tensors without gradient; means over the counted anchors."""
     with torch.no_grad():
         rows, backend = recipe.rows.detach(), recipe.backend
@@ -274,7 +285,8 @@ def _stats(recipe: _Recipe, pairs: Pairs, counted: Tensor) -> dict[str, Tensor]:
         def average(values: Tensor) -> Tensor:
             return (weight * values).sum()
 
-        return {
+        stats = {} if outside is None else {"labels_outside": outside}
+        return stats | {
             "counted_anchors": counted.sum() / anchors.clamp(min=1),
             "positives_per_anchor": average(positives),
             "positive_similarity": average(positive_mean),
@@ -329,7 +341,7 @@ def supcon_loss(
     loss = torch.where(counted, loss, 0.0)
     if reduction == "none":
         return loss.new_zeros(labels.numel()).index_add(0, pairs.order, loss)
-    return _reduce(loss, counted, reduction, {"class": labels[pairs.order]})
+    return _reduce(loss, counted, reduction, labels[pairs.order] if reduction == "class" else None)
 
 
 def ntxent_loss(
@@ -464,15 +476,18 @@ def _two_views(
 # ------------------------------------------------------------------------------------------ reduction, helpers
 
 
-def _reduce(loss: Tensor, counted: Tensor, reduction: str, groups: dict[str, Tensor] | None = None) -> Tensor:
-    """Weighted sum of the losses [N] of counted anchors; weights come from integer counts: deterministic."""
+def _reduce(loss: Tensor, counted: Tensor, reduction: str, group: Tensor | None = None) -> Tensor:
+    """Weighted sum of the losses [N] of counted anchors; weights come from integer counts: deterministic.
+
+    group [N]: where the reduction is a mean of the means of groups.
+    """
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    if reduction == "mean":
+    if group is None:
         return loss.sum() / counted.sum().clamp(min=1)
-    return (loss * _group_weight((groups or {})[reduction], counted).to(loss.dtype)).sum()
+    return (loss * _group_weight(group, counted).to(loss.dtype)).sum()
 
 
 def _group_weight(ids: Tensor, counted: Tensor) -> Tensor:

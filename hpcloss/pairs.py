@@ -223,12 +223,15 @@ class _PairMean(torch.autograd.Function):
         ctx.options = scale_bound, hardness, discount, detach_weights
         ctx.backend = backend
         ctx.mark_non_differentiable(mass)
+        ctx.set_materialize_grads(False)  # or zeros would be made for the mass
         return out, mass
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_mass: None) -> tuple[Tensor | None, ...]:
         out, mass, slope, anchors, keys, stat, log_weight, scale, *intervals = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (12 + len(intervals))
         needs_anchors, needs_keys, needs_stat, needs_scale = (ctx.needs_input_grad[index] for index in (1, 3, 4, 6))
         d_anchors = d_keys = d_scale = None
         if needs_anchors or needs_keys or needs_scale:

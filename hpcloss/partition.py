@@ -9,11 +9,16 @@ Nothing here reads device data on the host and every shape is static, so a step 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hpcloss import native
+from hpcloss.ops import register
+from hpcloss.regions import Grid
 
 INT32_MAX = 2**31 - 1
 LOWEST = torch.iinfo(torch.int64).min
@@ -85,13 +90,7 @@ class Pairs(NamedTuple):
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Number of positives and of negatives of each row [N]; zero for rows that are no anchors."""
-        region, anchor = self.region(), self.is_anchor()
-        key_start, key_end = self.key_start[region], self.key_end[region]
-        own_class = self.pos_end - self.pos_start
-        self_is_key = (self.self_pos >= key_start) & (self.self_pos < key_end)
-        positives = own_class - self.self_is_positive().to(own_class.dtype)
-        others = key_end - key_start - self_is_key.to(own_class.dtype)
-        return positives * anchor, (others - positives) * anchor
+        return torch.ops.hpcloss.pair_counts(*self.intervals())
 
 
 FIELDS = Pairs._fields
@@ -114,7 +113,7 @@ def is_ignored(labels: Tensor, ignore_index: tuple[int, ...], num_classes: int |
 
 def partition(
     labels: Tensor,
-    regions: Tensor | None = None,
+    regions: Tensor | Grid | None = None,
     num_regions: int = 1,
     *,
     background: int | None = None,
@@ -123,29 +122,197 @@ def partition(
 ) -> Pairs:
     """Sort pixels by (region, label) and return the self-contrast `Pairs` of the sorted rows.
 
-    labels [N]: any integers. regions [N]: region of each pixel; ids outside [0, num_regions) remove the pixel.
-    Ignored and removed pixels are the dead tail of the order. `background` sorts first in its region and is no anchor.
-    With `num_classes` labels outside [0, num_classes) are ignored too, and one sort of a combined key gives the same
-    order as the two sorts without it.
+    labels: any shape, any integers. regions: a grid, or the region of each pixel [N] and their number; ids outside
+    [0, num_regions) remove the pixel. Ignored and removed pixels are the dead tail of the order. `background` sorts
+    first in its region and is no anchor. With `num_classes` labels outside [0, num_classes) are ignored too, and a
+    counting sort in the native library gives the same order as the sorts without it.
     """
-    labels = labels.reshape(-1).long()
-    dead = is_ignored(labels, ignore_index, num_classes)
-    region = torch.zeros_like(labels)
-    if regions is not None:
-        region = regions.reshape(-1).long()
-        dead = dead | (region < 0) | (region >= num_regions)
-    region = torch.where(dead, num_regions, region)
-
     if num_classes is not None:
-        rank, background_ranked = _rank(labels, num_classes, background)
-        key = torch.where(dead, num_regions * num_classes, region * num_classes + rank)
-        key = key.to(index_dtype(num_regions * num_classes))
-        key, order = torch.sort(key, stable=True)
-        segments = torch.arange(num_regions * num_classes + 1, dtype=key.dtype, device=key.device)
-        offsets = torch.searchsorted(key, segments)
-        return from_offsets(order, offsets, num_classes, background_ranked)
+        rows = class_sort(
+            labels, regions, num_regions, background=background, ignore_index=ignore_index, num_classes=num_classes
+        )
+        return from_offsets(rows.order, rows.offsets, num_classes, is_class(background, num_classes))
+    ids, spatial, size, per_image, num_regions = _regions(labels, regions, num_regions)
+    arguments = (labels, ids, spatial, size, per_image, num_regions, background, ignore_index)
+    return Pairs(*torch.ops.hpcloss.label_sort(*arguments))
 
+
+class ClassRows(NamedTuple):
+    """Pixels sorted by (region, class); segment r * num_classes + c holds class number c of region r, background first.
+
+    order [N]                          flat pixel index of each row; ignored pixels are the tail.
+    offsets [R * num_classes + 1]      first row of each segment; the last is the number of rows that are not ignored.
+    outside []                         number of pixels whose label is no class and not in `ignore_index`.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    outside: Tensor
+
+
+def class_sort(
+    labels: Tensor,
+    regions: Tensor | Grid | None = None,
+    num_regions: int = 1,
+    *,
+    background: int | None = None,
+    ignore_index: tuple[int, ...] = (),
+    num_classes: int,
+) -> ClassRows:
+    """Stable counting sort of pixels by (region, class); arguments as for `partition`, order and offsets int32 (int64
+    beyond 2^31 rows), outside int64."""
+    ids, spatial, size, per_image, num_regions = _regions(labels, regions, num_regions)
+    arguments = (labels, ids, spatial, size, per_image, num_regions, num_classes, background, ignore_index)
+    return ClassRows(*torch.ops.hpcloss.class_sort(*arguments))
+
+
+def is_class(label: int | None, num_classes: int) -> bool:
+    """Whether there is such a label and it is one of the classes."""
+    return label is not None and 0 <= label < num_classes
+
+
+def from_offsets(order: Tensor, offsets: Tensor, num_classes: int, background_ranked: bool) -> Pairs:
+    """Self-contrast `Pairs` of rows already sorted by (region, class rank); segment r * num_classes + c is
+    rows offsets[r * num_classes + c] to the next offset. `background_ranked`: rank 0 is the background."""
+    intervals = torch.ops.hpcloss.class_intervals(offsets, order.numel(), num_classes, background_ranked)
+    return Pairs(order.to(index_dtype(order.numel())), *intervals)
+
+
+# ---- operators: the native library's, or what follows here and says the same in PyTorch
+
+
+def _regions(
+    labels: Tensor, regions: Tensor | Grid | None, num_regions: int
+) -> tuple[Tensor | None, list[int], list[int], bool, int]:
+    """Regions as operators take them: ids, or the extents and cells of a grid; and their number."""
+    if not isinstance(regions, Grid):
+        return regions, [], [], False, num_regions
+    if len(regions.spatial) > native.MAX_AXES:
+        return regions.ids(labels.device), [], [], False, regions.num_regions()
+    return None, list(regions.spatial), list(regions.size), regions.per_image, regions.num_regions()
+
+
+def _region_of_pixel(
+    labels: Tensor, ids: Tensor | None, spatial: list[int], size: list[int], per_image: bool
+) -> Tensor:
+    if ids is not None:
+        return ids.reshape(-1).long().to(labels.device)
+    pixels = math.prod(spatial)
+    return Grid(labels.numel() // max(pixels, 1), tuple(spatial), tuple(size), per_image).ids(labels.device)
+
+
+def _class_sort(
+    labels: Tensor,
+    ids: Tensor | None,
+    spatial: list[int],
+    size: list[int],
+    per_image: bool,
+    num_regions: int,
+    num_classes: int,
+    background: int | None,
+    ignore_index: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    labels = labels.reshape(-1)
+    if _is_countable(labels, num_regions * num_classes, ignore_index):
+        return native.class_sort(
+            _of_types(labels, torch.uint8), ids if ids is None else _of_types(ids.reshape(-1)), spatial, size,
+            per_image, num_regions, range(num_classes), background, ignore_index, index_dtype(labels.numel()),
+        )  # fmt: skip
+    return _class_sort_in_torch(
+        labels,
+        _region_of_pixel(labels, ids, spatial, size, per_image),
+        num_regions,
+        num_classes,
+        background,
+        ignore_index,
+    )
+
+
+def _is_countable(labels: Tensor, num_segments: int, ignore_index: list[int]) -> bool:
+    """Whether the native library can sort these labels."""
+    small = num_segments <= native.MAX_SEGMENTS and len(ignore_index) <= native.MAX_IGNORED
+    return small and labels.numel() > 0 and native.serves(labels)
+
+
+def _class_sort_in_torch(
+    labels: Tensor,
+    region: Tensor,
+    num_regions: int,
+    num_classes: int,
+    background: int | None,
+    ignore_index: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    labels, dtype = labels.long(), index_dtype(labels.numel())
+    ignored = is_ignored(labels, tuple(ignore_index))
+    stray = is_ignored(labels, (), num_classes)
+    dead = ignored | stray | (region < 0) | (region >= num_regions)
+    rank = labels
+    if background is not None and is_class(background, num_classes):
+        rank = torch.where(labels == background, 0, labels + (labels < background))
+    key = torch.where(dead, num_regions * num_classes, region * num_classes + rank)
+    key = key.to(index_dtype(num_regions * num_classes))
+    key, order = torch.sort(key, stable=True)
+    segments = torch.arange(num_regions * num_classes + 1, dtype=key.dtype, device=key.device)
+    return order.to(dtype), torch.searchsorted(key, segments).to(dtype), (stray & ~ignored).sum()
+
+
+def _class_intervals(offsets: Tensor, n: int, num_classes: int, background_ranked: bool) -> tuple[Tensor, ...]:
+    offsets = offsets.to(index_dtype(n)).contiguous()
+    if native.serves(offsets):
+        return native.class_intervals(offsets, n, num_classes, background_ranked)
+    return _class_intervals_in_torch(offsets, n, num_classes, background_ranked)
+
+
+def _class_intervals_in_torch(offsets: Tensor, n: int, num_classes: int, background_ranked: bool) -> tuple[Tensor, ...]:
+    rows = torch.arange(n, device=offsets.device, dtype=offsets.dtype)
+    segment = torch.searchsorted(offsets[1:], rows, right=True)
+    alive = segment < offsets.numel() - 1
+    segment = segment * alive
+    ends = offsets[num_classes::num_classes]
+    anchor_start = offsets[1::num_classes] if background_ranked else offsets[:-1:num_classes]
+    bounds = (anchor_start, ends, offsets[:-1:num_classes], ends)
+    # Copies: an operator's outputs may not alias.
+    return offsets[segment] * alive, offsets[segment + 1] * alive, rows, *(bound.clone() for bound in bounds)
+
+
+def _label_sort(
+    labels: Tensor,
+    ids: Tensor | None,
+    spatial: list[int],
+    size: list[int],
+    per_image: bool,
+    num_regions: int,
+    background: int | None,
+    ignore_index: list[int],
+) -> tuple[Tensor, ...]:
+    labels = labels.reshape(-1)
+    n, dtype = labels.numel(), index_dtype(labels.numel())
+    if labels.device.type == "cpu" and _is_countable(labels, num_regions, ignore_index):
+        # On the host the range of the labels may be looked at; where it is short, they are counted, not compared.
+        typed = _of_types(labels, torch.uint8)
+        lowest, highest = (int(bound) for bound in typed.aminmax())
+        classes = range(lowest, highest + 1)
+        if num_regions * (highest - lowest + 1) <= min(n + _FEW_SEGMENTS, native.MAX_SEGMENTS):
+            order, offsets, _ = native.class_sort(
+                typed, ids if ids is None else _of_types(ids.reshape(-1)), spatial, size, per_image,
+                num_regions, classes, background, ignore_index, dtype,
+            )  # fmt: skip
+            return order, *native.class_intervals(offsets, n, len(classes), background in classes)
+    region = _region_of_pixel(labels, ids, spatial, size, per_image)
+    return _label_sort_in_torch(labels, region, num_regions, background, ignore_index)
+
+
+_FEW_SEGMENTS = 4096  # counted in no time even for few pixels
+
+
+def _label_sort_in_torch(
+    labels: Tensor, region: Tensor, num_regions: int, background: int | None, ignore_index: Sequence[int]
+) -> tuple[Tensor, ...]:
+    labels, dtype = labels.long(), index_dtype(labels.numel())
+    dead = is_ignored(labels, tuple(ignore_index)) | (region < 0) | (region >= num_regions)
+    region = torch.where(dead, num_regions, region)
     rank = labels if background is None else torch.where(labels == background, LOWEST, labels)
+    rank = torch.where(dead, 0, rank)  # the dead by pixel, as a counting sort leaves them
     by_label = torch.sort(rank, stable=True).indices
     order = by_label[torch.sort(region[by_label], stable=True).indices]
     region, rank = region[order], rank[order]
@@ -157,43 +324,86 @@ def partition(
     if background is not None:
         seen = torch.nn.functional.pad(torch.cumsum((rank == LOWEST) & alive, 0), (1, 0))
         anchor_start = anchor_start + seen[offsets[1:]] - seen[offsets[:-1]]
-    dtype = index_dtype(order.numel())
-    intervals = (pos_start * alive, pos_end * alive, rows, anchor_start, offsets[1:], offsets[:-1], offsets[1:])
-    return Pairs(order.to(dtype), *(bound.to(dtype) for bound in intervals))
+    bounds = (anchor_start, offsets[1:], offsets[:-1], offsets[1:])
+    # Copies: an operator's outputs may not alias.
+    intervals = (pos_start * alive, pos_end * alive, rows, *(bound.clone() for bound in bounds))
+    return order.to(dtype), *(interval.to(dtype) for interval in intervals)
 
 
-def from_offsets(order: Tensor, offsets: Tensor, num_classes: int, background_ranked: bool) -> Pairs:
-    """Self-contrast `Pairs` of rows already sorted by (region, class rank); segment r * num_classes + c is
-    rows offsets[r * num_classes + c] to the next offset. `background_ranked`: rank 0 is the background."""
-    dtype = index_dtype(order.numel())
-    rows = torch.arange(order.numel(), device=order.device, dtype=offsets.dtype)
-    segment = torch.searchsorted(offsets[1:], rows, right=True)
-    alive = segment < offsets.numel() - 1
-    segment = segment * alive
-    anchor_start = offsets[1::num_classes] if background_ranked else offsets[:-1:num_classes]
-    anchor_end, key_end = offsets[num_classes::num_classes], offsets[num_classes::num_classes]
-    key_start = offsets[:-1:num_classes]
-    bounds = (anchor_start, anchor_end, key_start, key_end)
-    intervals = (offsets[segment] * alive, offsets[segment + 1] * alive, rows, *bounds)
-    return Pairs(order.to(dtype), *(bound.to(dtype) for bound in intervals))
+def _pair_counts(*intervals: Tensor) -> tuple[Tensor, Tensor]:
+    dtypes = {interval.dtype for interval in intervals}
+    if len(dtypes) == 1 and native.serves(intervals[0]):
+        return native.pair_counts([interval.contiguous() for interval in intervals])
+    return _pair_counts_in_torch(Pairs.from_intervals(intervals))
 
 
-def class_offsets(pairs: Pairs, labels: Tensor, num_classes: int, background: int | None) -> tuple[Tensor, bool]:
-    """Offsets [R * num_classes + 1] of the (region, class) segments of `pairs`, and whether rank 0 is background."""
-    rank, background_ranked = _rank(labels.reshape(-1).long()[pairs.order], num_classes, background)
-    rows = torch.arange(pairs.order.numel(), device=rank.device)
-    num_regions = pairs.key_end.numel()
-    region = torch.searchsorted(pairs.key_end, rows.to(pairs.key_end.dtype), right=True)
-    key = torch.where(region < num_regions, region * num_classes + rank, num_regions * num_classes)
-    segments = torch.arange(num_regions * num_classes + 1, device=key.device)
-    return torch.searchsorted(key, segments), background_ranked
+def _pair_counts_in_torch(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    region, anchor = pairs.region(), pairs.is_anchor()
+    key_start, key_end = pairs.key_start[region], pairs.key_end[region]
+    own_class = pairs.pos_end - pairs.pos_start
+    self_is_key = (pairs.self_pos >= key_start) & (pairs.self_pos < key_end)
+    positives = own_class - pairs.self_is_positive().to(own_class.dtype)
+    others = key_end - key_start - self_is_key.to(own_class.dtype)
+    return positives * anchor, (others - positives) * anchor
 
 
-def _rank(labels: Tensor, num_classes: int, background: int | None) -> tuple[Tensor, bool]:
-    """Position of each label among the classes of a region, background first; and whether there is a background."""
-    if background is None or not 0 <= background < num_classes:
-        return labels, False
-    return torch.where(labels == background, 0, labels + (labels < background)), True
+def _of_types(values: Tensor, *more: torch.dtype) -> Tensor:
+    """Contiguous integers of a type that the native library reads."""
+    return (values if values.dtype in (torch.int32, torch.int64, *more) else values.long()).contiguous()
+
+
+def _fake_class_sort(
+    labels: Tensor, ids: Tensor | None, spatial: list[int], size: list[int], per_image: bool, num_regions: int,
+    num_classes: int, background: int | None, ignore_index: list[int],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    n = labels.numel()
+    dtype = index_dtype(n)
+    offsets = labels.new_empty(num_regions * num_classes + 1, dtype=dtype)
+    return labels.new_empty(n, dtype=dtype), offsets, labels.new_empty((), dtype=torch.int64)
+
+
+def _fake_class_intervals(offsets: Tensor, n: int, num_classes: int, background_ranked: bool) -> tuple[Tensor, ...]:
+    num_regions = (offsets.numel() - 1) // num_classes
+    return tuple(offsets.new_empty(size, dtype=index_dtype(n)) for size in [n] * 3 + [num_regions] * 4)
+
+
+def _fake_label_sort(
+    labels: Tensor, ids: Tensor | None, spatial: list[int], size: list[int], per_image: bool, num_regions: int,
+    background: int | None, ignore_index: list[int],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    n = labels.numel()
+    return tuple(labels.new_empty(size, dtype=index_dtype(n)) for size in [n] * 4 + [num_regions] * 4)
+
+
+def _fake_pair_counts(*intervals: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(intervals[0]), torch.empty_like(intervals[0])
+
+
+_REGIONS = "Tensor? regions, SymInt[] spatial, SymInt[] size, bool per_image, SymInt num_regions"
+_BOUNDS = ", ".join(f"Tensor {name}" for name in FIELDS[1:])
+register(
+    "class_sort",
+    f"(Tensor labels, {_REGIONS}, int num_classes, int? background, int[] ignore_index)"
+    " -> (Tensor order, Tensor offsets, Tensor outside)",
+    _class_sort,
+    _fake_class_sort,
+)
+register(
+    "label_sort",
+    f"(Tensor labels, {_REGIONS}, int? background, int[] ignore_index) -> (Tensor order, {_BOUNDS})",
+    _label_sort,
+    _fake_label_sort,
+)
+register(
+    "class_intervals",
+    f"(Tensor offsets, SymInt n, int num_classes, bool background_ranked) -> ({_BOUNDS})",
+    _class_intervals,
+    _fake_class_intervals,
+)
+register("pair_counts", f"({_BOUNDS}) -> (Tensor positives, Tensor negatives)", _pair_counts, _fake_pair_counts)
+
+
+# ---- partitions of other kinds
 
 
 def _changes(values: Tensor) -> Tensor:

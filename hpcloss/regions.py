@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,23 @@ def region_shape(
 def grid_shape(spatial: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
     """Number of cells on each axis; remainder pixels form smaller cells, an empty map has one cell without pixels."""
     return tuple(max(1, math.ceil(extent / cell)) for extent, cell in zip(spatial, size))
+
+
+class Grid(NamedTuple):
+    """The regions of a [batch, *spatial] map that are the cells of a grid: `grid_regions` of these arguments."""
+
+    batch: int
+    spatial: tuple[int, ...]
+    size: tuple[int, ...]
+    per_image: bool = False
+
+    def num_regions(self) -> int:
+        """Number of regions."""
+        return math.prod(grid_shape(self.spatial, self.size)) * (max(self.batch, 1) if self.per_image else 1)
+
+    def ids(self, device: torch.device) -> Tensor:
+        """Region of each pixel [batch * prod(spatial)]."""
+        return grid_regions(self.batch, self.spatial, self.size, per_image=self.per_image, device=device)[0]
 
 
 def grid_regions(

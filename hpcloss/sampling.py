@@ -47,19 +47,26 @@ its interval without itself, numbered 0 ... n-1 in order, n <= 2^31; m = min(k, 
 and `t = (w * (j + 1)) >> 32` with `w` the word of draw d; take t, or j if t was taken before. Listed ascending. (A
 value's probability is off by at most n / 2^32 of itself, the price of multiply-shift.)
 
+The native library (`native.py`) draws where it is there, the PyTorch text below elsewhere.
 Everything here has static shapes and reads no device data on the host: it compiles with fullgraph=True and can be
 captured in a CUDA graph, where the seed, a device tensor, gives every replay a fresh sample if the graph advances it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sample", "philox", "sample", "sample_hard_easy", "sample_positives"]
+from hpcloss import native
+from hpcloss.checks import IGNORED, check_sizes, integers
+from hpcloss.ops import register
+from hpcloss.partition import class_sort
+from hpcloss.regions import Grid, region_shape
+
+__all__ = ["Sample", "philox", "sample", "sample_anchors", "sample_hard_easy", "sample_positives"]
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -102,15 +109,72 @@ def philox(seed: Tensor | int, counter: Tensor, *, stream: int = _PIXELS) -> Ten
         ValueError: seed of another shape or device, or out of the int64 range. TypeError: seed or counter not integer.
     """
     _check_integers("counter", counter)
-    key = _key(seed, counter.device)
-    zero = torch.zeros_like(key[0])
+    key = _key_words(_seed(seed, counter.device))
+    return _words(key, counter.long().reshape(-1), stream).reshape(counter.shape)
 
-    def word(counter: Tensor) -> Tensor:
-        block = counter >> 2
-        words = _philox_block((block & _MASK, block >> 32, zero, zero + stream), key)
-        return torch.stack(words, 1).gather(1, (counter & 3)[:, None])[:, 0]
 
-    return _in_chunks(word, counter.long().reshape(-1)).reshape(counter.shape)
+def sample_anchors(
+    labels: Tensor,
+    k: int,
+    *,
+    num_classes: int,
+    region_size: int | Sequence[int] | None = None,
+    per_image: bool = True,
+    ignore_index: int | Sequence[int] = IGNORED,
+    weights: Tensor | None = None,
+    scores: Tensor | None = None,
+    wrong: Tensor | None = None,
+    seed: Tensor | int | None = None,
+) -> Sample:
+    """Draw k pixels of every class of every region of a label map: by default of every class of every image.
+
+    Uniformly; or by `weights`; or hardest (highest `scores`) first; or half wrongly predicted ones, half right ones, as
+    `sample_hard_easy` says. Without replacement; a class with fewer pixels is taken whole. Nothing is read on the host,
+    so shapes are static: what is not filled is 0 behind offsets[-1].
+
+        order, offsets = sample_anchors(labels, 256, num_classes=4)
+        anchors = features.movedim(1, -1).reshape(-1, features.shape[1])[order]    # [B * 4 * 256, D]
+        filled = torch.arange(len(order)) < offsets[-1]                            # which of them were drawn
+        segment = torch.searchsorted(offsets, torch.arange(len(order)), right=True) - 1    # image * 4 + class
+
+    Args:
+        labels: [B, *S] integers of any dtype. Those outside [0, num_classes) or in `ignore_index` are never drawn.
+        k: pixels per region and class.
+        num_classes: C.
+        region_size: cells of a grid, in pixels (int, or one per axis); None: the whole image.
+        per_image: whether each image has its own regions, or a region is the same cell of all images.
+        weights, scores: floating maps like the labels; wrong: bool map like the labels. At most one of them.
+        seed: 0-dim int64 tensor on the labels' device, or an int. Default: drawn from torch's generator.
+
+    Returns:
+        Sample(order [R * C * k], offsets [R * C + 1]): pixels order[offsets[s]:offsets[s + 1]], ascending flat indices
+        into the labels, are the sample of region s // C and class s % C. int32 (int64 beyond 2^31 pixels).
+
+    Raises:
+        ValueError: k < 1, num_classes < 1, several maps, shapes or devices that do not fit. TypeError: dtypes.
+    """
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.dim() < 2:
+        raise ValueError(f"labels must have shape [B, *S], got {list(labels.shape)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    _check_k(k)
+    maps = {"weights": weights, "scores": scores, "wrong": wrong}
+    given = {name: values for name, values in maps.items() if values is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other, got both")
+    for name, values in given.items():
+        if values.shape != labels.shape:
+            raise ValueError(f"{name} must have shape {list(labels.shape)}, as labels, got {list(values.shape)}")
+    check_sizes("region_size", region_size)
+    spatial = tuple(labels.shape[1:])
+    grid = Grid(labels.shape[0], spatial, region_shape(region_size, spatial), per_image)
+    rows = class_sort(labels, grid, ignore_index=integers("ignore_index", ignore_index), num_classes=num_classes)
+    seed = torch.randint(2**62, (), device=labels.device) if seed is None else seed
+    if wrong is not None:
+        return sample_hard_easy(rows.order, rows.offsets, k, wrong, seed=seed)
+    return sample(rows.order, rows.offsets, k, seed=seed, weights=weights, scores=scores, num_pixels=labels.numel())
 
 
 def sample(
@@ -154,32 +218,12 @@ def sample(
             _check_map(name, values, order)
             num_pixels = _count_pixels(name, values, num_pixels)
     num_pixels = order.numel() if num_pixels is None else num_pixels
-    key = _key(seed, order.device)
-    if order.numel() == 0:
-        return _empty(order, offsets, k)
-
-    starts = offsets.long()
-    group = _group_of_row(starts, order.numel())
-    pixels = _live_pixels(order, group, starts.numel() - 1)
-    # Keys are made per pixel, four to a Philox block, and gathered; where few of many pixels are named, per row.
-    dense = num_pixels <= 4 * order.numel()
-    if scores is not None:
-        keys = _in_chunks(_hardest_keys, _at(scores, pixels))
-    else:
-        words = _dense_words(key, num_pixels) if dense else philox(seed, pixels)
-        if weights is None:
-            keys = words.index_select(0, pixels) if dense else words
-        elif dense:
-            keys = _in_chunks(_weighted_keys, words, weights.detach().reshape(-1)).index_select(0, pixels)
-        else:
-            keys = _in_chunks(_weighted_keys, words, _at(weights, pixels))
-
-    if weights is None:
-        present = starts.diff()
-    else:
-        present = _count(keys < _ABSENT, starts)
-    limit = torch.nn.functional.pad(starts[:-1] + present.clamp(0, k), (1, 1))
-    return _compact(order, _smallest(group, keys, limit), offsets, k)
+    kind, values = "uniform", None
+    if weights is not None:
+        kind, values = "weighted", weights
+    elif scores is not None:
+        kind, values = "hardest", scores
+    return _draw(order, offsets, k, kind, values, num_pixels, seed)
 
 
 def sample_hard_easy(
@@ -205,27 +249,7 @@ def sample_hard_easy(
     """
     _check_plan(order, offsets, k)
     _check_map("wrong", wrong, order, boolean=True)
-    key = _key(seed, order.device)
-    if order.numel() == 0:
-        return _empty(order, offsets, k)
-
-    starts = offsets.long()
-    group = _group_of_row(starts, order.numel())
-    pixels = _live_pixels(order, group, starts.numel() - 1)
-    hard = _at(wrong, pixels)
-    if wrong.numel() <= 4 * order.numel():
-        keys = _dense_words(key, wrong.numel()).index_select(0, pixels)
-    else:
-        keys = philox(seed, pixels)
-
-    # Each interval is two groups, the wrong elements before the right ones.
-    num_hard = _count(hard, starts)
-    num_easy = starts.diff() - num_hard
-    take_hard = torch.minimum(num_hard, (k - num_easy).clamp(min=k // 2))
-    take_easy = torch.minimum(num_easy, k - take_hard)
-    limit = torch.stack([starts[:-1] + take_hard, starts[:-1] + num_hard + take_easy], 1).reshape(-1)
-    chosen = _smallest(2 * group + ~hard, keys, torch.nn.functional.pad(limit, (2, 2)))
-    return _compact(order, chosen, offsets, k)
+    return _draw(order, offsets, k, "hard_easy", wrong, wrong.numel(), seed)
 
 
 def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, *, seed: Tensor | int) -> Tensor:
@@ -254,7 +278,66 @@ def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: in
             raise ValueError(f"{name} must have {pos_start.numel()} elements, as pos_start, got {values.numel()}")
         if values.device != pos_start.device:
             raise ValueError(f"{name} must be on {pos_start.device}, as pos_start, got {values.device}")
-    key = _key(seed, pos_start.device)
+    return torch.ops.hpcloss.sample_positives(pos_start, pos_end, self_pos, k, _seed(seed, pos_start.device))
+
+
+# ---- operators: the native library's, or the PyTorch text
+
+
+def _draw(
+    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor | int
+) -> Sample:
+    seed = _seed(seed, order.device)
+    if values is not None:
+        values = values.detach()
+    return Sample(*torch.ops.hpcloss.sample(order, offsets, k, kind, values, num_pixels, seed))
+
+
+def _sample(
+    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    if order.numel() == 0:
+        return order.new_zeros((offsets.numel() - 1) * k), torch.zeros_like(offsets)
+    few = k <= native.MAX_CUDA_SAMPLES or order.device.type == "cpu"
+    if few and order.numel() <= native.MAX_ROWS and native.serves(order):
+        if values is not None:
+            values = (values if kind == "hard_easy" else values.float()).contiguous()
+        chosen, chosen_offsets = native.sample(
+            order.contiguous(), offsets.to(order.dtype).contiguous(), k, kind, values, num_pixels, seed
+        )
+        return chosen, chosen_offsets.to(offsets.dtype)
+    return _sample_in_torch(order, offsets, k, kind, values, num_pixels, seed)
+
+
+def _sample_in_torch(
+    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    starts = offsets.long()
+    group = _group_of_row(starts, order.numel())
+    pixels = _live_pixels(order, group, starts.numel() - 1)
+    keys = _keys(_key_words(seed), pixels, kind, values, num_pixels)
+    if values is not None and kind == "hard_easy":
+        chosen = _smallest_hard_easy(starts, group, keys, _at(values, pixels), k)
+    else:
+        present = _count(keys < _ABSENT, starts) if kind == "weighted" else starts.diff()
+        limit = torch.nn.functional.pad(starts[:-1] + present.clamp(0, k), (1, 1))
+        chosen = _smallest(group, keys, limit)
+    return _compact(order, chosen, offsets, k)
+
+
+def _sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
+    bounds = (
+        pos_start.contiguous(),
+        pos_end.to(pos_start.dtype).contiguous(),
+        self_pos.to(pos_start.dtype).contiguous(),
+    )
+    if pos_start.numel() and native.serves(pos_start):
+        return native.sample_positives(*bounds, k, seed)
+    return _sample_positives_in_torch(*bounds, k, seed)
+
+
+def _sample_positives_in_torch(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
+    key = _key_words(seed)
     first, own = pos_start.long(), self_pos.long()
     has_self = (own >= first) & (own < pos_end)
     n = (pos_end.long() - first - has_self.long()).clamp(min=0)
@@ -281,6 +364,31 @@ def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: in
     return torch.where(draws < none, result, -1).to(pos_start.dtype)
 
 
+def _fake_sample(
+    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    return order.new_empty((offsets.numel() - 1) * k), torch.empty_like(offsets)
+
+
+def _fake_sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
+    return pos_start.new_empty(pos_start.numel(), k)
+
+
+register(
+    "sample",
+    "(Tensor order, Tensor offsets, SymInt k, str kind, Tensor? values, SymInt num_pixels, Tensor seed)"
+    " -> (Tensor chosen, Tensor chosen_offsets)",
+    _sample,
+    _fake_sample,
+)
+register(
+    "sample_positives",
+    "(Tensor pos_start, Tensor pos_end, Tensor self_pos, SymInt k, Tensor seed) -> Tensor",
+    _sample_positives,
+    _fake_sample_positives,
+)
+
+
 # ---- random words ----
 
 
@@ -296,6 +404,18 @@ def _philox_block(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tu
         c2, c3 = (high0 ^ c3).bitwise_xor_(k1), p0.bitwise_and_(_MASK)
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def _words(key: tuple[Tensor, Tensor], counter: Tensor, stream: int = _PIXELS) -> Tensor:
+    """One word per counter value [n]."""
+    zero = torch.zeros_like(key[0])
+
+    def word(counter: Tensor) -> Tensor:
+        block = counter >> 2
+        words = _philox_block((block & _MASK, block >> 32, zero, zero + stream), key)
+        return torch.stack(words, 1).gather(1, (counter & 3)[:, None])[:, 0]
+
+    return _in_chunks(word, counter)
 
 
 def _dense_words(key: tuple[Tensor, Tensor], n: int) -> Tensor:
@@ -318,8 +438,13 @@ def _in_chunks(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
     return torch.cat([function(*chunk) for chunk in zip(*(v.split(_CHUNK) for v in values), strict=True)])
 
 
-def _key(seed: Tensor | int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The seed's (low, high) words as 0-dim tensors on `device`."""
+def _key_words(seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The low and the high word of the seed."""
+    return seed & _MASK, (seed >> 32) & _MASK
+
+
+def _seed(seed: Tensor | int, device: torch.device) -> Tensor:
+    """The seed as a 0-dim int64 tensor on the device."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be int64, got {seed.dtype}")
@@ -333,10 +458,24 @@ def _key(seed: Tensor | int, device: torch.device) -> tuple[Tensor, Tensor]:
         seed = torch.full((), seed, dtype=torch.int64, device=device)
     else:
         raise TypeError(f"seed must be a 0-dim int64 tensor or an int, got {type(seed).__name__}")
-    return seed & _MASK, (seed >> 32) & _MASK
+    return seed
 
 
 # ---- keys ----
+
+
+def _keys(key: tuple[Tensor, Tensor], pixels: Tensor, kind: str, values: Tensor | None, num_pixels: int) -> Tensor:
+    """Key of every row. Random words are made per pixel, four to a Philox block, and gathered; where few of many
+    pixels are named, per row."""
+    if values is not None and kind == "hardest":
+        return _in_chunks(_hardest_keys, _at(values, pixels))
+    dense = num_pixels <= 4 * pixels.numel()
+    words = _dense_words(key, num_pixels) if dense else _words(key, pixels)
+    if values is None or kind == "hard_easy":
+        return words.index_select(0, pixels) if dense else words
+    if dense:
+        return _in_chunks(_weighted_keys, words, values.reshape(-1)).index_select(0, pixels)
+    return _in_chunks(_weighted_keys, words, _at(values, pixels))
 
 
 def _weighted_keys(words: Tensor, weights: Tensor) -> Tensor:
@@ -389,7 +528,7 @@ def _live_pixels(order: Tensor, group: Tensor, num_intervals: int) -> Tensor:
 
 
 def _at(values: Tensor, pixels: Tensor) -> Tensor:
-    return values.detach().reshape(-1).index_select(0, pixels)
+    return values.reshape(-1).index_select(0, pixels)
 
 
 def _count(flags: Tensor, starts: Tensor) -> Tensor:
@@ -403,6 +542,16 @@ def _running_count(flags: Tensor) -> Tensor:
     return flags.cumsum(0, dtype=torch.int32 if flags.numel() < 2**31 else torch.int64)
 
 
+def _smallest_hard_easy(starts: Tensor, group: Tensor, keys: Tensor, hard: Tensor, k: int) -> Tensor:
+    """Mask of the rows chosen by the rule of `sample_hard_easy`: each interval is two groups, wrong before right."""
+    num_hard = _count(hard, starts)
+    num_easy = starts.diff() - num_hard
+    take_hard = torch.minimum(num_hard, (k - num_easy).clamp(min=k // 2))
+    take_easy = torch.minimum(num_easy, k - take_hard)
+    limit = torch.stack([starts[:-1] + take_hard, starts[:-1] + num_hard + take_easy], 1).reshape(-1)
+    return _smallest(2 * group + ~hard, keys, torch.nn.functional.pad(limit, (2, 2)))
+
+
 def _smallest(group: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
     """Mask of the rows that come before row limit[group] once sorted by (group, key, position)."""
     # One stable sort of 64-bit integers: positions break ties by stability. Groups keep their places, so an interval's
@@ -413,7 +562,7 @@ def _smallest(group: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
     return torch.zeros_like(chosen).scatter(0, rows, chosen)
 
 
-def _compact(order: Tensor, chosen: Tensor, offsets: Tensor, k: int) -> Sample:
+def _compact(order: Tensor, chosen: Tensor, offsets: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The chosen rows in ascending order, and how many of them precede each interval."""
     count = _running_count(chosen)
     size = (offsets.numel() - 1) * k
@@ -421,11 +570,7 @@ def _compact(order: Tensor, chosen: Tensor, offsets: Tensor, k: int) -> Sample:
     rows = torch.searchsorted(count, place, right=True).clamp(max=order.numel() - 1)
     picked = torch.where(place < count[-1], order.index_select(0, rows), 0)
     starts = torch.nn.functional.pad(count, (1, 0)).index_select(0, offsets.long())
-    return Sample(picked, starts.to(offsets.dtype))
-
-
-def _empty(order: Tensor, offsets: Tensor, k: int) -> Sample:
-    return Sample(order.new_zeros((offsets.numel() - 1) * k), torch.zeros_like(offsets))
+    return picked, starts.to(offsets.dtype)
 
 
 # ---- checks (of shapes and dtypes, never of data) ----

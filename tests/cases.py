@@ -1,13 +1,23 @@
 """Inputs that the tests share; each odd one with its reason."""
 
+import ctypes
+import functools
+import hashlib
 import math
+import os
 import random
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
+import pytest
 import torch
 from numerics import assert_exact
 
-from hpcloss import functional, reference
+from hpcloss import functional, native, reference
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc")
 FAST = {name: getattr(functional, f"{name}_loss") for name in NAMES}
 ORACLE = {name: getattr(reference, f"{name}_loss") for name in NAMES}
@@ -105,3 +115,43 @@ def assert_same(loss, other, *inputs, noise=NOISE):
     assert_exact(actual, expected, floor=noise)
     for actual_grad, expected_grad in zip(actual_grads, expected_grads, strict=True):
         assert_exact(actual_grad, expected_grad, floor=noise)
+
+
+def implementations(name):
+    """Fixture body, for what several implementations must do alike: the native library, which must be there; its CUDA
+    sources, run on the CPU; or the PyTorch text."""
+    if name == "native":
+        if reason := native.why_not("cpu"):
+            pytest.skip(f"no native library: {reason}")
+        yield name
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "torch":
+            patch.setattr(native, "serves", lambda tensor: False)
+        else:
+            library = cuda_on_cpu()
+
+            def call(function, device, arguments, workspace=None):
+                library.hpcloss_emulator_seed(ctypes.c_ulonglong(random.getrandbits(64)))
+                native._call_cuda(library, function, device, arguments, workspace, 0)
+
+            patch.setattr(native, "_call", call)
+            patch.setattr(native, "serves", lambda tensor: tensor.device.type == "cpu")
+        yield name
+
+
+@functools.cache
+def cuda_on_cpu():
+    """The CUDA sources, compiled for the CPU with a header that runs their threads one after another."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    sources = sorted((ROOT / "csrc").glob("*.cu"))
+    header = ROOT / "tests/cuda_on_cpu.h"
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [header, *sorted((ROOT / "csrc").iterdir())]))
+    library = Path(tempfile.gettempdir()) / f"hpcloss-cuda-on-cpu-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        made = library.with_suffix(f".{os.getpid()}")
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+        subprocess.run(["g++", *flags, "-x", "c++", "-include", header, *sources, "-o", made], check=True)
+        made.rename(library)  # whole or not at all: test processes share it
+    return native._typed(ctypes.CDLL(str(library)))

@@ -678,5 +678,6 @@ def test_dry_run_of_one_row(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "gpu.json").read_text())
-    assert {row["name"] for row in document["rows"]} == {"partition", "partition, num_classes"}
+    rows = {"partition", "partition, num_classes", "partition and sample, uniform", "partition and sample, weighted"}
+    assert {row["name"] for row in document["rows"]} == rows
     assert "tests" not in document

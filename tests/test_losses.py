@@ -578,6 +578,8 @@ def test_stats(hardness, denominator, labels, num_classes):
         "negative_similarity": ((s[counted] * n).sum(1) / n.sum(1).clamp(min=1)).mean(),
         "effective_positives": (1 / weight.square().sum(1) / p.sum(1)).mean(),
     }
+    if num_classes:
+        expected["labels_outside"] = (valid & ((y < 0) | (y >= num_classes))).sum().double()
     assert stats.keys() == expected.keys()
     for name, value in stats.items():
         assert value.shape == () and not value.requires_grad

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck
 
 import hpcloss
 import hpcloss.segments  # its operators have tests of their own
+from hpcloss import native
 from hpcloss.backends import blockwise
 from hpcloss.pack import Rows, pack
 from hpcloss.pairs import RULES, pair_lse, pair_mean
@@ -187,12 +188,34 @@ def test_opcheck_pair_lse_both(dtype):
             check(OPS.pair_lse_both_backward, *grads, *lse, x, keys, scale, bound, at, *needs, "blockwise", trace=False)
 
 
+@pytest.mark.parametrize("served", [False, True], ids=["torch", "native"])
+def test_opcheck_partition(served, monkeypatch):
+    if not served:
+        monkeypatch.setattr(native, "serves", lambda tensor: False)
+    elif reason := native.why_not("cpu"):
+        pytest.skip(reason)
+    labels, ids = choice([0, 1, 2, 255], 2, 6, 4), integers(4, 48)
+    for regions in ((ids, [], [], False, 3), (None, [6, 4], [4, 4], True, 4)):
+        for background in (None, 1):
+            check(OPS.class_sort, labels, *regions, 3, background, [255])
+            check(OPS.label_sort, labels, *regions, background, [255])
+    order, offsets, _ = OPS.class_sort(labels, *regions, 3, 1, [255])
+    check(OPS.class_intervals, offsets, 48, 3, True)
+    check(OPS.pair_counts, *OPS.class_intervals(offsets, 48, 3, True))
+    weights, seed = torch.rand(48), torch.tensor(5)
+    for kind, values in (("uniform", None), ("weighted", weights), ("hardest", weights), ("hard_easy", weights > 0.5)):
+        check(OPS.sample, order, offsets, 2, kind, values, 48, seed)
+    starts, ends, rows = OPS.class_intervals(offsets, 48, 3, True)[:3]
+    check(OPS.sample_positives, starts, ends, rows, 3, seed)
+
+
 def test_every_operator_is_known():
     """A new operator needs its line in the tests above."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("hpcloss::")}
     assert names == {
         "pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_lse_both", "pair_lse_both_backward",
         "pair_mean", "pair_mean_backward", "segment_mean", "segment_mean_backward",
+        "class_sort", "label_sort", "class_intervals", "pair_counts", "sample", "sample_positives",
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import choice, integers
+from cases import choice, implementations, integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from hpcloss.partition import (
     INT32_MAX,
     Pairs,
     against_cells,
-    class_offsets,
+    class_sort,
     from_offsets,
     index_dtype,
     is_ignored,
@@ -23,10 +23,16 @@ from hpcloss.partition import (
     partition_against,
     segment_bounds,
 )
-from hpcloss.regions import cells_of_regions, choose_regions, grid_regions, grid_shape, region_shape
+from hpcloss.regions import Grid, cells_of_regions, choose_regions, grid_regions, grid_shape, region_shape
 
 FAST = settings(max_examples=80, deadline=None, database=None, derandomize=True)
 pixel_labels = st.lists(st.tuples(st.sampled_from([0, 1, 2, 3, 7, -4, 255, 2**40]), st.integers(-1, 4)), max_size=40)
+
+
+@pytest.fixture(scope="module", autouse=True, params=["native", "cuda", "torch"])
+def implementation(request):
+    """Everything here holds for the native library, for its CUDA sources and for the PyTorch text alike."""
+    yield from implementations(request.param)
 
 
 def plain_plan(labels, regions, num_regions, background, ignore_index, num_classes=None):
@@ -98,25 +104,38 @@ def test_the_two_sorts_give_the_same_plan_to_the_bit(background):
     one = partition(labels, regions, 7, background=background, num_classes=4)
     two = partition(labels, regions, 7, background=background)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    offsets, ranked = class_offsets(two, labels, 4, background)
-    three = from_offsets(two.order, offsets, 4, ranked)
-    assert ranked == (background is not None)
-    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
 @pytest.mark.parametrize("background", [None, 1])
-@pytest.mark.parametrize("num_classes", [None, 3])
-def test_class_offsets(background, num_classes):
-    labels, regions = choice([0, 1, 2, 255], 60), integers(5, 60)
-    pairs = partition(labels, regions, 4, background=background, ignore_index=(255,), num_classes=num_classes)
-    offsets, _ = class_offsets(pairs, labels, 3, background)
-    assert len(offsets) == 4 * 3 + 1
+def test_class_sort(background):
+    labels, regions = choice([0, 1, 2, 3, -1, 255], 60), integers(5, 60)
+    rows = class_sort(labels, regions, 4, background=background, ignore_index=(255, -1), num_classes=3)
+    assert len(rows.offsets) == 4 * 3 + 1
     rank = [1, 0, 2] if background == 1 else [0, 1, 2]
     for region, position in itertools.product(range(4), range(3)):
-        rows = range(int(offsets[region * 3 + position]), int(offsets[region * 3 + position + 1]))
-        pixels = sorted(int(pairs.order[row]) for row in rows)
+        own = slice(int(rows.offsets[region * 3 + position]), int(rows.offsets[region * 3 + position + 1]))
         expected = ((labels == rank[position]) & (regions == region)).nonzero().view(-1).tolist()
-        assert pixels == expected
+        assert rows.order[own].tolist() == expected
+    assert int(rows.outside) == int((labels == 3).sum()) > 0
+    pairs = from_offsets(rows.order, rows.offsets, 3, background is not None)
+    expected = partition(labels, regions, 4, background=background, ignore_index=(255, -1), num_classes=3)
+    assert all(torch.equal(a, b) for a, b in zip(pairs, expected, strict=True))
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize(
+    ("spatial", "size"),
+    [((7,), (3,)), ((6, 7), (4, 4)), ((6, 7), (6, 7)), ((5, 4, 6), (2, 4, 4)), ((3, 2, 2, 3), (2,) * 4)],
+)
+def test_a_grid_is_its_ids(spatial, size, per_image, num_classes):
+    labels = choice([0, 1, 2, 255], 3, *spatial)
+    grid = Grid(3, spatial, size, per_image)
+    ids, number = grid_regions(3, spatial, size, per_image=per_image)
+    assert grid.num_regions() == number and torch.equal(grid.ids(labels.device), ids)
+    options = {"background": 0, "ignore_index": (255,), "num_classes": num_classes}
+    by_grid, by_ids = partition(labels, grid, **options), partition(labels, ids, number, **options)
+    assert all(torch.equal(a, b) for a, b in zip(by_grid, by_ids, strict=True))
 
 
 @pytest.mark.parametrize("background", [None, 0])

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from cases import implementations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,6 +16,21 @@ from hpcloss import sampling
 from hpcloss.sampling import Sample, philox, sample, sample_hard_easy, sample_positives
 
 MASK = 0xFFFFFFFF
+# The emulated GPU is slow, and where it gives the same integers it gives the same distribution.
+drawn_often = pytest.mark.usefixtures("not_emulated")
+
+
+@pytest.fixture(scope="module", autouse=True, params=["native", "cuda", "torch"])
+def implementation(request):
+    """Everything here holds for the native library, for its CUDA sources and for the PyTorch text alike."""
+    yield from implementations(request.param)
+
+
+@pytest.fixture
+def not_emulated(implementation):
+    if implementation == "cuda":
+        pytest.skip("thousands of draws")
+
 
 # ---- the definition in plain Python: integers, and one NumPy float32 division ----
 
@@ -148,7 +164,7 @@ def test_philox_matches_definition(seed, counter):
 
 def test_words_by_block_and_by_pixel_agree():
     n = 3 * sampling._CHUNK // 2 + 3  # several cache-sized pieces and a partial block
-    assert torch.equal(sampling._dense_words(sampling._key(-7, torch.device("cpu")), n), philox(-7, torch.arange(n)))
+    assert torch.equal(sampling._dense_words(sampling._key_words(torch.tensor(-7)), n), philox(-7, torch.arange(n)))
 
 
 @settings(deadline=None)
@@ -378,6 +394,7 @@ def subsets_drawn(intervals, size, k, seed, **maps):
     return [int(drawn[sum(1 << i for i in subset)]) for subset in itertools.combinations(range(size), k)]
 
 
+@drawn_often
 @pytest.mark.parametrize(("size", "k"), [(7, 1), (7, 3), (8, 5)])
 def test_uniform_over_subsets(size, k):
     counts = subsets_drawn(20_000, size, k, seed=11)
@@ -392,6 +409,7 @@ def test_uniform_over_seeds():
     assert abs(chi_square(drawn, [1] * 10)) < 4
 
 
+@drawn_often
 def test_weighted_inclusion_probabilities():
     weights = [0.1, 0.2, 0.4, 1.0, 3.0, 0.0, 5.3]
     counts = subsets_drawn(40_000, 7, 1, seed=12, weights=torch.tensor(weights).repeat(40_000))
@@ -402,6 +420,7 @@ def test_weighted_inclusion_probabilities():
     assert chi_square(counts, [w**1.05 for w in weights]) > 4
 
 
+@drawn_often
 def test_weighted_pairs_are_drawn_one_after_the_other():
     weights = [1.0, 2.0, 3.0, 4.0, 10.0]
     total = sum(weights)
@@ -410,11 +429,13 @@ def test_weighted_pairs_are_drawn_one_after_the_other():
     assert abs(chi_square(counts, pair)) < 4
 
 
+@drawn_often
 def test_weighted_is_uniform_at_equal_weights():
     counts = subsets_drawn(20_000, 6, 2, seed=14, weights=torch.full((120_000,), 0.3))
     assert abs(chi_square(counts, [1] * len(counts))) < 4
 
 
+@drawn_often
 def test_hard_easy_halves_are_uniform():
     intervals, size, k = 10_000, 10, 4
     wrong = torch.tensor([True] * 5 + [False] * 5).repeat(intervals)

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from hpcloss import native
 from hpcloss.checks import check_backend
 from hpcloss.partition import INT32_MAX
 
@@ -90,4 +91,4 @@ def info() -> str:
     ]
     refused = _triton_refusals("cuda" if cuda else "cpu", torch.cuda.current_device() if cuda else None, torch.float32)
     lines.append(f"backend triton: {'not available, ' + '; '.join(refused) if refused else 'available'}")
-    return "\n".join(lines)
+    return "\n".join([*lines, native.info()])

@@ -22,6 +22,7 @@ from hpcloss.backends.triton.backward import backward_kernel
 from hpcloss.backends.triton.configs import Config, config
 from hpcloss.backends.triton.launch import int32
 from hpcloss.backends.triton.probe import interpreted
+from hpcloss.backends.triton.tile import largest_kernel
 
 ROWS = 1024  # of a program that works row by row
 
@@ -142,7 +143,7 @@ def pair_lse_both_backward(
         parts.append(torch.zeros_like(of_own[:, 0]) if needs_scale else None)
         regions = (own_start, own_end, other_start, other_end, *none)
         gradients.append(_own(own, other, of_own, of_other, values, positives, regions, pair, wanted, parts[-1]))
-    return *gradients, _sum_or_zero(torch.cat(parts) if needs_scale else None, anchors)
+    return *gradients, _sum_if_wanted(torch.cat(parts) if needs_scale else None, anchors)
 
 
 def _exchanged(keys: Tensor, intervals: list[Tensor]) -> list[Tensor]:
@@ -216,11 +217,11 @@ def pair_mean_backward(
     online = log_weight is not None or pull is not None or needs_scale or not safe
     weighting = _weighting(hardness, log_weight)
     term = "logit" if stat is None else "own"
-    statistics, lift, largest_grad, grad = _statistics(grad, mass, anchors)
+    statistics, lift, largest_grads, grad = _statistics(grad, mass, anchors)
     launch.run(
         mean_kernels.statistics_kernel, triton.cdiv(out.numel(), ROWS), out,
-        grad, out, mass, _fp32(stat), _fp32(scale), weighting, pull, discount or None, largest_grad, lift, statistics,
-        out.numel(), TERM=term, ONLINE=online, BLOCK=ROWS,
+        grad, grad.stride(0), out, mass, _fp32(stat), _fp32(scale), weighting, pull, discount or None,
+        largest_grads, lift, statistics, out.numel(), TERM=term, ONLINE=online, BLOCK=ROWS,
     )  # fmt: skip
     return _backward(
         anchors, keys, statistics, lift, log_weight, scale, weighting, pull, discount or None, intervals,
@@ -262,7 +263,7 @@ def _backward(
         if needs_keys:
             sides, at = (keys, anchors, None, statistics), (*at_keys, *at_anchors, *no_anchors)
             d_keys = _own(*sides, values, positives, at, pair, True, None)
-    return d_anchors, d_keys, _sum_or_zero(by_scale, anchors)
+    return d_anchors, d_keys, _sum_if_wanted(by_scale, anchors)
 
 
 def _own(
@@ -290,31 +291,35 @@ def _own(
     return gradient
 
 
-def _sum_or_zero(by_scale: Tensor | None, rows: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device=rows.device) if by_scale is None else by_scale.sum()
+def _sum_if_wanted(by_scale: Tensor | None, rows: Tensor) -> Tensor:
+    # What nobody asked for is not even written.
+    return torch.empty((), dtype=torch.float32, device=rows.device) if by_scale is None else by_scale.sum()
 
 
 def _lse_statistics(
     grad: Tensor, lse: Tensor, rows: Tensor, scale: Tensor, online: bool
 ) -> tuple[Tensor, Tensor | None]:
-    statistics, lift, largest_grad, grad = _statistics(grad, lse, rows)
+    statistics, lift, largest_grads, grad = _statistics(grad, lse, rows)
     launch.run(
         lse_kernels.statistics_kernel, triton.cdiv(lse.numel(), ROWS), lse,
-        grad, lse, _fp32(scale), largest_grad, lift, statistics, lse.numel(), ONLINE=online, BLOCK=ROWS,
+        grad, grad.stride(0), lse, _fp32(scale), largest_grads, lift, statistics, lse.numel(),
+        ONLINE=online, BLOCK=ROWS,
     )  # fmt: skip
     return statistics, lift
 
 
 def _statistics(grad: Tensor, empty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Room for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradient.
+    """Room for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradients.
 
     empty [N]: -inf for a row without pairs, whose incoming gradient means nothing.
     """
-    grad = _fp32(grad)
+    grad = grad.to(torch.float32)  # that of a mean has stride 0
     statistics = grad.new_empty(grad.numel(), 4)
     if rows.dtype != torch.float16 or not grad.numel():
         return statistics, None, None, grad
-    largest = torch.linalg.vector_norm(grad.masked_fill(empty == -math.inf, 0.0), math.inf)
+    blocks = triton.cdiv(grad.numel(), ROWS)
+    largest = grad.new_empty(blocks)
+    launch.run(largest_kernel, blocks, grad, grad, grad.stride(0), empty, largest, grad.numel(), BLOCK=ROWS)
     return statistics, grad.new_empty(()), largest, grad
 
 

@@ -12,6 +12,7 @@ from hpcloss.backends.triton.tile import (
     counts,
     hulls,
     is_clean,
+    largest_of,
     lift_of,
     load_rows,
     meeting,
@@ -78,18 +79,18 @@ def forward_kernel(
     tl.store(lse + rows, total_log * LN2, mask=there)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["grad_stride", "num_rows"])
 def statistics_kernel(
-    grad, lse, scale, largest_grad, lift, statistics, num_rows, ONLINE: tl.constexpr, BLOCK: tl.constexpr
+    grad, grad_stride, lse, scale, largest_grads, lift, statistics, num_rows, ONLINE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Per anchor (shift, factor, factor of d scale, 0), so that `slope` is exp2(. - shift) times a factor."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = rows < num_rows
     lse_i = tl.load(lse + rows, mask=there, other=-INF)
     empty = lse_i == -INF
-    grad_i = tl.where(empty, 0.0, tl.load(grad + rows, mask=there, other=0.0))
+    grad_i = tl.where(empty, 0.0, tl.load(grad + rows * grad_stride, mask=there, other=0.0))
     if lift is not None:
-        factor = lift_of(tl.load(largest_grad), tl.abs(tl.load(scale)))
+        factor = lift_of(largest_of(largest_grads, num_rows, BLOCK), tl.abs(tl.load(scale)))
         tl.store(lift, factor)
         grad_i *= factor
     shift = tl.where(empty, INF, lse_i * LOG2E)

@@ -12,6 +12,7 @@ from hpcloss.backends.triton.tile import (
     counts,
     hulls,
     is_clean,
+    largest_of,
     lift_of,
     load_rows,
     meeting,
@@ -109,9 +110,9 @@ def forward_kernel(
     tl.store(mass + rows, (tl.log2(weights) + base) * LN2, mask=there)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["grad_stride", "num_rows"])
 def statistics_kernel(
-    grad, out, mass, stat, scale, hardness, pull, discount, largest_grad, lift, statistics, num_rows,
+    grad, grad_stride, out, mass, stat, scale, hardness, pull, discount, largest_grads, lift, statistics, num_rows,
     TERM: tl.constexpr, ONLINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per anchor (stat, factor, mass, out) as `slope` takes them.
@@ -124,14 +125,14 @@ def statistics_kernel(
     mass_i = tl.load(mass + rows, mask=there, other=-INF)
     empty = mass_i == -INF
     third = tl.where(empty, INF, mass_i * LOG2E)
-    factor = tl.where(empty, 0.0, tl.load(grad + rows, mask=there, other=0.0))
+    factor = tl.where(empty, 0.0, tl.load(grad + rows * grad_stride, mask=there, other=0.0))
     if lift is not None:
         bound = tl.abs(tl.load(scale))
         if discount is not None:
             bound += 2 * tl.abs(discount)
         if pull is not None:
             bound *= 1 + 2 * tl.abs(pull)
-        lifted = lift_of(tl.load(largest_grad), bound)
+        lifted = lift_of(largest_of(largest_grads, num_rows, BLOCK), bound)
         tl.store(lift, lifted)
         factor *= lifted
     if (hardness is None) or (not ONLINE):

@@ -165,6 +165,27 @@ def similarities(x, y, PRECISION: tl.constexpr):
     return tl.dot(x, tl.trans(y), input_precision=PRECISION)
 
 
+@triton.jit(do_not_specialize=["grad_stride", "num_rows"])
+def largest_kernel(grad, grad_stride, empty, largest_grads, num_rows, BLOCK: tl.constexpr):
+    """Largest |grad| of each block of rows; of a row that is -inf in `empty` the gradient means nothing."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    counts = tl.load(empty + rows, mask=rows < num_rows, other=-INF) != -INF
+    tl.store(
+        largest_grads + tl.program_id(0), tl.max(tl.abs(tl.load(grad + rows * grad_stride, mask=counts, other=0.0)), 0)
+    )
+
+
+@triton.jit
+def largest_of(largest_grads, num_rows, BLOCK: tl.constexpr):
+    """The largest of what `largest_kernel` left."""
+    largest = tl.zeros([BLOCK], tl.float32)
+    num_blocks = tl.cdiv(num_rows, BLOCK)
+    for first in range(0, num_blocks, BLOCK):
+        blocks = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(largest_grads + blocks, mask=blocks < num_blocks, other=0.0))
+    return tl.max(largest, 0)
+
+
 @triton.jit
 def lift_of(largest_grad, bound):
     """Power of two that brings the largest fp16 slope, at most largest_grad * bound, near 8192: small ones survive.

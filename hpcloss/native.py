@@ -1,0 +1,284 @@
+"""The native library (`csrc/`): loaded with ctypes, or the reason why it is not there.
+
+It holds the partition and the samplers in C++ and, where it was built with nvcc, in CUDA, and gives the same integers
+as the PyTorch text in `partition.py` and `sampling.py`, which serves wherever `why_not` gives a reason. Functions here
+take checked, contiguous tensors of one device and queue their work on its current stream.
+
+The environment variable HPCLOSS_LIBRARY names another library file to load; empty, it means none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ABI = 1
+MAX_AXES = 3
+MAX_IGNORED = 16
+MAX_SEGMENTS = 2**31 - 2
+MAX_ROWS = 2**32 - 1  # of a sample
+MAX_CUDA_SAMPLES = 4096  # of an interval
+KINDS = ("uniform", "weighted", "hardest", "hard_easy")
+
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+_TYPES = {torch.uint8: 0, torch.bool: 0, torch.int32: 1, torch.int64: 2}
+_ERRORS = {
+    1: "a required array is missing",
+    2: "a size or a count is out of its range",
+    3: "an array has a type that it cannot have",
+    4: "offsets descend or leave the rows",
+    5: "order names a pixel beyond the map",
+    6: "the workspace is too small",
+    7: "out of memory",
+    8: "a CUDA call failed",
+}
+
+
+class NativeError(RuntimeError):
+    """The native library refused its arguments or failed."""
+
+
+class OffsetsError(NativeError, ValueError):
+    """Offsets that descend or leave the rows."""
+
+
+class PixelError(NativeError, IndexError):
+    """A pixel index beyond the map."""
+
+
+class NativeMemoryError(NativeError, MemoryError):
+    """The native library found no memory."""
+
+
+_EXCEPTIONS = {4: OffsetsError, 5: PixelError, 7: NativeMemoryError}
+
+
+class Regions(ctypes.Structure):
+    """`hpcloss_regions` of the C header."""
+
+    _fields_ = [
+        ("ids", ctypes.c_void_p),
+        ("ids_type", ctypes.c_int32),
+        ("axes", ctypes.c_int32),
+        ("extent", ctypes.c_int64 * MAX_AXES),
+        ("cell", ctypes.c_int64 * MAX_AXES),
+        ("per_image", ctypes.c_int32),
+    ]
+
+
+class _Found(NamedTuple):
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@functools.cache
+def _find() -> _Found:
+    """The library, or why there is none."""
+    named = os.environ.get("HPCLOSS_LIBRARY")
+    if named == "":
+        return _Found(None, "HPCLOSS_LIBRARY is empty")
+    path = Path(named) if named else Path(__file__).with_name("libhpcloss" + _SUFFIX)
+    if not path.exists():
+        return _Found(None, f"there is no {path.name}; {_build_note() or 'it is built by `pip install`'}")
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.hpcloss_abi()
+    except (OSError, AttributeError) as error:
+        return _Found(None, f"{path.name} cannot be loaded: {error}")
+    if abi != ABI:
+        return _Found(None, f"{path.name} is of another version ({abi}, not {ABI}); install hpcloss again")
+    return _Found(_typed(library), "")
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, told of its functions that do not return an int."""
+    types = {
+        "hpcloss_cuda_error": ctypes.c_char_p,
+        "hpcloss_cuda_class_sort_bytes": ctypes.c_int64,
+        "hpcloss_cuda_sample_bytes": ctypes.c_int64,
+    }
+    for name, returned in types.items():
+        if hasattr(library, name):
+            getattr(library, name).restype = returned
+    return library
+
+
+def _build_note() -> str:
+    """What the installation wrote down about the build."""
+    note = Path(__file__).with_name("libhpcloss.txt")
+    return "; ".join(note.read_text(encoding="utf-8").split("\n")).strip("; ") if note.exists() else ""
+
+
+@functools.cache
+def why_not(device: str) -> str:
+    """Why the native library does not serve tensors of a device type; empty if it does."""
+    library, reason = _find()
+    if library is None:
+        return reason
+    if device == "cpu":
+        return ""
+    if device != "cuda":
+        return f"it has nothing for device {device!r}"
+    if not hasattr(library, "hpcloss_cuda_versions"):
+        return f"it was built without CUDA; {_build_note() or 'install with HPCLOSS_CUDA=1'}"
+    driver, runtime = ctypes.c_int32(), ctypes.c_int32()
+    if library.hpcloss_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime)):
+        return f"its CUDA runtime does not start: {library.hpcloss_cuda_error().decode()}"
+    if not driver.value:
+        return "there is no CUDA driver"
+    if driver.value // 1000 < runtime.value // 1000:
+        built, found = (f"{version.value // 1000}.{version.value % 1000 // 10}" for version in (runtime, driver))
+        return (
+            f"it was built for CUDA {built}, the driver is for {found}; update the driver, or install with that toolkit"
+        )
+    return ""
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether the native library has the functions for the tensor's device."""
+    return tensor.device.type in ("cpu", "cuda") and not why_not(tensor.device.type)
+
+
+def info() -> str:
+    """What was found, for people."""
+    lines = []
+    for part, device in (("native library", "cpu"), ("native library, CUDA", "cuda")):
+        reason = why_not(device)
+        lines.append(f"{part}: {'not available, ' + reason if reason else 'available'}")
+    return "\n".join(lines)
+
+
+def class_sort(
+    labels: Tensor,
+    ids: Tensor | None,
+    spatial: Sequence[int],
+    size: Sequence[int],
+    per_image: bool,
+    num_regions: int,
+    classes: range,
+    background: int | None,
+    ignore: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`partition.class_sort` of the labels in `classes`; order and offsets of the dtype."""
+    n, num_segments = labels.numel(), num_regions * len(classes)
+    order = torch.empty(n, dtype=dtype, device=labels.device)
+    offsets = torch.empty(num_segments + 1, dtype=dtype, device=labels.device)
+    outside = torch.empty((), dtype=torch.int64, device=labels.device)
+    axes = ctypes.c_int64 * MAX_AXES
+    regions = Regions(
+        None if ids is None else ids.data_ptr(), _TYPES[torch.int64 if ids is None else ids.dtype],
+        0 if ids is not None else len(spatial), axes(*spatial), axes(*size), per_image,
+    )  # fmt: skip
+    ignored = (ctypes.c_int64 * len(ignore))(*ignore)
+    first = classes.stop if background is None else background  # the label of rank 0, if it is a class
+    arguments = (
+        _pointer(labels), _TYPES[labels.dtype], _int64(n), ctypes.byref(regions), _int64(num_regions),
+        _int64(classes.start), _int64(len(classes)), _int64(first), ignored, _int64(len(ignore)),
+        _pointer(order), _pointer(offsets), _TYPES[dtype], _pointer(outside),
+    )  # fmt: skip
+    _call("class_sort", labels.device, arguments, (_int64(n), _int64(num_segments), _TYPES[dtype]))
+    return order, offsets, outside
+
+
+def class_intervals(offsets: Tensor, n: int, num_classes: int, background_first: bool) -> tuple[Tensor, ...]:
+    """`partition.class_intervals`: the intervals of `Pairs` but for the order."""
+    num_regions = (offsets.numel() - 1) // num_classes
+    bounds = [offsets.new_empty(n) for _ in range(3)] + [offsets.new_empty(num_regions) for _ in range(4)]
+    arguments = (
+        _pointer(offsets), _int64(num_regions), _int64(num_classes), int(background_first), _int64(n),
+        _TYPES[offsets.dtype], *(_pointer(bound) for bound in bounds),
+    )  # fmt: skip
+    _call("class_intervals", offsets.device, arguments)
+    return tuple(bounds)
+
+
+def pair_counts(intervals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`Pairs.counts` of the intervals of `Pairs`."""
+    rows, bounds = intervals[0], intervals[3]
+    counts = (torch.empty_like(rows), torch.empty_like(rows))
+    arguments = (
+        *(_pointer(interval) for interval in intervals), _int64(rows.numel()), _int64(bounds.numel()),
+        _TYPES[rows.dtype], *(_pointer(count) for count in counts),
+    )  # fmt: skip
+    _call("pair_counts", rows.device, arguments)
+    return counts
+
+
+def sample(
+    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sampling.sample` and `sample_hard_easy`; values: float32, or bool for "hard_easy"."""
+    n, num_intervals = order.numel(), offsets.numel() - 1
+    chosen, chosen_offsets = order.new_empty(num_intervals * k), torch.empty_like(offsets)
+    code = KINDS.index(kind)
+    arguments = (
+        _pointer(order), _pointer(offsets), _TYPES[order.dtype], _int64(n), _int64(num_intervals), _int64(k), code,
+        _pointer(values), _int64(num_pixels), _pointer(seed), _pointer(chosen), _pointer(chosen_offsets),
+    )  # fmt: skip
+    _call("sample", order.device, arguments, (_int64(n), _int64(num_intervals), _int64(k), code, _TYPES[order.dtype]))
+    return chosen, chosen_offsets
+
+
+def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
+    """`sampling.sample_positives`."""
+    rows = pos_start.new_empty(pos_start.numel(), k)
+    arguments = (
+        _pointer(pos_start), _pointer(pos_end), _pointer(self_pos), _TYPES[pos_start.dtype],
+        _int64(pos_start.numel()), _int64(k), _pointer(seed), _pointer(rows),
+    )  # fmt: skip
+    _call("sample_positives", pos_start.device, arguments)
+    return rows
+
+
+# ctypes passes plain integers as 32 bits.
+_int64 = ctypes.c_int64
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _call(
+    function: str, device: torch.device, arguments: tuple[object, ...], workspace: tuple[object, ...] | None = None
+) -> None:
+    """Call `hpcloss_<function>` for a device. workspace: what the size of the CUDA function's workspace depends on."""
+    library = _find().library
+    if device.type == "cpu":
+        _raise_on(getattr(library, f"hpcloss_{function}")(*arguments, torch.get_num_threads()), function)
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _call_cuda(library, function, device, arguments, workspace, stream)
+
+
+def _call_cuda(
+    library: ctypes.CDLL | None,
+    function: str,
+    device: torch.device,
+    arguments: tuple[object, ...],
+    workspace: tuple[object, ...] | None,
+    stream: int,
+) -> None:
+    if workspace is not None:
+        size = getattr(library, f"hpcloss_cuda_{function}_bytes")(*workspace)
+        buffer = torch.empty(max(size, 16), dtype=torch.uint8, device=device)
+        arguments = (*arguments, _pointer(buffer), _int64(buffer.numel()))
+    error = getattr(library, f"hpcloss_cuda_{function}")(*arguments, ctypes.c_void_p(stream))
+    _raise_on(error, function, library)
+
+
+def _raise_on(error: int, function: str, library: ctypes.CDLL | None = None) -> None:
+    if error:
+        text = _ERRORS.get(error, f"error {error}")
+        if error == 8 and library is not None:
+            text += f": {library.hpcloss_cuda_error().decode()}"
+        raise _EXCEPTIONS.get(error, NativeError)(f"hpcloss_{function}: {text}")
