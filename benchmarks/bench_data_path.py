@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import cases
+import peers
 import pytest
 import torch
-from measure import Bar, Copies, against, assert_close, interleaved
+from measure import Bar, Copies, against, assert_close, busy, in_turns, interleaved, num_threads
+from memory import measure
 
+from hpcloss import native
 from hpcloss.pack import pack
-from hpcloss.partition import class_sort, partition
-from hpcloss.regions import grid_regions
-from hpcloss.sampling import sample
+from hpcloss.partition import partition
+from hpcloss.regions import Grid
 
 LABELS = (12, 256, 256)
-CLASSES, SIZE, PER_CLASS = 4, 16, 64
+CLASSES, SIZE = 4, 16
 
 
 @pytest.fixture(scope="module")
@@ -23,61 +28,92 @@ def copies():
 
 @pytest.fixture(scope="module")
 def labels():
-    """Patches of one class, as in a segmentation map."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randint(CLASSES, (LABELS[0], LABELS[1] // 8, LABELS[2] // 8), generator=generator)
-    return coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return cases.label_patches(*LABELS)
 
 
-def _regions(labels):
-    batch, *spatial = labels.shape
-    return grid_regions(batch, tuple(spatial), (SIZE, SIZE), per_image=False, device=labels.device)
+GRID = Grid(LABELS[0], LABELS[1:], (SIZE, SIZE))
 
 
 @pytest.mark.benchmark(group="plan")
 @pytest.mark.parametrize("num_classes", [None, CLASSES], ids=["any-labels", "num-classes"])
 def bench_partition(benchmark, report, copies, labels, num_classes):
     """Sort 12 x 256 x 256 pixels by (region, class) and find the intervals."""
-    regions, count = _regions(labels)
 
     def plan():
-        return partition(labels.reshape(-1), regions, count, background=0, num_classes=num_classes)
+        return partition(labels, GRID, background=0, num_classes=num_classes)
 
     pairs, flat = plan(), labels.reshape(-1)
-    key = (regions.reshape(-1) * CLASSES + flat)[pairs.order]
+    key = (GRID.ids(flat.device) * CLASSES + flat)[pairs.order]
     assert (key[1:] >= key[:-1]).all(), "the order is not sorted by (region, class)"
     assert torch.equal(pairs.order.sort().values.long(), torch.arange(flat.numel())), "the order is no permutation"
     seconds, ratio = against(benchmark, plan, copies, 2 * labels.numel() * labels.element_size())
     report(seconds, copy_ratio=ratio, pixels_per_second=labels.numel() / seconds)
 
 
-@pytest.mark.benchmark(group="plan")
-def bench_grid_regions(benchmark, report, copies, labels):
-    regions, count = _regions(labels)
-    assert count == (LABELS[1] // SIZE) * (LABELS[2] // SIZE)
-    assert int(regions.max()) == count - 1
-    seconds, ratio = against(benchmark, lambda: _regions(labels), copies, labels.numel() * labels.element_size())
-    report(seconds, copy_ratio=ratio)
+RULES = ["uniform", "weighted", "hardest", "half hard"]
 
 
 @pytest.mark.benchmark(group="plan")
-def bench_sample(benchmark, report, copies, labels):
-    """64 pixels of every (region, class), uniformly, after the partition."""
-    regions, count = _regions(labels)
-    flat = labels.reshape(-1)
-    order, offsets, _ = class_sort(flat, regions, count, background=0, num_classes=CLASSES)
-    seed = torch.tensor(7)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("patch", [8, 1], ids=["patches", "noise"])
+def bench_sample_anchors(benchmark, report, rule, patch):
+    """Partition and sample: 256 pixels of each image and class of 12 x 256 x 256 labels, against what is copied from
+    papers; `noise`: every pixel has a class of its own, which no label map does."""
+    shape = {"batch": LABELS[0], "height": LABELS[1], "width": LABELS[2]}
+    labels = cases.label_patches(*LABELS, patch=patch)
+    draw = cases.anchors(**shape, rule=rule, patch=patch).step
+    order, offsets = draw()
+    taken = order[: int(offsets[-1])]
+    assert taken.unique().numel() == taken.numel() == LABELS[0] * CLASSES * 256, "not 256 pixels of each"
+    segment = torch.repeat_interleave(torch.arange(LABELS[0] * CLASSES), offsets.diff().long())
+    image = taken // (LABELS[1] * LABELS[2])
+    assert torch.equal(segment, image * CLASSES + labels.reshape(-1)[taken]), "pixels of another image or class"
 
-    def draw():
-        return sample(order, offsets, PER_CLASS, seed=seed, num_pixels=flat.numel())
+    wrong = torch.rand(LABELS, generator=torch.Generator().manual_seed(1)) < 0.3
 
-    drawn = draw()
-    taken = drawn.order[: int(drawn.offsets[-1])]
-    assert taken.unique().numel() == taken.numel(), "a pixel was drawn twice"
-    counts = torch.minimum(offsets[1:] - offsets[:-1], torch.tensor(PER_CLASS))
-    assert torch.equal((drawn.offsets[1:] - drawn.offsets[:-1]).long(), counts.long()), "wrong number of samples"
-    seconds, ratio = against(benchmark, draw, copies, 2 * labels.numel() * labels.element_size())
-    report(seconds, copy_ratio=ratio, pixels_per_second=flat.numel() / seconds)
+    def in_torch():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(native, "serves", lambda tensor: False)
+            draw()
+
+    others = {
+        "nonzero + randperm": lambda: peers.random_anchors(labels, CLASSES, 256),
+        "published sampler": lambda: peers.hard_anchors(labels, wrong, CLASSES, 256),
+        "PyTorch text": in_torch,
+    }
+    seconds, faster = in_turns(benchmark, draw, others, rounds=9)
+    bars = []
+    if rule == "uniform" and patch > 1:
+        limits = {"nonzero + randperm": 2, "published sampler": 4, "PyTorch text": 3}
+        bars = [Bar(f"times faster than the {name}", faster[name], limits[name], at_least=True) for name in limits]
+    report(seconds, bars, **{f"over_{name}": ratio for name, ratio in faster.items()})
+
+
+@pytest.mark.benchmark(group="plan")
+def bench_sample_memory(benchmark, report):
+    """Peak memory of partition and sample beyond the labels, for so many pixels that the sample itself is nothing."""
+    shape = {"batch": 16, "height": 1024, "width": 1024}
+    found = benchmark.pedantic(lambda: measure("anchors", **shape), rounds=1)
+    pixels = 16 * 1024 * 1024
+    per_pixel = found["extra_mb"] * 2**20 / pixels
+    report(found["seconds"], [Bar("bytes of workspace a pixel", per_pixel, 8)], peak_mb=found["extra_mb"])
+
+
+@pytest.mark.benchmark(group="threads")
+def bench_sample_threads(benchmark, report):
+    """One thread and two, in turns, by the wall's clock."""
+    draw = cases.anchors(*LABELS).step
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    draw()
+    for _ in range(15):
+        for threads in seconds:
+            with num_threads(threads):
+                start = time.perf_counter()
+                draw()
+                seconds[threads].append(time.perf_counter() - start)
+    one, two = (statistics.median(seconds[threads]) for threads in (1, 2))
+    benchmark.pedantic(draw, rounds=1)
+    report(two, [Bar("two threads over one", two / one, 1.0)], run_threads=2, load=busy())
 
 
 MAPS = {
@@ -93,9 +129,7 @@ MAPS = {
 def bench_pack(benchmark, report, copies, layout, direction):
     """Gather 32 768 pixels of 128 channels in the plan's order and normalise them; backward into the map's layout."""
     features, labels = cases.region_phpc(**MAPS[layout], region_size=SIZE).arguments
-    batch, *spatial = labels.shape
-    regions, count = grid_regions(batch, tuple(spatial), (SIZE, SIZE), per_image=False, device=labels.device)
-    pairs = partition(labels.reshape(-1), regions, count)
+    pairs = partition(labels, Grid(labels.shape[0], tuple(labels.shape[1:]), (SIZE, SIZE)))
 
     def gather():
         return pack(features, pairs.order, pairs.live(), normalize=True, backend="blockwise")

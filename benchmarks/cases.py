@@ -31,6 +31,13 @@ class Case(NamedTuple):
         return loss
 
 
+class Draw(NamedTuple):
+    """A sample of pixels, which has no backward pass."""
+
+    step: Callable[[], object]
+    leaves: tuple[Tensor, ...] = ()
+
+
 def reference_work(anchors: Tensor, keys: Tensor, dim: int) -> float:
     """Self-contrast of regions with so many anchors among so many keys; 2F, F = 2 D pairs, where all keys are anchors.
 
@@ -149,10 +156,25 @@ def committed_block_loop(batch: int, height: int, width: int, region_size: int =
     )  # fmt: skip
 
 
-CASES: dict[str, Callable[..., Case]] = {
+def label_patches(batch: int, height: int, width: int, classes: int = 4, patch: int = 8) -> Tensor:
+    """Labels [B, H, W] of patches of one class, as in a segmentation map."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(classes, (batch, height // patch, width // patch), generator=generator)
+    return coarse.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+
+
+def anchors(batch: int, height: int, width: int, k: int = 256, rule: str = "uniform", patch: int = 8) -> Draw:
+    """k pixels of each of 4 classes of each image, by one of the rules of `sample_anchors`."""
+    labels, generator = label_patches(batch, height, width, patch=patch), torch.Generator().manual_seed(1)
+    values, seed = torch.rand(labels.shape, generator=generator), torch.tensor(7)
+    maps = {"weighted": {"weights": values}, "hardest": {"scores": values}, "half hard": {"wrong": values < 0.3}}
+    return Draw(lambda: hpcloss.sample_anchors(labels, k, num_classes=4, seed=seed, **maps.get(rule, {})))
+
+
+CASES: dict[str, Callable[..., Case | Draw]] = {
     make.__name__: make
     for make in (
         supcon, eager_supcon, compiled_supcon, infonce, eager_infonce, linear_cross_entropy,
-        region_phpc, published_phpc, eager_phpc, block_loop, committed_block_loop,
+        region_phpc, published_phpc, eager_phpc, block_loop, committed_block_loop, anchors,
     )
 }  # fmt: skip

@@ -595,10 +595,13 @@ def sanitizer_row(run: Run) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if DRY or tool is None:
         raise Skip("no device to watch" if DRY else "compute-sanitizer is not installed")
-    chosen = "(test_sizes and 33) or (test_edges and runs) or test_pair_lse_both or test_prototypes"
+    chosen = (
+        "(test_sizes and 33) or (test_edges and runs) or test_pair_lse_both or test_prototypes"
+        " or (test_native_is_the_same and not 4096) or test_native_reads"
+    )
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-x", "-q",
                "-p", "no:cacheprovider", "-k", chosen, "tests/test_kernels.py",
-               "tests/test_kernels_segments.py"]  # fmt: skip
+               "tests/test_kernels_segments.py", "tests/test_gpu.py"]  # fmt: skip
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=ROW_SECONDS - 10)
     (run.out / "sanitizer.log").write_text(done.stdout + done.stderr)

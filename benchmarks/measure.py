@@ -219,23 +219,34 @@ def interleaved(
     benchmark, first: Callable[[], object], second: Callable[[], object], rounds: int
 ) -> tuple[float, float]:
     """Time `first` in rounds, each next to one of `second`; returns (median first, median of second / first)."""
+    seconds, ratios = in_turns(benchmark, first, {"second": second}, rounds)
+    return seconds, ratios["second"]
+
+
+def in_turns(
+    benchmark, first: Callable[[], object], others: dict[str, Callable[[], object]], rounds: int
+) -> tuple[float, dict[str, float]]:
+    """Time `first` in rounds, each behind one of every other; returns (median first, medians of other / first)."""
+    seconds: dict[str | None, list[float]] = {name: [] for name in (None, *others)}
+
+    def timed(name: str | None) -> None:
+        start = clock()
+        (first if name is None else others[name])()
+        seconds[name].append(clock() - start)
+
+    def setup() -> None:
+        for name in others:
+            timed(name)
+
     first()
-    second()
-    others: list[float] = []
-    seconds: list[float] = []
-
-    def other() -> None:
-        start = clock()
-        second()
-        others.append(clock() - start)
-
-    def timed() -> None:
-        start = clock()
-        first()
-        seconds.append(clock() - start)
-
-    benchmark.pedantic(timed, setup=other, rounds=rounds, iterations=1)
-    return statistics.median(seconds), statistics.median(b / a for a, b in zip(seconds, others, strict=True))
+    setup()
+    for taken in seconds.values():
+        taken.clear()
+    benchmark.pedantic(timed, args=(None,), setup=setup, rounds=rounds, iterations=1)
+    return statistics.median(seconds[None]), {
+        name: statistics.median(other / own for own, other in zip(seconds[None], seconds[name], strict=True))
+        for name in others
+    }
 
 
 def speed_up(benchmark, step: Callable[[], object], rounds: int = ROUNDS) -> tuple[float, float, float]:

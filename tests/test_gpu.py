@@ -20,11 +20,12 @@ from kernels import INTERPRETED
 from numerics import assert_within_budget
 
 import hpcloss
-from hpcloss import reference
+from hpcloss import native, reference, sample_anchors
 from hpcloss.backends import resolve
 from hpcloss.pack import Rows, pack
 from hpcloss.pairs import RULES, pair_lse, pair_mean
-from hpcloss.partition import Pairs, partition, partition_against
+from hpcloss.partition import Pairs, class_sort, from_offsets, partition, partition_against
+from hpcloss.regions import Grid
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the dense forms are asked to be deterministic
 
@@ -544,8 +545,10 @@ def kernel_names():
 def test_launches_of_a_step(device):
     """Pack, both primitives, their backward passes, unpack: at most 12 kernels of our own, whatever torch adds."""
     features, labels = feature_map(device, 2, 64, 64, 64)
-    loss = hpcloss.RegionPHPCLoss(16, backend="triton")
+    loss = hpcloss.RegionPHPCLoss(16, num_classes=4, backend="triton")
     names = launches(lambda: value_and_gradient(loss, features, labels))
+    if not native.why_not("cuda"):
+        assert len(names) <= 30, names  # 27 (tests/test_launches.py), and what value_and_gradient adds
     own = [name for name in names if name in kernel_names()]
     print(f"{len(names)} launches a step, of them {len(own)} of this package: {own}")
     assert 6 <= len(own) <= 12, own
@@ -629,6 +632,105 @@ def test_says_nothing_and_warns_of_nothing(device):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == ""
+
+
+# ----------------------------------------------------------------------------------------------- the native library
+
+on_native = pytest.mark.skipif(bool(native.why_not("cuda")), reason=f"no CUDA half: {native.why_not('cuda')}")
+KINDS = ("uniform", "weighted", "hardest", "hard_easy")
+
+
+def drawn(device, labels, values, k, kind, seed=7, **grid):
+    """Partition and sample of a label map, on a device."""
+    labels = labels.to(device)
+    cells = Grid(len(labels), tuple(labels.shape[1:]), grid.get("size", tuple(labels.shape[1:])), True)
+    rows = class_sort(labels, cells, background=0, ignore_index=(255,), num_classes=5)
+    values = {"uniform": None, "hard_easy": values < 0.3}.get(kind, values)
+    seed = torch.tensor(seed, device=device)
+    on_device = None if values is None else values.to(device)
+    sample = torch.ops.hpcloss.sample(rows.order, rows.offsets, k, kind, on_device, labels.numel(), seed)
+    pairs = from_offsets(rows.order, rows.offsets, 5, True)
+    return [*rows, *sample, *pairs, *pairs.counts()]
+
+
+@alone
+@on_native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 256, 4096])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2047), (2, 2049), (3, 130, 70), (12, 256, 256), (2, 40, 33, 50)])
+def test_native_is_the_same_on_the_gpu(device, shape, k, kind):
+    labels, values = choice("cpu", [0, 1, 1, 2, 3, 4, 9, 255], *shape), torch.rand(shape)
+    for size in (tuple(shape[1:]), tuple(7 for _ in shape[1:])):
+        if k * math.prod(-(-extent // cell) for extent, cell in zip(shape[1:], size)) * shape[0] > 1 << 21:
+            continue  # the sample of all cells is larger than the map
+        here, there = (drawn(where, labels, values, k, kind, size=size) for where in ("cpu", device))
+        for expected, found in zip(here, there):
+            assert found.is_cuda and found.dtype == expected.dtype and torch.equal(found.cpu(), expected)
+
+
+@alone
+@on_native
+@pytest.mark.parametrize("scores", ["equal", "rising", "falling"])
+def test_native_giant_interval(device, scores):
+    """One class of a million pixels, and scores for which the buffer of the sampler is never or always cut."""
+    labels = torch.ones(1, 1 << 20, dtype=torch.int64)
+    values = {"equal": torch.ones(1 << 20), "rising": torch.arange(1 << 20).float()}.get(
+        scores, -torch.arange(1 << 20).float()
+    )
+    here, there = (drawn(where, labels, values, 300, "hardest") for where in ("cpu", device))
+    assert all(torch.equal(found.cpu(), expected) for expected, found in zip(here, there))
+
+
+@alone
+@on_native
+def test_native_reads_any_layout_and_type(device):
+    labels = choice("cpu", [0, 1, 2, 255], 6, 40, 30)
+    right = drawn(device, labels, torch.rand(6, 40, 30), 9, "uniform")
+    for other in (labels.to(device).permute(2, 1, 0).contiguous().permute(2, 1, 0), labels.byte(), labels.int()):
+        found = drawn(device, other, torch.rand(6, 40, 30), 9, "uniform")
+        assert all(torch.equal(a, b) for a, b in zip(found, right))
+    with pytest.raises(ValueError, match="seed must be on cuda"):
+        sample_anchors(labels.to(device), 3, num_classes=4, seed=torch.tensor(1))
+
+
+@alone
+@on_native
+def test_native_uses_the_current_stream_and_no_sync(device):
+    labels = choice("cpu", [0, 1, 2, 255], 8, 128, 128).to(device)
+    right = sample_anchors(labels, 64, num_classes=4, seed=torch.tensor(3, device=device))
+    late, seed = torch.zeros_like(labels), torch.tensor(3, device=device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            late.copy_(labels)
+            found = sample_anchors(late, 64, num_classes=4, seed=seed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, right))
+
+
+@alone
+@on_native
+def test_native_graph_replays_draw_fresh_samples(device):
+    labels, seed = choice("cpu", [0, 1, 2, 255], 2, 64, 64).to(device), torch.tensor(1, device=device)
+    for _ in range(3):
+        sample_anchors(labels, 16, num_classes=4, seed=seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = sample_anchors(labels, 16, num_classes=4, seed=seed)
+    orders = []
+    for step in range(3):
+        seed.fill_(10 + step)
+        labels.copy_(choice("cpu", [0, 1, 2, 255], 2, 64, 64, seed=step))
+        graph.replay()
+        right = sample_anchors(labels, 16, num_classes=4, seed=10 + step)
+        assert all(torch.equal(a, b) for a, b in zip(found, right))
+        orders.append(found.order.clone())
+    assert not torch.equal(orders[0], orders[1])
 
 
 # ---------------------------------------------------------------------------------------------- the acceptance script
