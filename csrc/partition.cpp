@@ -1,6 +1,7 @@
 // Counting sort by (region, class), and the intervals it leaves behind; on the host.
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "checks.h"
@@ -136,14 +137,14 @@ struct ClassSort {
     return outside;
   }
 
-  // Calls body(pixel, count, segment) for `count` pixels of one segment at a time, in order.
-  template <class Body>
-  int64_t each(int64_t begin, int64_t end, const Body& body) const {
+  // Calls body(pixel, count, segment) for `count` pixels of one segment at a time, in order; fill(from, to, segment)
+  // gives the segments of a chunk.
+  template <class Fill, class Body>
+  void each(int64_t begin, int64_t end, const Fill& fill, const Body& body) const {
     uint32_t segment[kChunk];
-    int64_t outside = 0;
     for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
       const int64_t size = std::min(kChunk, end - chunk);
-      outside += segments(chunk, chunk + size, segment);
+      fill(chunk, chunk + size, segment);
       int64_t i = 0;
       // Pixels side by side are mostly of one class. In fours a counter waits for its last update a quarter as often,
       // and where classes change at every pixel little is lost.
@@ -157,19 +158,24 @@ struct ClassSort {
       }
       for (; i < size; ++i) body(chunk + i, 1, segment[i]);
     }
-    return outside;
   }
 
   void run(Index* order, Index* offsets, int64_t* outside, int64_t threads) const {
     threads = std::max<int64_t>(1, std::min(threads, n / kThreadWork));
     const int64_t share = (n + threads - 1) / threads, rows = int64_t{num_segments} + 1;
+    const auto begin = [&](int64_t t) { return std::min(n, t * share); };
+    // What the first look at a pixel finds is kept for the second where two bytes hold it.
+    const std::unique_ptr<uint16_t[]> kept(rows <= 0x10000 ? new uint16_t[static_cast<size_t>(n)] : nullptr);
     std::vector<std::vector<int64_t>> next(static_cast<size_t>(threads));  // first of counts, then of places
     std::vector<int64_t> strays(static_cast<size_t>(threads));
     parallel(threads, threads, [&](int64_t t) {
       std::vector<int64_t>& count = next[static_cast<size_t>(t)];
       count.assign(static_cast<size_t>(rows), 0);
-      strays[static_cast<size_t>(t)] =
-          each(std::min(n, t * share), std::min(n, (t + 1) * share), [&](int64_t, int m, uint32_t s) { count[s] += m; });
+      const auto find = [&](int64_t from, int64_t to, uint32_t* segment) {
+        strays[static_cast<size_t>(t)] += segments(from, to, segment);
+        if (kept) std::copy(segment, segment + (to - from), kept.get() + from);
+      };
+      each(begin(t), begin(t + 1), find, [&](int64_t, int m, uint32_t s) { count[s] += m; });
     });
     int64_t place = 0;
     for (int64_t s = 0; s < rows; ++s) {
@@ -184,12 +190,18 @@ struct ClassSort {
     for (const int64_t count : strays) *outside += count;
     parallel(threads, threads, [&](int64_t t) {
       int64_t* places = next[static_cast<size_t>(t)].data();
-      each(std::min(n, t * share), std::min(n, (t + 1) * share),
-           [&](int64_t pixel, int m, uint32_t s) {
-             Index* to = order + places[s];
-             places[s] += m;
-             for (int j = 0; j < m; ++j) to[j] = static_cast<Index>(pixel + j);
-           });
+      const auto recall = [&](int64_t from, int64_t to, uint32_t* segment) {
+        if (kept) {
+          std::copy(kept.get() + from, kept.get() + to, segment);
+        } else {
+          segments(from, to, segment);
+        }
+      };
+      each(begin(t), begin(t + 1), recall, [&](int64_t pixel, int m, uint32_t s) {
+        Index* to = order + places[s];
+        places[s] += m;
+        for (int j = 0; j < m; ++j) to[j] = static_cast<Index>(pixel + j);
+      });
     });
   }
 };

@@ -177,9 +177,8 @@ def _plan(
         flat, regions, num_regions, background=background, ignore_index=ignored, num_classes=num_classes
     )
     if samples_per_class is not None and flat.numel():
-        seed = torch.randint(2**62, (), device=labels.device)
         most = min(samples_per_class, region_pixels)
-        order, offsets = sample(order, offsets, most, seed=seed, num_pixels=flat.numel())
+        order, offsets = sample(order, offsets, most, num_pixels=flat.numel())
     pairs = from_offsets(order, offsets, num_classes, is_class(background, num_classes))
     return pairs.head(live), region_ids, outside
 

@@ -171,7 +171,6 @@ def sample_anchors(
     spatial = tuple(labels.shape[1:])
     grid = Grid(labels.shape[0], spatial, region_shape(region_size, spatial), per_image)
     rows = class_sort(labels, grid, ignore_index=integers("ignore_index", ignore_index), num_classes=num_classes)
-    seed = torch.randint(2**62, (), device=labels.device) if seed is None else seed
     if wrong is not None:
         return sample_hard_easy(rows.order, rows.offsets, k, wrong, seed=seed)
     return sample(rows.order, rows.offsets, k, seed=seed, weights=weights, scores=scores, num_pixels=labels.numel())
@@ -182,7 +181,7 @@ def sample(
     offsets: Tensor,
     k: int,
     *,
-    seed: Tensor | int,
+    seed: Tensor | int | None = None,
     weights: Tensor | None = None,
     scores: Tensor | None = None,
     num_pixels: int | None = None,
@@ -198,7 +197,8 @@ def sample(
         offsets: [S + 1] integers, not decreasing, in [0, N]: interval s is rows offsets[s] to offsets[s + 1]. Rows
             outside [offsets[0], offsets[S]) are dead: never chosen, and their pixel index may be anything.
         k: elements per interval.
-        seed: 0-dim int64 tensor on the device of `order` (advance it every step), or an int. Not used with `scores`.
+        seed: 0-dim int64 tensor on the device of `order` (advance it every step), or an int; default: drawn from
+            torch's generator. Not used with `scores`.
         weights: floating map with one weight per pixel, any shape, or None.
         scores: floating map with one score per pixel, any shape, or None.
         num_pixels: the pixel indices lie in [0, num_pixels). Default: the size of `weights` or `scores`, else N, which
@@ -232,7 +232,7 @@ def sample_hard_easy(
     k: int,
     wrong: Tensor,
     *,
-    seed: Tensor | int,
+    seed: Tensor | int | None = None,
 ) -> Sample:
     """Draw k elements of every interval, half of them wrongly predicted (hard) and half rightly (easy).
 
@@ -252,7 +252,9 @@ def sample_hard_easy(
     return _draw(order, offsets, k, "hard_easy", wrong, wrong.numel(), seed)
 
 
-def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, *, seed: Tensor | int) -> Tensor:
+def sample_positives(
+    pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, *, seed: Tensor | int | None = None
+) -> Tensor:
     """Draw k distinct positives for every anchor, uniformly from its interval without itself.
 
     Every subset of the right size is equally likely (up to n / 2^32); the definition is in the module docstring.
@@ -261,7 +263,8 @@ def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: in
         pos_start, pos_end: [N] integers: the positives of anchor i are the rows pos_start[i] to pos_end[i].
         self_pos: [N] integers: the row that is anchor i itself; one outside the interval, such as -1, removes nothing.
         k: positives per anchor. Time grows with k^2: it is meant for tens, not thousands.
-        seed: 0-dim int64 tensor on the same device (advance it every step), or an int.
+        seed: 0-dim int64 tensor on the same device (advance it every step), or an int; default: drawn from torch's
+            generator.
 
     Returns:
         [N, k] row numbers, dtype of `pos_start`, each row ascending, then -1 where fewer than k exist.
@@ -285,7 +288,13 @@ def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: in
 
 
 def _draw(
-    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor | int
+    order: Tensor,
+    offsets: Tensor,
+    k: int,
+    kind: str,
+    values: Tensor | None,
+    num_pixels: int,
+    seed: Tensor | int | None,
 ) -> Sample:
     seed = _seed(seed, order.device)
     if values is not None:
@@ -443,8 +452,10 @@ def _key_words(seed: Tensor) -> tuple[Tensor, Tensor]:
     return seed & _MASK, (seed >> 32) & _MASK
 
 
-def _seed(seed: Tensor | int, device: torch.device) -> Tensor:
-    """The seed as a 0-dim int64 tensor on the device."""
+def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """The seed as a 0-dim int64 tensor on the device; None: a new one from torch's generator."""
+    if seed is None:
+        return torch.randint(2**62, (), device=device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be int64, got {seed.dtype}")
