@@ -38,8 +38,8 @@ REPORT = "libhpcloss.txt"
 GNU_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread", "-fno-fast-math", "-ffp-contract=off"]
 CXX_FLAGS = ["/std:c++17", "/O2", "/EHsc"] if WINDOWS else GNU_FLAGS
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "/MD" if WINDOWS else "-fPIC,-fvisibility=hidden"]
-# Those with machine code of their own. It also runs on later ones of the same generation, as 86's on 89; and PTX of the
-# last is for the generations to come.
+# Those with machine code of their own. It also runs on later ones of the same generation, as 86's on 89. PTX of the
+# first is for what lies between and has none, PTX of the last for the generations to come.
 COMPUTE_CAPABILITIES = (75, 80, 86, 90, 100, 120)
 
 
@@ -101,7 +101,8 @@ def nvcc_targets(nvcc):
     if not chosen:
         raise BuildError(f"{nvcc} knows none of the compute capabilities {COMPUTE_CAPABILITIES}")
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
-    return chosen, [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+    flags += [f"-gencode=arch=compute_{number},code=compute_{number}" for number in (chosen[0], chosen[-1])]
+    return chosen, flags
 
 
 class BuildLibrary(build_ext):

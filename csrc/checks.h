@@ -32,6 +32,25 @@ inline int32_t check_regions(const hpcloss_regions* regions, int64_t n, int64_t 
   return cells * (regions->per_image && images > 1 ? images : 1) <= num_regions ? HPCLOSS_OK : HPCLOSS_ERROR_SIZE;
 }
 
+// The same regions with as few axes as possible, at least one: an axis with one cell joins the one before it, and no cell
+// is wider than its axis.
+inline hpcloss_regions fewest_axes(const hpcloss_regions& regions) {
+  hpcloss_regions joined = regions;
+  joined.axes = 0;
+  for (int axis = 0; axis < regions.axes; ++axis) {
+    const int64_t extent = regions.extent[axis], cell = regions.cell[axis] < extent ? regions.cell[axis] : extent;
+    if (joined.axes && cell == extent) {
+      joined.extent[joined.axes - 1] *= extent;
+      joined.cell[joined.axes - 1] *= extent;
+    } else {
+      joined.extent[joined.axes] = extent;
+      joined.cell[joined.axes++] = cell;
+    }
+  }
+  if (!joined.axes) joined.extent[0] = joined.cell[0] = joined.axes = 1;
+  return joined;
+}
+
 inline int32_t check_class_sort(const void* labels, int32_t label_type, int64_t n, const hpcloss_regions* regions,
                                 int64_t num_regions, int64_t num_classes, const int64_t* ignore, int64_t num_ignore,
                                 const void* order, const void* offsets, int32_t index_type, const int64_t* outside) {

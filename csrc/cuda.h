@@ -33,6 +33,21 @@ namespace hpcloss {
 // Remembers a failure for hpcloss_cuda_error and makes it an error code.
 int32_t report(cudaError_t error);
 
+// Load the kernels of a source for the current device.
+using Probe = cudaError_t (*)();
+cudaError_t probe_partition();
+cudaError_t probe_sample();
+
+template <class Kernel, class... Kernels>
+cudaError_t load(Kernel kernel, Kernels... kernels) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if constexpr (sizeof...(kernels) > 0) {
+    if (error == cudaSuccess) return load(kernels...);
+  }
+  return error;
+}
+
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
@@ -79,6 +94,29 @@ __device__ Value exclusive_sum(Value value, Value* sums) {
   }
   __syncthreads();
   return sums[warp] + inclusive - value;
+}
+
+// Values [count] <- their exclusive sums, by one block; returns the total. `sums` as above.
+template <class Value>
+__device__ Value exclusive_sums(Value* values, int64_t count, Value* sums) {
+  constexpr int kEach = 8;  // values of a thread: fewer rounds, each of which waits for memory
+  Value total = 0;
+  for (int64_t base = 0; base < count; base += static_cast<int64_t>(blockDim.x) * kEach) {
+    const int64_t first = base + static_cast<int64_t>(threadIdx.x) * kEach;
+    Value own[kEach], sum = 0;
+    for (int i = 0; i < kEach; ++i) {
+      own[i] = first + i < count ? values[first + i] : 0;
+      sum += own[i];
+    }
+    Value before = total + exclusive_sum(sum, sums);
+    for (int i = 0; i < kEach; ++i) {
+      if (first + i < count) values[first + i] = before;
+      before += own[i];
+    }
+    total += sums[blockDim.x / kWarp];
+    __syncthreads();
+  }
+  return total;
 }
 
 }  // namespace hpcloss

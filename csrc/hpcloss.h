@@ -110,6 +110,8 @@ HPCLOSS_API int32_t hpcloss_sample_positives(const void* pos_start, const void* 
 
 // The driver's and the linked runtime's version, 1000 * major + 10 * minor; 0 for no driver.
 HPCLOSS_API int32_t hpcloss_cuda_versions(int32_t* driver, int32_t* runtime);
+// Whether the current device can run this library's kernels; loads them, which a graph capture may not.
+HPCLOSS_API int32_t hpcloss_cuda_probe(void);
 // The text of the last error of the calling thread.
 HPCLOSS_API const char* hpcloss_cuda_error(void);
 

@@ -45,27 +45,17 @@ class Classes {
 // The region of each pixel of a run.
 class Regions {
  public:
-  Regions(const hpcloss_regions& regions, int64_t num_regions) : given_(regions), num_regions_(num_regions) {
-    if (given_.ids) return;
-    // An axis with one cell joins the one before it: longer runs.
-    for (int axis = 0; axis < given_.axes; ++axis) {
-      const int64_t extent = given_.extent[axis], cell = std::min(given_.cell[axis], extent);
-      if (axes_ && cell == extent) {
-        extent_[axes_ - 1] *= extent;
-        cell_[axes_ - 1] *= extent;
-      } else {
-        extent_[axes_] = extent;
-        cell_[axes_++] = cell;
-      }
-    }
-    if (!axes_) extent_[0] = cell_[0] = axes_ = 1;
-  }
+  Regions(const hpcloss_regions& regions, int64_t num_regions)
+      : given_(regions.ids ? regions : fewest_axes(regions)), num_regions_(num_regions) {}
 
   // Calls body(from, to, region) for runs of pixels [from, to) of one region inside [begin, end).
   template <class Body>
   void runs(int64_t begin, int64_t end, const Body& body) const {
-    if (given_.ids) return given_.ids_type == HPCLOSS_INT32 ? of_ids<int32_t>(begin, end, body) : of_ids<int64_t>(begin, end, body);
-    const int64_t width = extent_[axes_ - 1], cell = cell_[axes_ - 1], cells = (width - 1) / cell + 1;
+    if (given_.ids) {
+      return given_.ids_type == HPCLOSS_INT32 ? of_ids<int32_t>(begin, end, body) : of_ids<int64_t>(begin, end, body);
+    }
+    const int last = given_.axes - 1;
+    const int64_t width = given_.extent[last], cell = given_.cell[last], cells = (width - 1) / cell + 1;
     for (int64_t pixel = begin; pixel < end;) {
       const int64_t line = pixel / width, first = line * width, line_end = std::min(first + width, end);
       const int64_t base = region_of_line(line) * cells;
@@ -92,18 +82,17 @@ class Regions {
 
   int64_t region_of_line(int64_t line) const {
     int64_t region = 0, stride = 1;
-    for (int axis = axes_ - 2; axis >= 0; --axis) {
-      region += line % extent_[axis] / cell_[axis] * stride;
-      line /= extent_[axis];
-      stride *= (extent_[axis] - 1) / cell_[axis] + 1;
+    for (int axis = given_.axes - 2; axis >= 0; --axis) {
+      const int64_t extent = given_.extent[axis], cell = given_.cell[axis];
+      region += line % extent / cell * stride;
+      line /= extent;
+      stride *= (extent - 1) / cell + 1;
     }
     return given_.per_image ? line * stride + region : region;
   }
 
   hpcloss_regions given_;
   int64_t num_regions_;
-  int axes_ = 0;
-  int64_t extent_[HPCLOSS_MAX_AXES] = {}, cell_[HPCLOSS_MAX_AXES] = {};
 };
 
 template <class Label, class Index>

@@ -4,6 +4,8 @@
 // block counts the digits of its tile; the counts of a digit are summed up over the blocks; each block places its tile.
 // Every place is decided by counting what comes before, never by the order in which threads arrive.
 
+#include <type_traits>
+
 #include "checks.h"
 #include "cuda.h"
 
@@ -19,7 +21,9 @@ constexpr uint32_t kNoDigit = 0xFFFFFFFFu;  // of a thread without a pixel
 struct Segments {
   const void* labels;
   int32_t label_type;
-  hpcloss_regions regions;
+  hpcloss_regions regions;           // of a grid with the fewest axes
+  int64_t stride[HPCLOSS_MAX_AXES];  // of the cells along each axis
+  int64_t cells;                     // of an image
   int64_t num_regions, first_class, num_classes, background, ignore[HPCLOSS_MAX_IGNORED];
   int32_t num_ignore;
 
@@ -47,7 +51,7 @@ struct Segments {
     return static_cast<const int64_t*>(labels)[pixel];
   }
 
-  // -1 for none. Numbers are divided in the width of Index: 64-bit division is many times slower.
+  // -1 for none. Pixels are divided in the width of Index: 64-bit division is many times slower.
   template <class Index>
   __device__ int64_t region_of(Index pixel) const {
     if (regions.ids) {
@@ -55,16 +59,17 @@ struct Segments {
                                                            : static_cast<const int64_t*>(regions.ids)[pixel];
       return id >= 0 && id < num_regions ? id : -1;
     }
-    Index rest = pixel, region = 0, stride = 1;
+    using Unsigned = std::make_unsigned_t<Index>;
+    Unsigned rest = static_cast<Unsigned>(pixel);
+    int64_t region = 0;
     for (int axis = regions.axes - 1; axis >= 0; --axis) {
-      const Index extent = static_cast<Index>(regions.extent[axis]);
-      // A cell wider than the axis is the axis.
-      const Index cell = static_cast<Index>(regions.cell[axis] < extent ? regions.cell[axis] : extent);
-      region += rest % extent / cell * stride;
-      rest /= extent;
-      stride *= (extent - 1) / cell + 1;
+      const Unsigned extent = static_cast<Unsigned>(regions.extent[axis]), lines = rest / extent;
+      if (regions.cell[axis] != regions.extent[axis]) {
+        region += (rest - lines * extent) / static_cast<Unsigned>(regions.cell[axis]) * stride[axis];
+      }
+      rest = lines;
     }
-    return regions.per_image ? rest * stride + region : region;
+    return regions.per_image ? static_cast<int64_t>(rest) * cells + region : region;
   }
 };
 
@@ -113,26 +118,14 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Pass<Index> pass, Index
   }
 }
 
-// Each warp turns the counts of one digit into their exclusive sums over the blocks, and writes the total.
+// Each block turns the counts of one digit into their exclusive sums over the blocks before, and writes the total.
 template <class Index>
 __global__ void __launch_bounds__(kThreads) sum_kernel(Index* counts, Index* totals, int bins, int blocks,
                                                        int64_t* outside) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int bin = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
-  if (bin > bins) return;
-  Index* own = counts + static_cast<int64_t>(bin) * blocks;
-  Index total = 0;
-  for (int first = 0; first < blocks; first += kWarp) {
-    const Index value = first + lane < blocks ? own[first + lane] : 0;
-    Index inclusive = value;
-    for (int step = 1; step < kWarp; step *= 2) {
-      const Index before = __shfl_up_sync(kAllLanes, inclusive, static_cast<unsigned>(step));
-      if (lane >= step) inclusive += before;
-    }
-    if (first + lane < blocks) own[first + lane] = total + inclusive - value;
-    total += __shfl_sync(kAllLanes, inclusive, kWarp - 1);
-  }
-  if (lane) return;
+  Index* sums = reinterpret_cast<Index*>(dynamic_shared());
+  const int bin = static_cast<int>(blockIdx.x);
+  const Index total = exclusive_sums(counts + static_cast<int64_t>(bin) * blocks, blocks, sums);
+  if (threadIdx.x) return;
   if (bin < bins) {
     totals[bin] = total;
   } else if (outside) {
@@ -268,8 +261,8 @@ cudaError_t sort_pass(const Pass<Index>& pass, Index* counts, Index* totals, Ind
   const auto blocks = static_cast<unsigned>(pass.blocks), bins = static_cast<unsigned>(pass.bins);
   cudaError_t error = launch(count_kernel<Index>, blocks, kThreads, (bins + 1) * sizeof(uint32_t), stream, pass, counts);
   if (error != cudaSuccess) return error;
-  error = launch(sum_kernel<Index>, static_cast<unsigned>(blocks_for(bins + 1, kWarps)), kThreads, 0, stream, counts,
-                 totals, pass.bins, pass.blocks, outside);
+  error = launch(sum_kernel<Index>, bins + 1, kThreads, 2 * kWarps * sizeof(Index), stream, counts, totals, pass.bins,
+                 pass.blocks, outside);
   if (error != cudaSuccess) return error;
   const size_t shared = (2 * kWarps + bins) * sizeof(Index) + (kWarps * bins + kTile) * sizeof(uint16_t);
   return launch(place_kernel<Index>, blocks, kThreads, shared, stream, pass, static_cast<const Index*>(counts),
@@ -320,7 +313,19 @@ cudaError_t class_sort(const Segments& segments, int64_t n, int64_t num_segments
                 stream, pass, num_segments, offsets);
 }
 
+template <class Index>
+cudaError_t load_all() {
+  return load(count_kernel<Index>, sum_kernel<Index>, place_kernel<Index>, offsets_kernel<Index>,
+              intervals_kernel<Index>, counts_kernel<Index>);
+}
+
 }  // namespace
+
+cudaError_t probe_partition() {
+  const cudaError_t error = load_all<int32_t>();
+  return error == cudaSuccess ? load_all<int64_t>() : error;
+}
+
 }  // namespace hpcloss
 
 int64_t hpcloss_cuda_class_sort_bytes(int64_t n, int64_t num_segments, int32_t index_type) {
@@ -341,7 +346,19 @@ int32_t hpcloss_cuda_class_sort(const void* labels, int32_t label_type, int64_t 
   if (!workspace) return HPCLOSS_ERROR_NULL;
   const int64_t num_segments = num_regions * num_classes;
   if (bytes < hpcloss_cuda_class_sort_bytes(n, num_segments, index_type)) return HPCLOSS_ERROR_WORKSPACE;
-  Segments segments{labels, label_type, *regions, num_regions, first_class, num_classes, background, {}, 0};
+  Segments segments{};
+  segments.labels = labels;
+  segments.label_type = label_type;
+  segments.regions = regions->ids ? *regions : fewest_axes(*regions);
+  segments.cells = 1;
+  for (int axis = segments.regions.axes - 1; axis >= 0 && !regions->ids; --axis) {
+    segments.stride[axis] = segments.cells;
+    segments.cells *= (segments.regions.extent[axis] - 1) / segments.regions.cell[axis] + 1;
+  }
+  segments.num_regions = num_regions;
+  segments.first_class = first_class;
+  segments.num_classes = num_classes;
+  segments.background = background;
   for (; segments.num_ignore < num_ignore; ++segments.num_ignore) {
     segments.ignore[segments.num_ignore] = ignore[segments.num_ignore];
   }

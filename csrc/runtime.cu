@@ -10,6 +10,7 @@ thread_local cudaError_t last_error = cudaSuccess;
 int32_t report(cudaError_t error) {
   if (error == cudaSuccess) return HPCLOSS_OK;
   last_error = error;
+  cudaGetLastError();  // or the next launch would report it again
   return HPCLOSS_ERROR_CUDA;
 }
 
@@ -22,6 +23,13 @@ int32_t hpcloss_cuda_versions(int32_t* driver, int32_t* runtime) {
   *driver = version;
   if (const int32_t error = hpcloss::report(cudaRuntimeGetVersion(&version))) return error;
   *runtime = version;
+  return HPCLOSS_OK;
+}
+
+int32_t hpcloss_cuda_probe(void) {
+  for (const hpcloss::Probe probe : {hpcloss::probe_partition, hpcloss::probe_sample}) {
+    if (const int32_t error = hpcloss::report(probe())) return error;
+  }
   return HPCLOSS_OK;
 }
 

@@ -1,9 +1,10 @@
 // The elements of each interval with the smallest (key, position), and positives of anchors; on a CUDA device.
 //
 // A block streams a part of an interval through a buffer in shared memory: elements below the smallest limit known so
-// far are appended, a full buffer is sorted and cut to k. Keys are made once and kept nowhere else. Where there are few
-// intervals each is cut into parts, and a second kernel joins the parts' results. Which slot of the buffer an element
-// gets depends on the order in which threads arrive; what is chosen does not, as no two elements are equal.
+// far are appended, a full buffer is sorted and cut to k. Keys are made once and kept nowhere else. Long intervals have
+// several parts, cut at multiples of a number of rows, and a second kernel joins what the parts found. Which slot of the
+// buffer an element gets depends on the order in which threads arrive; what is chosen does not, as no two elements are
+// equal.
 
 #include "checks.h"
 #include "cuda.h"
@@ -15,8 +16,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSteps = 4, kStride = kThreads * kSteps;  // elements of a block between two looks at the buffer
 constexpr int64_t kMaxSamples = 4096;
-constexpr int kMinBuffer = 2048, kMaxBuffer = 6000;  // entries; the largest leaves room for kMaxSamples and a stride
-constexpr int64_t kEnoughBlocks = 512, kMostParts = 64, kMinPart = 4096;
+constexpr int kMaxBuffer = 6000;  // entries; room for kMaxSamples and more than a stride
+constexpr int64_t kMinPart = 8192, kMostParts = 1000;  // rows of a part; parts of all rows: a stride reaches each
 constexpr int kHead = 128;  // bytes of shared memory before the buffer
 
 // An element by key, then position in its interval: the order in which elements are chosen.
@@ -57,8 +58,9 @@ __device__ void sort(Entry* entries, int count) {
 }
 
 // Leaves in the buffer, from `first` on and sorted, the `keep` smallest of the entries that source(i, limit) gives for
-// i in [0, size); it says false for none. Returns how many there are. All threads call it and get the same.
-template <class Source>
+// i in [0, size); it says false for none. Returns how many there are. All threads call it and get the same. kAscending:
+// once a stride brings nothing below the limit, nothing behind it does.
+template <bool kAscending, class Source>
 __device__ int smallest(const Buffer& buffer, int first, int capacity, int keep, int64_t size, const Source& source) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if (threadIdx.x == 0) {
@@ -66,8 +68,10 @@ __device__ int smallest(const Buffer& buffer, int first, int capacity, int keep,
     *buffer.limit = ~Entry{0};
   }
   __syncthreads();
-  for (int64_t base = 0; base < size; base += kStride) {
+  bool more = size > 0;
+  for (int64_t base = 0; more; base += kStride) {
     const Entry limit = *buffer.limit;
+    bool any = false;
     for (int step = 0; step < kSteps; ++step) {
       const int64_t i = base + step * kThreads + threadIdx.x;
       Entry entry = 0;
@@ -77,11 +81,17 @@ __device__ int smallest(const Buffer& buffer, int first, int capacity, int keep,
       if (lane == 0 && takers) slot = atomicAdd(buffer.count, __popc(takers));
       slot = __shfl_sync(kAllLanes, slot, 0) + __popc(takers & ((1u << lane) - 1));
       if (taken) buffer.entries[slot] = entry;
+      any |= taken;
     }
-    __syncthreads();
+    more = base + kStride < size;
+    if (kAscending) {
+      more = __syncthreads_or(any) && more;
+    } else {
+      __syncthreads();
+    }
     const int count = *buffer.count;
     __syncthreads();
-    if (count + kStride <= capacity && base + kStride < size) continue;
+    if (count + kStride <= capacity && more) continue;
     sort(buffer.entries + first, count - first);
     if (threadIdx.x == 0 && count - first >= keep) {
       *buffer.count = first + keep;
@@ -103,18 +113,22 @@ struct Sampling {
   const void* values;
   int64_t num_pixels;
   const int64_t* seed;
-  int64_t parts;
+  int64_t part, num_parts;  // rows of a part; how many parts there can be
   int capacity;
-  Entry* found;     // [num_intervals * streams * parts, k] smallest entries of each part
-  int* num_found;   // [num_intervals * streams * parts]
-  Index* slots;     // [num_intervals, k] chosen pixels
-  int* num_chosen;  // [num_intervals]
+  Entry* found;       // [streams, num_parts, k] smallest entries of each part
+  int* num_found;     // [streams, num_parts]
+  Index* slots;       // [num_intervals, k] chosen pixels
+  Index* num_chosen;  // [num_intervals]
 
   __host__ __device__ int streams() const { return kind == HPCLOSS_HARD_EASY ? 2 : 1; }
 
   // Rows of an interval; offsets that make no sense give none outside [0, n).
   __device__ int64_t begin(int64_t interval) const { return bound(offsets[interval]); }
   __device__ int64_t end(int64_t interval) const { return bound(offsets[interval + 1]); }
+
+  // Parts are cut where rows are multiples of `part`; those of an interval follow those of the intervals before it, one
+  // more than there are cuts inside.
+  __device__ int64_t first_part(int64_t interval) const { return interval + begin(interval) / part; }
 
   // The entry of a row at `position` of its interval, if it is present in the stream and may be below the limit.
   __device__ bool entry(int64_t row, int64_t position, bool hard, uint64_t own_seed, Entry limit, Entry* entry) const {
@@ -141,21 +155,25 @@ struct Sampling {
   __device__ int64_t bound(int64_t offset) const { return offset < 0 ? 0 : offset > n ? n : offset; }
 };
 
-// A block for each part of each stream of each interval.
+// A block for each part of each stream; the last ones may have no interval.
 template <class Index>
 __global__ void __launch_bounds__(kThreads) select_kernel(Sampling<Index> sampling) {
   const Buffer buffer = Buffer::in_shared();
-  const int64_t stream = blockIdx.x / sampling.parts, part = blockIdx.x % sampling.parts;
-  const int64_t interval = stream / sampling.streams();
-  const bool hard = stream % sampling.streams() == 0;
+  const int64_t part = blockIdx.x % sampling.num_parts, stream = blockIdx.x / sampling.num_parts;
+  int64_t interval = 0, behind = sampling.num_intervals;  // the last one whose first part is not behind this one
+  while (behind - interval > 1) {
+    const int64_t middle = interval + (behind - interval) / 2;
+    (sampling.first_part(middle) <= part ? interval : behind) = middle;
+  }
   const int64_t begin = sampling.begin(interval), end = sampling.end(interval);
-  const int64_t size = end > begin ? end - begin : 0;
-  const int64_t from = size * part / sampling.parts, to = size * (part + 1) / sampling.parts;
+  const int64_t first = (part - interval) * sampling.part;
+  const int64_t from = first > begin ? first : begin, limit = first + sampling.part, to = limit < end ? limit : end;
   const uint64_t seed = static_cast<uint64_t>(*sampling.seed);
   const int keep = static_cast<int>(sampling.k);
-  const int count = smallest(buffer, 0, sampling.capacity, keep, to - from, [&](int64_t i, Entry limit, Entry* entry) {
-    return sampling.entry(begin + from + i, from + i, hard, seed, limit, entry);
-  });
+  const int count =
+      smallest<false>(buffer, 0, sampling.capacity, keep, to - from, [&](int64_t i, Entry below, Entry* entry) {
+        return sampling.entry(from + i, from + i - begin, stream == 0, seed, below, entry);
+      });
   Entry* found = sampling.found + static_cast<int64_t>(blockIdx.x) * sampling.k;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) found[i] = buffer.entries[i];
   if (threadIdx.x == 0) sampling.num_found[blockIdx.x] = count;
@@ -165,13 +183,16 @@ __global__ void __launch_bounds__(kThreads) select_kernel(Sampling<Index> sampli
 template <class Index>
 __global__ void __launch_bounds__(kThreads) join_kernel(Sampling<Index> sampling) {
   const Buffer buffer = Buffer::in_shared();
-  const int64_t interval = blockIdx.x, k = sampling.k, parts = sampling.parts;
+  const int64_t interval = blockIdx.x, k = sampling.k, first = sampling.first_part(interval);
   const int streams = sampling.streams();
-  const int64_t first = interval * streams * parts;
+  const int64_t last = sampling.end(interval) / sampling.part + interval;
+  const int parts = last >= first ? static_cast<int>(last - first) + 1 : 0;
   // Of more than k elements of a stream only k were found, and more are never taken: quotas come out the same.
   int64_t present[2] = {0, 0};
   for (int stream = 0; stream < streams; ++stream) {
-    for (int64_t part = 0; part < parts; ++part) present[stream] += sampling.num_found[first + stream * parts + part];
+    for (int part = 0; part < parts; ++part) {
+      present[stream] += sampling.num_found[stream * sampling.num_parts + first + part];
+    }
     if (present[stream] > k) present[stream] = k;
   }
   int64_t take[2] = {present[0], present[1]};
@@ -183,13 +204,15 @@ __global__ void __launch_bounds__(kThreads) join_kernel(Sampling<Index> sampling
   int count = 0;
   for (int stream = 0; stream < streams; ++stream) {
     if (!take[stream]) continue;
-    const int64_t lists = first + stream * parts;
-    count += smallest(buffer, count, sampling.capacity, static_cast<int>(take[stream]), parts * k,
-                      [&](int64_t i, Entry, Entry* entry) {
-                        if (i % k >= sampling.num_found[lists + i / k]) return false;
-                        *entry = sampling.found[lists * k + i];
-                        return true;
-                      });
+    const int64_t lists = stream * sampling.num_parts + first;
+    // Rank by rank, the best of every part first.
+    count += smallest<true>(buffer, count, sampling.capacity, static_cast<int>(take[stream]), parts * k,
+                            [&](int64_t i, Entry, Entry* entry) {
+                              const int list = static_cast<int>(i) % parts, rank = static_cast<int>(i) / parts;
+                              if (rank >= sampling.num_found[lists + list]) return false;
+                              *entry = sampling.found[(lists + list) * k + rank];
+                              return true;
+                            });
   }
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) buffer.entries[i] &= 0xFFFFFFFFu;
   __syncthreads();
@@ -198,22 +221,14 @@ __global__ void __launch_bounds__(kThreads) join_kernel(Sampling<Index> sampling
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     sampling.slots[interval * k + i] = sampling.order[begin + static_cast<int64_t>(buffer.entries[i])];
   }
-  if (threadIdx.x == 0) sampling.num_chosen[interval] = count;
+  if (threadIdx.x == 0) sampling.num_chosen[interval] = static_cast<Index>(count);
 }
 
-// One block: offsets [count + 1] <- exclusive sums.
+// One block: offsets [count + 1] <- exclusive sums of the counts, which become them too.
 template <class Index>
-__global__ void __launch_bounds__(kThreads) offsets_kernel(const int* counts, int64_t count, Index* offsets) {
-  Index* sums = reinterpret_cast<Index*>(dynamic_shared());
-  Index total = 0;
-  for (int64_t base = 0; base < count; base += kThreads) {
-    const int64_t i = base + threadIdx.x;
-    const Index own = i < count ? static_cast<Index>(counts[i]) : 0;
-    const Index before = exclusive_sum(own, sums);
-    if (i < count) offsets[i] = total + before;
-    total += sums[kThreads / kWarp];
-    __syncthreads();
-  }
+__global__ void __launch_bounds__(kThreads) offsets_kernel(Index* counts, int64_t count, Index* offsets) {
+  const Index total = exclusive_sums(counts, count, reinterpret_cast<Index*>(dynamic_shared()));
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) offsets[i] = counts[i];
   if (threadIdx.x == 0) offsets[count] = total;
 }
 
@@ -267,22 +282,27 @@ __global__ void __launch_bounds__(kThreads) positives_kernel(const Index* pos_st
 }
 
 struct Layout {
-  int64_t parts, found, num_found, slots, num_chosen, bytes;  // and where each array begins
+  int64_t part, num_parts, found, num_found, slots, num_chosen, bytes;  // where each array begins
 };
 
 Layout layout(int64_t n, int64_t num_intervals, int64_t k, int32_t kind, int64_t index_bytes) {
-  const int64_t streams = num_intervals * (kind == HPCLOSS_HARD_EASY ? 2 : 1);
-  const int64_t min_part = kMinPart > 4 * k ? kMinPart : 4 * k;
+  const int64_t streams = kind == HPCLOSS_HARD_EASY ? 2 : 1;
   Layout at{};
-  at.parts = streams ? kEnoughBlocks / streams : 1;
-  if (at.parts > kMostParts) at.parts = kMostParts;
-  if (at.parts > n / min_part) at.parts = n / min_part;
-  if (at.parts < 1) at.parts = 1;
-  at.num_found = aligned(streams * at.parts * k * static_cast<int64_t>(sizeof(Entry)));
-  at.slots = at.num_found + aligned(streams * at.parts * static_cast<int64_t>(sizeof(int)));
+  at.part = blocks_for(n, kMostParts);
+  if (at.part < kMinPart) at.part = kMinPart;
+  if (at.part < 4 * k) at.part = 4 * k;
+  at.num_parts = num_intervals + n / at.part;
+  at.num_found = aligned(streams * at.num_parts * k * static_cast<int64_t>(sizeof(Entry)));
+  at.slots = at.num_found + aligned(streams * at.num_parts * static_cast<int64_t>(sizeof(int)));
   at.num_chosen = at.slots + aligned(num_intervals * k * index_bytes);
-  at.bytes = at.num_chosen + aligned(num_intervals * static_cast<int64_t>(sizeof(int)));
+  at.bytes = at.num_chosen + aligned(num_intervals * index_bytes);
   return at;
+}
+
+int capacity_for(int64_t k) {
+  // Room for two strides beyond k, or a cut would leave none for the next.
+  const int64_t wanted = k + 2 * kStride + kStride / 2;
+  return static_cast<int>(wanted > kMaxBuffer ? kMaxBuffer : wanted);
 }
 
 template <class Index>
@@ -290,31 +310,42 @@ cudaError_t sample(Sampling<Index> sampling, Index* chosen, Index* chosen_offset
                    cudaStream_t stream) {
   const int64_t intervals = sampling.num_intervals, k = sampling.k;
   const Layout at = layout(sampling.n, intervals, k, sampling.kind, sizeof(Index));
-  sampling.parts = at.parts;
-  sampling.capacity = static_cast<int>(2 * k < kMinBuffer ? kMinBuffer : 2 * k > kMaxBuffer ? kMaxBuffer : 2 * k);
-  if (sampling.capacity < k + kStride) sampling.capacity = static_cast<int>(k) + kStride;
+  sampling.part = at.part;
+  sampling.num_parts = at.num_parts;
+  sampling.capacity = capacity_for(k);
   sampling.found = reinterpret_cast<Entry*>(workspace + at.found);
   sampling.num_found = reinterpret_cast<int*>(workspace + at.num_found);
   sampling.slots = reinterpret_cast<Index*>(workspace + at.slots);
-  sampling.num_chosen = reinterpret_cast<int*>(workspace + at.num_chosen);
+  sampling.num_chosen = reinterpret_cast<Index*>(workspace + at.num_chosen);
   const size_t shared = kHead + static_cast<size_t>(sampling.capacity) * sizeof(Entry);
   cudaError_t error = cudaSuccess;
   if (intervals) {
-    const int64_t blocks = intervals * sampling.streams() * at.parts;
+    const int64_t blocks = sampling.streams() * at.num_parts;
     error = launch(select_kernel<Index>, static_cast<unsigned>(blocks), kThreads, shared, stream, sampling);
     if (error != cudaSuccess) return error;
     error = launch(join_kernel<Index>, static_cast<unsigned>(intervals), kThreads, shared, stream, sampling);
     if (error != cudaSuccess) return error;
   }
-  error = launch(offsets_kernel<Index>, 1, kThreads, kHead, stream, static_cast<const int*>(sampling.num_chosen),
-                 intervals, chosen_offsets);
+  error = launch(offsets_kernel<Index>, 1, kThreads, kHead, stream, sampling.num_chosen, intervals, chosen_offsets);
   if (error != cudaSuccess || !intervals) return error;
   return launch(compact_kernel<Index>, static_cast<unsigned>(blocks_for(intervals * k, kThreads)), kThreads, 0, stream,
                 static_cast<const Index*>(sampling.slots), static_cast<const Index*>(chosen_offsets), intervals, k,
                 chosen);
 }
 
+template <class Index>
+cudaError_t load_all() {
+  return load(select_kernel<Index>, join_kernel<Index>, offsets_kernel<Index>, compact_kernel<Index>,
+              positives_kernel<Index>);
+}
+
 }  // namespace
+
+cudaError_t probe_sample() {
+  const cudaError_t error = load_all<int32_t>();
+  return error == cudaSuccess ? load_all<int64_t>() : error;
+}
+
 }  // namespace hpcloss
 
 int64_t hpcloss_cuda_sample_bytes(int64_t n, int64_t num_intervals, int64_t k, int32_t kind, int32_t index_type) {
@@ -332,7 +363,7 @@ int32_t hpcloss_cuda_sample(const void* order, const void* offsets, int32_t inde
     return error;
   }
   if (!workspace) return HPCLOSS_ERROR_NULL;
-  if (num_intervals > kMaxIndex32 / 2 / kMostParts) return HPCLOSS_ERROR_SIZE;  // blocks of a launch
+  if (num_intervals > kMaxIndex32 / 4) return HPCLOSS_ERROR_SIZE;  // blocks of a launch
   if (bytes < hpcloss_cuda_sample_bytes(n, num_intervals, k, kind, index_type)) return HPCLOSS_ERROR_WORKSPACE;
   const auto run = [&](auto index) {
     using Index = decltype(index);

@@ -26,6 +26,7 @@ MAX_IGNORED = 16
 MAX_SEGMENTS = 2**31 - 2
 MAX_ROWS = 2**32 - 1  # of a sample
 MAX_CUDA_SAMPLES = 4096  # of an interval
+MAX_CUDA_INTERVALS = 2**29  # of a sample
 KINDS = ("uniform", "weighted", "hardest", "hard_easy")
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -118,15 +119,15 @@ def _build_note() -> str:
 
 
 @functools.cache
-def why_not(device: str) -> str:
-    """Why the native library does not serve tensors of a device type; empty if it does."""
+def why_not(device: str, index: int | None = None) -> str:
+    """Why the native library does not serve tensors of a device; empty if it does."""
     library, reason = _find()
     if library is None:
         return reason
     if device == "cpu":
         return ""
-    if device != "cuda":
-        return f"it has nothing for device {device!r}"
+    if device != "cuda" or torch.version.hip:
+        return f"it has nothing for device {device!r}" if device != "cuda" else "its CUDA half does not run on ROCm"
     if not hasattr(library, "hpcloss_cuda_versions"):
         return f"it was built without CUDA; {_build_note() or 'install with HPCLOSS_CUDA=1'}"
     driver, runtime = ctypes.c_int32(), ctypes.c_int32()
@@ -139,19 +140,26 @@ def why_not(device: str) -> str:
         return (
             f"it was built for CUDA {built}, the driver is for {found}; update the driver, or install with that toolkit"
         )
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    with torch.cuda.device(index):
+        if library.hpcloss_cuda_probe():
+            return f"its kernels do not load on CUDA device {index}: {library.hpcloss_cuda_error().decode()}"
     return ""
 
 
 def serves(tensor: Tensor) -> bool:
     """Whether the native library has the functions for the tensor's device."""
-    return tensor.device.type in ("cpu", "cuda") and not why_not(tensor.device.type)
+    device = tensor.device
+    return device.type in ("cpu", "cuda") and not why_not(device.type, device.index)
 
 
 def info() -> str:
     """What was found, for people."""
     lines = []
     for part, device in (("native library", "cpu"), ("native library, CUDA", "cuda")):
-        reason = why_not(device)
+        current = torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else None
+        reason = why_not(device, current)
         lines.append(f"{part}: {'not available, ' + reason if reason else 'available'}")
     return "\n".join(lines)
 

@@ -215,7 +215,7 @@ def _class_sort(
     labels = labels.reshape(-1)
     if _is_countable(labels, num_regions * num_classes, ignore_index):
         return native.class_sort(
-            _of_types(labels, torch.uint8), ids if ids is None else _of_types(ids.reshape(-1)), spatial, size,
+            _of_types(labels, torch.uint8), _ids_like(labels, ids), spatial, size,
             per_image, num_regions, range(num_classes), background, ignore_index, index_dtype(labels.numel()),
         )  # fmt: skip
     return _class_sort_in_torch(
@@ -266,7 +266,7 @@ def _class_intervals(offsets: Tensor, n: int, num_classes: int, background_ranke
 def _class_intervals_in_torch(offsets: Tensor, n: int, num_classes: int, background_ranked: bool) -> tuple[Tensor, ...]:
     rows = torch.arange(n, device=offsets.device, dtype=offsets.dtype)
     segment = torch.searchsorted(offsets[1:], rows, right=True)
-    alive = segment < offsets.numel() - 1
+    alive = (segment < offsets.numel() - 1) & (rows >= offsets[0])
     segment = segment * alive
     ends = offsets[num_classes::num_classes]
     anchor_start = offsets[1::num_classes] if background_ranked else offsets[:-1:num_classes]
@@ -294,7 +294,7 @@ def _label_sort(
         classes = range(lowest, highest + 1)
         if num_regions * (highest - lowest + 1) <= min(n + _FEW_SEGMENTS, native.MAX_SEGMENTS):
             order, offsets, _ = native.class_sort(
-                typed, ids if ids is None else _of_types(ids.reshape(-1)), spatial, size, per_image,
+                typed, _ids_like(labels, ids), spatial, size, per_image,
                 num_regions, classes, background, ignore_index, dtype,
             )  # fmt: skip
             return order, *native.class_intervals(offsets, n, len(classes), background in classes)
@@ -345,6 +345,15 @@ def _pair_counts_in_torch(pairs: Pairs) -> tuple[Tensor, Tensor]:
     positives = own_class - pairs.self_is_positive().to(own_class.dtype)
     others = key_end - key_start - self_is_key.to(own_class.dtype)
     return positives * anchor, (others - positives) * anchor
+
+
+def _ids_like(labels: Tensor, ids: Tensor | None) -> Tensor | None:
+    """The region of each of the labels, as the native library reads them."""
+    if ids is None:
+        return None
+    if ids.numel() != labels.numel():
+        raise ValueError(f"regions must have one id for each of {labels.numel()} labels, got {ids.numel()}")
+    return _of_types(ids.reshape(-1).to(labels.device))
 
 
 def _of_types(values: Tensor, *more: torch.dtype) -> Tensor:

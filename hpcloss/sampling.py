@@ -307,7 +307,7 @@ def _sample(
 ) -> tuple[Tensor, Tensor]:
     if order.numel() == 0:
         return order.new_zeros((offsets.numel() - 1) * k), torch.zeros_like(offsets)
-    few = k <= native.MAX_CUDA_SAMPLES or order.device.type == "cpu"
+    few = order.device.type == "cpu" or (k <= native.MAX_CUDA_SAMPLES and offsets.numel() <= native.MAX_CUDA_INTERVALS)
     if few and order.numel() <= native.MAX_ROWS and native.serves(order):
         if values is not None:
             values = (values if kind == "hard_easy" else values.float()).contiguous()

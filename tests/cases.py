@@ -152,6 +152,7 @@ def cuda_on_cpu():
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+        flags += ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
         subprocess.run(["g++", *flags, "-x", "c++", "-include", header, *sources, "-o", made], check=True)
         made.rename(library)  # whole or not at all: test processes share it
     return native._typed(ctypes.CDLL(str(library)))

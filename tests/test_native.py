@@ -1,9 +1,11 @@
 """The native library: the same integers as the PyTorch text, errors with names, threads; what is said without it."""
 
+import contextlib
 import ctypes
 import importlib.util
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +136,23 @@ def test_samples_of_a_size_that_is_cut_into_parts(kind, monkeypatch):
     same(results[0], sampling._sample_in_torch(rows.order, rows.offsets, 300, kind, values, n, torch.tensor(5)))
     same(results[1], results[0])
     same(results[2], results[0])
+
+
+@pytest.mark.parametrize("kind", native.KINDS)
+@pytest.mark.parametrize("k", [1, 300, 1024, 4096])
+def test_samples_of_several_parts_on_the_emulated_gpu(kind, k, monkeypatch):
+    """Intervals that end inside parts, at their ends, and over several of them; scores in every order."""
+    library, call = cuda_on_cpu(), native._call_cuda
+    monkeypatch.setattr(native, "_call", lambda *rest: call(library, *rest[:3], (*rest, None)[3], 0))
+    lengths = [5, 8187, 0, 20_000, 1, 13_000, 8192]
+    offsets = torch.tensor([3, *lengths]).cumsum(0)
+    n = int(offsets[-1]) + 7
+    order = torch.randperm(n).int()
+    for seed, values in enumerate((torch.rand(n), torch.arange(n).float(), -torch.arange(n).float())):
+        library.hpcloss_emulator_seed(ctypes.c_ulonglong(seed))
+        values = {"uniform": None, "hard_easy": values < 0.2 * values.max()}.get(kind, values)
+        found = native.sample(order, offsets.int(), k, kind, values, n, torch.tensor(seed))
+        same(found, sampling._sample_in_torch(order, offsets.int(), k, kind, values, n, torch.tensor(seed)))
 
 
 @needs_library
@@ -366,7 +385,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch, forget, tmp_path):
 @pytest.mark.parametrize(
     ("driver", "runtime", "reason"),
     [(0, 13000, "there is no CUDA driver"), (12080, 13000, "built for CUDA 13.0, the driver is for 12.8"),
-     (13000, 13010, ""), (14000, 13000, "")],
+     (13000, 13010, "torch finds no CUDA device"), (14000, 13000, "torch finds no CUDA device")],
 )  # fmt: skip
 def test_an_old_driver_is_explained(driver, runtime, reason, monkeypatch, forget):
     class Library:
@@ -378,10 +397,35 @@ def test_an_old_driver_is_explained(driver, runtime, reason, monkeypatch, forget
     forget()
     monkeypatch.setattr(native, "_find", lambda: native._Found(Library, ""))
     native.why_not.cache_clear()
-    assert reason in native.why_not("cuda") and bool(reason) == bool(native.why_not("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reason in native.why_not("cuda")
     assert "nothing for device 'mps'" in native.why_not("mps")
     native.why_not.cache_clear()
     monkeypatch.undo()
+
+
+def test_a_gpu_without_code_for_it_is_explained(monkeypatch, forget):
+    class Library:
+        hpcloss_cuda_versions = staticmethod(lambda driver, runtime: setattr(driver._obj, "value", 13000))
+        hpcloss_cuda_probe = staticmethod(lambda: 8)
+        hpcloss_cuda_error = staticmethod(lambda: b"no kernel image")
+
+    forget()
+    monkeypatch.setattr(native, "_find", lambda: native._Found(Library, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    assert native.why_not("cuda", 1) == "its kernels do not load on CUDA device 1: no kernel image"
+    monkeypatch.setattr(Library, "hpcloss_cuda_probe", staticmethod(lambda: 0))
+    assert native.why_not("cuda", 0) == ""
+    monkeypatch.undo()
+
+
+def test_the_emulated_gpu_loads_every_kernel():
+    library = cuda_on_cpu()
+    assert library.hpcloss_cuda_probe() == 0
+    sources = "".join((ROOT / "csrc" / name).read_text() for name in ("partition.cu", "sample.cu"))
+    for kernel in re.findall(r"__global__ void .*?(\w+_kernel)\(", sources):
+        assert sources.count(f"{kernel}<Index>") >= 2, f"{kernel} is not loaded by its probe, or never launched"
 
 
 def test_importing_the_package_loads_no_library():
