@@ -1,7 +1,9 @@
-"""Planted mistakes in the Triton kernels, each of which the tests must notice: `python tests/mutations.py [words]`.
+"""Planted mistakes in the kernels and in the native library, each of which the tests must notice:
+`python tests/mutations.py [words]`.
 
-Every mistake is made in a copy of the package and the tests, where the tests that should see it run in Triton's
-interpreter. A mistake that survives, and a selection of tests that fails without one, make the script fail.
+Every mistake is made in a copy of the package and the tests, where the tests that should see it run: those of Triton's
+kernels in its interpreter, those of the CUDA sources on the CPU, those of the C++ sources after a build. A mistake that
+survives, and a selection of tests that fails without one, make the script fail.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ MEAN = "test_pair_mean and float32"
 EDGE = "test_edges and 16x16"
 PACK = "test_live_rows_end_anywhere"
 LINEAR = "test_linear_mean_of_plans and short"
+SORT = "several_tiles_on or (cuda and (two_sorts or intervals or class_sort))"
+PARTS = "several_parts_on"
 
 MUTATIONS = [
     # ------------------------------------------------------------------------------ which pairs count
@@ -286,21 +290,166 @@ MUTATIONS = [
         "counted = short & (key < end) & (key != own)", "counted = short & (key < end)",
         LINEAR,
     ),
+    # ------------------------------------------------------------------------------ partition on CUDA
+    Mutation(
+        "counters are raised while they are read", "partition.cu",
+        "__syncwarp();\n    if (exists && before == 0)", "if (exists && before == 0)", SORT,
+    ),
+    Mutation(
+        "not stable inside a warp", "partition.cu",
+        "__popc(peers & ((1u << lane) - 1))", "__popc(peers & ~((2u << lane) - 1))", SORT,
+    ),
+    Mutation("only the warp before counts", "partition.cu", "before += count;", "before = count;", SORT),
+    Mutation(
+        "the digits' first rows are not waited for", "partition.cu",
+        "place[i] = 0;\n  __syncthreads();", "place[i] = 0;", SORT,
+    ),
+    Mutation(
+        "the background keeps its rank", "partition.cu",
+        "number == behind ? 0 : number + (number < behind)", "number", SORT,
+    ),
+    Mutation(
+        "ignored labels count as strays", "partition.cu",
+        "*stray = !is_class && !ignored;", "*stray = !is_class;", SORT,
+    ),
+    Mutation(
+        "passes land in the wrong array", "partition.cu",
+        "(passes - 1 - i) % 2 ? other : order", "i % 2 ? other : order", "many_segments",
+    ),
+    Mutation(
+        "the second digit starts a bit late", "partition.cu",
+        "pass.shift = i * kDigitBits;", "pass.shift = i * (kDigitBits + 1);", "many_segments",
+    ),
+    Mutation(
+        "cells of images are mixed", "partition.cu",
+        "static_cast<int64_t>(rest) * cells + region", "static_cast<int64_t>(rest) + region", "cuda and a_grid_is",
+    ),
+    Mutation(
+        "self is counted", "partition.cu",
+        "same = end - start - (self >= start && self < end);", "same = end - start;", "cuda and counts_anchors",
+    ),
+    Mutation(
+        "dead rows get bounds", "partition.cu",
+        "const bool inside = bound > 0 && bound < count;", "const bool inside = bound > 0;", SORT,
+    ),
+    # ------------------------------------------------------------------------------ samples on CUDA
+    Mutation(
+        "the count is raised while it is read", "sample.cu",
+        "const int count = *buffer.count;\n    __syncthreads();", "const int count = *buffer.count;", PARTS,
+    ),
+    Mutation(
+        "a cut leaves one too few", "sample.cu",
+        "*buffer.count = first + keep;", "*buffer.count = first + keep - 1;", PARTS,
+    ),
+    Mutation(
+        "the limit is too low", "sample.cu",
+        "buffer.entries[first + keep - 1];", "buffer.entries[first + keep / 2];", PARTS,
+    ),
+    Mutation(
+        "a part reaches into the interval before", "sample.cu",
+        "first > begin ? first : begin", "first", PARTS,
+    ),
+    Mutation(
+        "a part ends one early", "sample.cu",
+        "limit = first + sampling.part, to", "limit = first + sampling.part - 1, to", PARTS,
+    ),
+    Mutation(
+        "joining stops at once", "sample.cu",
+        "more = __syncthreads_or(any) && more;", "more = __syncthreads_or(any) && false;", f"{PARTS} and 4096",
+    ),
+    Mutation(
+        "the mirror step compares neighbours", "sample.cu",
+        "stride == size / 2 ? group + 2 * stride - 1 - offset : low + stride", "low + stride", PARTS,
+    ),
+    Mutation(
+        "hard ones are never more than half", "sample.cu",
+        "k - present[1] > k / 2 ? k - present[1] : k / 2", "k / 2", "cuda and hard_easy_matches",
+    ),
+    Mutation(
+        "easy ones fill nothing", "sample.cu",
+        "take[1] = present[1] < k - take[0] ? present[1] : k - take[0];",
+        "take[1] = present[1] < k / 2 ? present[1] : k / 2;", "cuda and hard_easy_matches",
+    ),
+    Mutation(
+        "weightless elements are present", "sample.cu",
+        "if (!(weight > 0)) return false;", "if (!(weight >= 0)) return false;", "cuda and unusable_weights",
+    ),
+    Mutation(
+        "a positive is drawn twice", "sample.cu",
+        "taken[draw] = static_cast<Index>(last);", "taken[draw] = t;", "cuda and positives_match",
+    ),
+    Mutation(
+        "an anchor is its own positive", "sample.cu",
+        "has_self && row >= own ? row + 1 : row", "has_self && row > own ? row + 1 : row", "cuda and positives_match",
+    ),
+    # ------------------------------------------------------------------------------ both, and C++
+    Mutation("nine rounds", "philox.h", "round < 10", "round < 9", "cuda and sample_matches"),
+    Mutation(
+        "the race is given up too early", "philox.h",
+        "1.4426f", "1.6f", "(several_parts_on and weighted) or (native and matches_definition_at_size)",
+    ),
+    Mutation(
+        "NaN scores come first", "philox.h",
+        "score != score ? 0xFFFFFFFFu", "score != score ? 0u", "native and sample_matches",
+    ),
+    Mutation(
+        "a low guess is believed", "sample.cpp",
+        "std::min(k_, size) && limit < kNoLimit", "std::min(k_, size) && limit > kNoLimit", "guess",
+    ),
+    Mutation(
+        "an interval is joined before its last part", "sample.cpp",
+        "if (--pool->missing == 0)", "if (--pool->missing == 1)", "cut_into_parts",
+    ),
+    Mutation(
+        "pixels of a chunk's end are forgotten", "partition.cpp",
+        "for (; i < size; ++i) body(chunk + i, 1, segment[i]);", "", "native and a_grid_is",
+    ),
+    Mutation(
+        "columns of cells are one region", "partition.cpp",
+        "body(pixel, to, base + column);", "body(pixel, to, base);", "native and a_grid_is",
+    ),
+    Mutation(
+        "threads do not know what came before them", "partition.cpp",
+        "count[static_cast<size_t>(s)] = first;", "count[static_cast<size_t>(s)] = offsets[s];", "int64_indices",
+    ),
 ]  # fmt: skip
+
+
+def is_native(mutation: Mutation) -> bool:
+    return not mutation.file.endswith(".py")
+
+
+def home(mutation: Mutation) -> Path:
+    """Where its file is, from the root of the repository."""
+    return (Path("csrc") if is_native(mutation) else KERNELS) / mutation.file
 
 
 def copy(folder: str) -> Path:
     """The package, the tests and their settings, alone in a folder."""
-    for part in ("hpcloss", "tests"):
+    for part in ("hpcloss", "csrc", "tests"):
         shutil.copytree(ROOT / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for file in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / file, folder)
     return Path(folder)
 
 
-def run(folder: Path, tests: str) -> tuple[bool, str]:
+def build(folder: Path) -> Path:
+    """The C++ half of the native library of the copy."""
+    library = folder / "libhpcloss.so"
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
+    subprocess.run(["g++", *flags, *folder.glob("csrc/*.cpp"), "-o", library], check=True)
+    return library
+
+
+def run(folder: Path, tests: str, native: bool) -> tuple[bool, str]:
     """Whether the selected tests pass in the copy, and what the first failure says."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    files = sorted(str(path) for path in folder.glob("tests/test_kernels*.py"))
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    if native:
+        environment["HPCLOSS_LIBRARY"] = str(build(folder))
+        files = [str(folder / f"tests/test_{name}.py") for name in ("partition", "sampling", "native")]
+    else:
+        environment["TRITON_INTERPRET"] = "1"
+        files = sorted(str(path) for path in folder.glob("tests/test_kernels*.py"))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *files, "-k", tests]
     try:
         result = subprocess.run(
@@ -313,16 +462,17 @@ def run(folder: Path, tests: str) -> tuple[bool, str]:
     if result.returncode > 1:
         raise SystemExit(f"pytest -k {tests!r} did not run:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
     said = re.search(r"^E +(?:\w+\.)*(.*)$", result.stdout, re.MULTILINE)
-    return False, said.group(1) if said else result.stdout.strip().splitlines()[-1]
+    lines = (result.stdout + result.stderr).strip().splitlines() or [f"exit status {result.returncode}"]
+    return False, said.group(1) if said else lines[-1]
 
 
 def attempt(mutation: Mutation) -> tuple[bool, str, float]:
     """Whether the tests noticed the mistake, what they said, and the seconds it took."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        path = copy(folder) / KERNELS / mutation.file
+        path = copy(folder) / home(mutation)
         path.write_text(path.read_text().replace(mutation.old, mutation.new))
-        passed, said = run(Path(folder), mutation.tests)
+        passed, said = run(Path(folder), mutation.tests, is_native(mutation))
     seconds = time.monotonic() - began
     print(f"{'SURVIVED' if passed else 'noticed '} {seconds:5.1f} s  {mutation.file}: {mutation.name}", flush=True)
     return not passed, said, seconds
@@ -331,24 +481,26 @@ def attempt(mutation: Mutation) -> tuple[bool, str, float]:
 def main(words: list[str]) -> int:
     chosen = [m for m in MUTATIONS if all(word in f"{m.file} {m.name}" for word in words)]
     for mutation in chosen:
-        count = (ROOT / KERNELS / mutation.file).read_text().count(mutation.old)
+        count = (ROOT / home(mutation)).read_text().count(mutation.old)
         if count != 1:
             print(f"{mutation.file}: {mutation.name}: the text to change occurs {count} times: {mutation.old}")
             return 1
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PROCESSES) as pool:
-        tests = " or ".join(sorted({f"({mutation.tests})" for mutation in chosen}))
-        unmutated = pool.submit(run, copy(folder), tests)
+        unmutated = []
+        for native in sorted({is_native(mutation) for mutation in chosen}):
+            tests = sorted({f"({mutation.tests})" for mutation in chosen if is_native(mutation) == native})
+            unmutated.append(pool.submit(run, copy(f"{folder}/{native}"), " or ".join(tests), native))
         results = list(pool.map(attempt, chosen))
-        passed, said = unmutated.result()
+        wrong = [said for passed, said in (future.result() for future in unmutated) if not passed]
     print(f"\n| file | mistake | noticed by | first failure |\n{'|---' * 4}|")
     for mutation, (noticed, first, _) in zip(chosen, results, strict=True):
         print(f"| {mutation.file} | {mutation.name} | {mutation.tests if noticed else '**NOTHING**'} | {first[:100]} |")
     survived = sum(not noticed for noticed, _, _ in results)
     print(f"\n{len(chosen)} mistakes, {survived} survived; {time.monotonic() - began:.0f} s")
-    if not passed:
+    for said in wrong:
         print(f"The tests fail without any mistake: {said}")
-    return int(survived > 0 or not passed)
+    return int(survived > 0 or bool(wrong))
 
 
 if __name__ == "__main__":

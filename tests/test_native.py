@@ -121,6 +121,18 @@ def test_positives(n, k, seed, dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_guess_that_was_too_low(threads, monkeypatch):
+    """Of uniform keys the limit is guessed. Here all are equal, far above it: one pixel named by every row."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for n in (5_000, 300_000):
+        order, offsets = torch.full((n,), 17, dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32)
+        for seed in range(3):
+            arguments = (order, offsets, 6, "uniform", None, n, torch.tensor(seed))
+            same(torch.ops.hpcloss.sample(*arguments), sampling._sample_in_torch(*arguments))
+
+
+@needs_library
 @pytest.mark.parametrize("kind", native.KINDS)
 def test_samples_of_a_size_that_is_cut_into_parts(kind, monkeypatch):
     """One giant interval, tiny ones and dead rows; more threads than there are cores."""
@@ -138,18 +150,38 @@ def test_samples_of_a_size_that_is_cut_into_parts(kind, monkeypatch):
     same(results[2], results[0])
 
 
-@pytest.mark.parametrize("kind", native.KINDS)
-@pytest.mark.parametrize("k", [1, 300, 1024, 4096])
-def test_samples_of_several_parts_on_the_emulated_gpu(kind, k, monkeypatch):
-    """Intervals that end inside parts, at their ends, and over several of them; scores in every order."""
+@pytest.fixture
+def emulated(monkeypatch):
+    """The functions of `native`, by the CUDA sources."""
     library, call = cuda_on_cpu(), native._call_cuda
     monkeypatch.setattr(native, "_call", lambda *rest: call(library, *rest[:3], (*rest, None)[3], 0))
+    return library
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("patch", [1, 7, 100])
+def test_a_partition_of_several_tiles_on_the_emulated_gpu(emulated, patch, dtype):
+    """Blocks of 2 048 pixels, four warps each; labels that change at every pixel, now and then, and seldom."""
+    n = 7000
+    for seed in range(6):
+        labels = choice([0, 1, 2, 3, 9, 255], -(-n // patch), seed=seed).repeat_interleave(patch)[:n]
+        emulated.hpcloss_emulator_seed(ctypes.c_ulonglong(seed))
+        found = native.class_sort(labels, None, [n], [900], False, 8, range(4), 2, [255], dtype)
+        ids = torch.arange(n) // 900
+        order, offsets, outside = partition._class_sort_in_torch(labels, ids, 8, 4, 2, [255])
+        same(found, (order.to(dtype), offsets.to(dtype), outside))
+
+
+@pytest.mark.parametrize("kind", native.KINDS)
+@pytest.mark.parametrize("k", [1, 300, 1024, 4096])
+def test_samples_of_several_parts_on_the_emulated_gpu(emulated, kind, k):
+    """Intervals that end inside parts, at their ends, and over several of them; scores in every order."""
     lengths = [5, 8187, 0, 20_000, 1, 13_000, 8192]
     offsets = torch.tensor([3, *lengths]).cumsum(0)
     n = int(offsets[-1]) + 7
     order = torch.randperm(n).int()
     for seed, values in enumerate((torch.rand(n), torch.arange(n).float(), -torch.arange(n).float())):
-        library.hpcloss_emulator_seed(ctypes.c_ulonglong(seed))
+        emulated.hpcloss_emulator_seed(ctypes.c_ulonglong(seed))
         values = {"uniform": None, "hard_easy": values < 0.2 * values.max()}.get(kind, values)
         found = native.sample(order, offsets.int(), k, kind, values, n, torch.tensor(seed))
         same(found, sampling._sample_in_torch(order, offsets.int(), k, kind, values, n, torch.tensor(seed)))
@@ -170,18 +202,15 @@ def test_int64_indices(threads, monkeypatch):
     assert torch.equal(sample(narrow[0], narrow[1], 9, seed=1).order.long(), sample(wide[0], wide[1], 9, seed=1).order)
 
 
-def test_a_partition_of_many_segments_on_the_emulated_gpu():
+def test_a_partition_of_many_segments_on_the_emulated_gpu(emulated):
     """More segments than one digit counts: two and three passes, and their search for the offsets."""
-    library, call = cuda_on_cpu(), native._call_cuda
     labels, seed = choice([0, 1, 2, 5, 255], 9000), 0
     for num_regions, num_classes in ((9000, 2), (3000, 6), (9000, 800)):
         ids = integers(num_regions, 9000)
         arguments = (labels, ids, [], [], False, num_regions, range(num_classes), 1, [255], torch.int32)
         expected = partition._class_sort_in_torch(labels, ids, num_regions, num_classes, 1, [255])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "_call", lambda *rest: call(library, *rest[:3], (*rest, None)[3], 0))
-            library.hpcloss_emulator_seed(ctypes.c_ulonglong(seed := seed + 1))
-            same(native.class_sort(*arguments), expected)
+        emulated.hpcloss_emulator_seed(ctypes.c_ulonglong(seed := seed + 1))
+        same(native.class_sort(*arguments), expected)
 
 
 # ---------------------------------------------------------------------------- sample_anchors
