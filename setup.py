@@ -14,13 +14,9 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools before 70.1
-    from wheel.bdist_wheel import bdist_wheel
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "hpcloss/__init__.py").read_text(), re.MULTILINE).group(1)
@@ -36,6 +32,7 @@ REPORT = "libhpcloss.txt"
 
 # No fast math and no fused multiply-add, whatever CFLAGS say: results are those of the Python code, bit for bit.
 GNU_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread", "-fno-fast-math", "-ffp-contract=off"]
+FAST_MATH = ("-ffast-math", "-funsafe-math-optimizations", "-Ofast")
 CXX_FLAGS = ["/std:c++17", "/O2", "/EHsc"] if WINDOWS else GNU_FLAGS
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "/MD" if WINDOWS else "-fPIC,-fvisibility=hidden"]
 # Those with machine code of their own. It also runs on later ones of the same generation, as 86's on 89. PTX of the
@@ -54,6 +51,12 @@ class BuildError(Exception):
         super().__init__("\n".join([str(reason), *output.strip().splitlines()[-20:]]))
 
 
+def show(text):
+    """Print it, whatever stdout can encode: compilers speak the user's language."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 def run(*command):
     """What the command prints."""
     print(*command, flush=True)
@@ -61,7 +64,7 @@ def run(*command):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except OSError as error:
         raise BuildError(f"{command[0]}: {error}") from error
-    print(done.stdout, flush=True)
+    show(done.stdout)
     if done.returncode:
         raise BuildError(f"{command[0]} failed with exit status {done.returncode}", done.stdout)
     return done.stdout
@@ -83,7 +86,7 @@ def compiler_output():
             sys.stdout.flush()
             os.dup2(ours[0], 1), os.dup2(ours[1], 2), os.close(ours[0]), os.close(ours[1])
             log.seek(0)
-            print(log.read().decode(errors="replace"), flush=True)
+            show(log.read().decode(errors="replace"))
 
 
 def find_nvcc():
@@ -116,6 +119,13 @@ class BuildLibrary(build_ext):
 
     def get_libraries(self, ext):
         return ext.libraries  # without Python's
+
+    def run(self):
+        # Fast math at link time would switch off subnormal numbers for the whole process that loads the library.
+        for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS"):
+            flags = [flag for flag in os.environ.get(name, "").split() if flag not in FAST_MATH]
+            os.environ[name] = " ".join(flags)
+        super().run()
 
     def build_extension(self, ext):
         wanted = os.environ.get("HPCLOSS_CUDA") or "auto"
@@ -171,7 +181,8 @@ class BuildLibrary(build_ext):
             exports = Path(self.build_temp, "exports")
             exports.parent.mkdir(parents=True, exist_ok=True)
             exports.write_text("{ global: hpcloss_*; local: *; };\n")
-            ext.extra_link_args = ["-pthread", "-static-libgcc", "-Wl,-z,defs", f"-Wl,--version-script={exports}"]
+            ext.extra_link_args = ["-pthread", "-static-libgcc", "-Wl,-z,defs"]
+            ext.extra_link_args += ["-Xlinker", f"--version-script={exports}"]
             archive = run(*self.compiler.compiler_cxx, "-print-file-name=libstdc++.a").strip()
             if os.path.isabs(archive):  # else it is not installed
                 ext.extra_link_args.append("-static-libstdc++")

@@ -90,7 +90,7 @@ inline int32_t check_sample(const void* order, const void* offsets, int32_t inde
   if (const int32_t error = check_rows(n, index_type)) return error;
   if (kind < HPCLOSS_UNIFORM || kind > HPCLOSS_HARD_EASY) return HPCLOSS_ERROR_TYPE;
   if (n > 0xFFFFFFFFLL || num_intervals < 0 || k < 1 || k > max_k || num_pixels < 0) return HPCLOSS_ERROR_SIZE;
-  if (num_intervals > (index_type == HPCLOSS_INT32 ? kMaxIndex32 : INT64_MAX) / k) return HPCLOSS_ERROR_SIZE;
+  if (num_intervals > INT64_MAX / 8 / k) return HPCLOSS_ERROR_SIZE;
   if (!offsets || !chosen_offsets || !seed || (n && !order) || (num_intervals && !chosen)) return HPCLOSS_ERROR_NULL;
   if (n && kind != HPCLOSS_UNIFORM && !values) return HPCLOSS_ERROR_NULL;
   return HPCLOSS_OK;

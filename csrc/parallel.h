@@ -6,8 +6,6 @@
 
 #include <atomic>
 #include <exception>
-#include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -37,8 +35,8 @@ void parallel(int64_t threads, int64_t items, const Work& work) {
   helpers.reserve(static_cast<size_t>(threads - 1));
   try {
     for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(run);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that are there, at least this one, do the work.
+  } catch (...) {
+    // No more threads, or no memory for them, to be had: those that are there, at least this one, do the work.
   }
   run();
   for (std::thread& helper : helpers) helper.join();
@@ -50,7 +48,7 @@ template <class Body>
 int32_t guarded(const Body& body) {
   try {
     return body();
-  } catch (const std::bad_alloc&) {
+  } catch (...) {  // std::bad_alloc, or std::length_error of a vector
     return HPCLOSS_ERROR_MEMORY;
   }
 }

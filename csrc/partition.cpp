@@ -149,12 +149,16 @@ struct ClassSort {
     }
   }
 
+  // Kept: integers that hold every segment. What the first look at a pixel finds is kept for the second: it is cheaper,
+  // and the two agree even where somebody writes to the labels meanwhile.
+  template <class Kept>
   void run(Index* order, Index* offsets, int64_t* outside, int64_t threads) const {
-    threads = std::max<int64_t>(1, std::min(threads, n / kThreadWork));
-    const int64_t share = (n + threads - 1) / threads, rows = int64_t{num_segments} + 1;
+    const int64_t rows = int64_t{num_segments} + 1;
+    // Every thread counts all segments.
+    threads = std::max<int64_t>(1, std::min(threads, n / std::max(kThreadWork, rows)));
+    const int64_t share = (n + threads - 1) / threads;
     const auto begin = [&](int64_t t) { return std::min(n, t * share); };
-    // What the first look at a pixel finds is kept for the second where two bytes hold it.
-    const std::unique_ptr<uint16_t[]> kept(rows <= 0x10000 ? new uint16_t[static_cast<size_t>(n)] : nullptr);
+    const std::unique_ptr<Kept[]> kept(new Kept[static_cast<size_t>(n)]);
     std::vector<std::vector<int64_t>> next(static_cast<size_t>(threads));  // first of counts, then of places
     std::vector<int64_t> strays(static_cast<size_t>(threads));
     parallel(threads, threads, [&](int64_t t) {
@@ -162,7 +166,7 @@ struct ClassSort {
       count.assign(static_cast<size_t>(rows), 0);
       const auto find = [&](int64_t from, int64_t to, uint32_t* segment) {
         strays[static_cast<size_t>(t)] += segments(from, to, segment);
-        if (kept) std::copy(segment, segment + (to - from), kept.get() + from);
+        std::copy(segment, segment + (to - from), kept.get() + from);
       };
       each(begin(t), begin(t + 1), find, [&](int64_t, int m, uint32_t s) { count[s] += m; });
     });
@@ -180,11 +184,7 @@ struct ClassSort {
     parallel(threads, threads, [&](int64_t t) {
       int64_t* places = next[static_cast<size_t>(t)].data();
       const auto recall = [&](int64_t from, int64_t to, uint32_t* segment) {
-        if (kept) {
-          std::copy(kept.get() + from, kept.get() + to, segment);
-        } else {
-          segments(from, to, segment);
-        }
+        std::copy(kept.get() + from, kept.get() + to, segment);
       };
       each(begin(t), begin(t + 1), recall, [&](int64_t pixel, int m, uint32_t s) {
         Index* to = order + places[s];
@@ -282,7 +282,10 @@ int32_t hpcloss_class_sort(const void* labels, int32_t label_type, int64_t n, co
       const ClassSort<Label, Index> sort{static_cast<const Label*>(labels), n, of_pixels, classes,
                                          static_cast<uint32_t>(num_classes),
                                          static_cast<uint32_t>(num_regions * num_classes)};
-      sort.run(static_cast<Index*>(order), static_cast<Index*>(offsets), outside, threads);
+      const auto sort_with = [&](auto kept) {
+        sort.template run<decltype(kept)>(static_cast<Index*>(order), static_cast<Index*>(offsets), outside, threads);
+      };
+      sort.num_segments < 0xFFFF ? sort_with(uint16_t{}) : sort_with(uint32_t{});
     };
     const auto with_index = [&](auto label) {
       index_type == HPCLOSS_INT32 ? run(label, int32_t{}) : run(label, int64_t{});

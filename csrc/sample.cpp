@@ -202,6 +202,7 @@ class Sampler {
   void work(const Piece& piece) {
     Pool* pool = pools_.empty() ? nullptr : pools_[static_cast<size_t>(piece.interval)].get();
     if (!pool && kind_ != HPCLOSS_WEIGHTED && piece.end - piece.begin <= k_) {
+      if (!in_map(order_ + piece.begin, piece.end - piece.begin)) return;
       std::copy(order_ + piece.begin, order_ + piece.end, chosen_ + piece.interval * k_);
       counts_[static_cast<size_t>(piece.interval)] = piece.end - piece.begin;
       return;
@@ -229,19 +230,21 @@ class Sampler {
     }
   }
 
+  bool in_map(const Index* pixels, int64_t count) {
+    bool beyond = false;
+    for (int64_t i = 0; i < count; ++i) beyond |= static_cast<uint64_t>(pixels[i]) >= num_pixels_;
+    if (beyond) beyond_ = true;
+    return !beyond;
+  }
+
   // Adds rows [row, row + count) of an interval, the first at `position` in it.
   void scan(int64_t row, int64_t count, int64_t position, Streams& streams) {
     const Index* pixels = order_ + row;
+    if (!in_map(pixels, count)) return;
     if (kind_ == HPCLOSS_UNIFORM) {
       const PixelWords words(pixels, count, seed_);
       for (int64_t i = 0; i < count; ++i) streams.easy.add(words[i], position + i);
       return;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      if (static_cast<uint64_t>(pixels[i]) >= num_pixels_) {
-        beyond_ = true;
-        return;
-      }
     }
     if (kind_ == HPCLOSS_HARDEST) {
       for (int64_t i = 0; i < count; ++i) streams.easy.add(hardest_key(values_[pixels[i]]), position + i);
@@ -312,7 +315,9 @@ class Sampler {
 template <class Index>
 void positives_of(int64_t anchor, int64_t first, int64_t end, int64_t own, int64_t k, uint64_t seed, Index* rows) {
   const bool has_self = own >= first && own < end;
-  const int64_t candidates = std::max<int64_t>(0, end - first - has_self), take = std::min(k, candidates);
+  // As unsigned numbers, for any bounds; more than 2^32 candidates are beyond the definition.
+  const uint64_t length = end > first ? static_cast<uint64_t>(end) - static_cast<uint64_t>(first) - has_self : 0;
+  const int64_t candidates = static_cast<int64_t>(std::min(length, kNoLimit)), take = std::min(k, candidates);
   Words words{};
   for (int64_t draw = 0; draw < take; ++draw) {
     if (draw % 4 == 0) words = philox(static_cast<uint64_t>(anchor), static_cast<uint32_t>(draw >> 2), kPositives, seed);

@@ -16,9 +16,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSteps = 4, kStride = kThreads * kSteps;  // elements of a block between two looks at the buffer
 constexpr int64_t kMaxSamples = 4096;
-constexpr int kMaxBuffer = 6000;  // entries; room for kMaxSamples and more than a stride
-constexpr int64_t kMinPart = 8192, kMostParts = 1000;  // rows of a part; parts of all rows: a stride reaches each
-constexpr int kHead = 128;  // bytes of shared memory before the buffer
+constexpr int kMaxBuffer = 6000;      // entries; room for kMaxSamples and more than a stride
+constexpr int kMinPartBits = 13;      // so many rows are worth a block
+constexpr int64_t kMostParts = 1000;  // of all rows: a stride reaches each
+constexpr int kHead = 128;            // bytes of shared memory before the buffer
 
 // An element by key, then position in its interval: the order in which elements are chosen.
 using Entry = unsigned long long;
@@ -113,7 +114,8 @@ struct Sampling {
   const void* values;
   int64_t num_pixels;
   const int64_t* seed;
-  int64_t part, num_parts;  // rows of a part; how many parts there can be
+  int part_bits;            // a part has 2^part_bits rows
+  int64_t num_parts;        // at most, of a stream
   int capacity;
   Entry* found;       // [streams, num_parts, k] smallest entries of each part
   int* num_found;     // [streams, num_parts]
@@ -126,14 +128,14 @@ struct Sampling {
   __device__ int64_t begin(int64_t interval) const { return bound(offsets[interval]); }
   __device__ int64_t end(int64_t interval) const { return bound(offsets[interval + 1]); }
 
-  // Parts are cut where rows are multiples of `part`; those of an interval follow those of the intervals before it, one
+  // Parts are cut where rows are multiples of 2^part_bits; those of an interval follow those of the intervals before it, one
   // more than there are cuts inside.
-  __device__ int64_t first_part(int64_t interval) const { return interval + begin(interval) / part; }
+  __device__ int64_t first_part(int64_t interval) const { return interval + (begin(interval) >> part_bits); }
 
   // The entry of a row at `position` of its interval, if it is present in the stream and may be below the limit.
   __device__ bool entry(int64_t row, int64_t position, bool hard, uint64_t own_seed, Entry limit, Entry* entry) const {
     const uint64_t pixel = static_cast<uint64_t>(order[row]);
-    if (kind != HPCLOSS_UNIFORM && pixel >= static_cast<uint64_t>(num_pixels)) return false;
+    if (pixel >= static_cast<uint64_t>(num_pixels)) return false;
     uint32_t key = 0;
     if (kind == HPCLOSS_HARDEST) {
       key = hardest_key(static_cast<const float*>(values)[pixel]);
@@ -159,57 +161,59 @@ struct Sampling {
 template <class Index>
 __global__ void __launch_bounds__(kThreads) select_kernel(Sampling<Index> sampling) {
   const Buffer buffer = Buffer::in_shared();
-  const int64_t part = blockIdx.x % sampling.num_parts, stream = blockIdx.x / sampling.num_parts;
+  const bool hard = blockIdx.x < sampling.num_parts;  // the first stream
+  const int64_t part = blockIdx.x - (hard ? 0 : sampling.num_parts);
   int64_t interval = 0, behind = sampling.num_intervals;  // the last one whose first part is not behind this one
   while (behind - interval > 1) {
     const int64_t middle = interval + (behind - interval) / 2;
     (sampling.first_part(middle) <= part ? interval : behind) = middle;
   }
   const int64_t begin = sampling.begin(interval), end = sampling.end(interval);
-  const int64_t first = (part - interval) * sampling.part;
-  const int64_t from = first > begin ? first : begin, limit = first + sampling.part, to = limit < end ? limit : end;
+  const int64_t first = (part - interval) << sampling.part_bits, size = int64_t{1} << sampling.part_bits;
+  const int64_t from = first > begin ? first : begin, limit = first + size, to = limit < end ? limit : end;
   const uint64_t seed = static_cast<uint64_t>(*sampling.seed);
   const int keep = static_cast<int>(sampling.k);
   const int count =
       smallest<false>(buffer, 0, sampling.capacity, keep, to - from, [&](int64_t i, Entry below, Entry* entry) {
-        return sampling.entry(from + i, from + i - begin, stream == 0, seed, below, entry);
+        return sampling.entry(from + i, from + i - begin, hard, seed, below, entry);
       });
   Entry* found = sampling.found + static_cast<int64_t>(blockIdx.x) * sampling.k;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) found[i] = buffer.entries[i];
   if (threadIdx.x == 0) sampling.num_found[blockIdx.x] = count;
 }
 
-// A block for each interval: joins its parts and writes the pixels chosen, by ascending position.
+// A block for each interval: joins its parts and writes the pixels chosen, by ascending position. Two blocks at a time:
+// shared memory seldom has room for more, and for more the compiler would spill registers.
 template <class Index>
-__global__ void __launch_bounds__(kThreads) join_kernel(Sampling<Index> sampling) {
+__global__ void __launch_bounds__(kThreads, 2) join_kernel(Sampling<Index> sampling) {
   const Buffer buffer = Buffer::in_shared();
   const int64_t interval = blockIdx.x, k = sampling.k, first = sampling.first_part(interval);
   const int streams = sampling.streams();
-  const int64_t last = sampling.end(interval) / sampling.part + interval;
+  const int64_t last = (sampling.end(interval) >> sampling.part_bits) + interval;
   const int parts = last >= first ? static_cast<int>(last - first) + 1 : 0;
   // Of more than k elements of a stream only k were found, and more are never taken: quotas come out the same.
-  int64_t present[2] = {0, 0};
-  for (int stream = 0; stream < streams; ++stream) {
-    for (int part = 0; part < parts; ++part) {
-      present[stream] += sampling.num_found[stream * sampling.num_parts + first + part];
-    }
-    if (present[stream] > k) present[stream] = k;
-  }
-  int64_t take[2] = {present[0], present[1]};
+  const auto present = [&](int stream) {
+    int64_t sum = 0;
+    for (int part = 0; part < parts; ++part) sum += sampling.num_found[stream * sampling.num_parts + first + part];
+    return sum < k ? sum : k;
+  };
+  int64_t take_hard = present(0), take_easy = 0;  // one stream: all are called hard
   if (streams == 2) {
-    const int64_t at_least = k - present[1] > k / 2 ? k - present[1] : k / 2;
-    take[0] = present[0] < at_least ? present[0] : at_least;
-    take[1] = present[1] < k - take[0] ? present[1] : k - take[0];
+    const int64_t easy = present(1), at_least = k - easy > k / 2 ? k - easy : k / 2;
+    take_hard = take_hard < at_least ? take_hard : at_least;
+    take_easy = easy < k - take_hard ? easy : k - take_hard;
   }
   int count = 0;
   for (int stream = 0; stream < streams; ++stream) {
-    if (!take[stream]) continue;
+    const int64_t take = stream ? take_easy : take_hard;
+    if (!take) continue;
     const int64_t lists = stream * sampling.num_parts + first;
     // Rank by rank, the best of every part first.
-    count += smallest<true>(buffer, count, sampling.capacity, static_cast<int>(take[stream]), parts * k,
+    count += smallest<true>(buffer, count, sampling.capacity, static_cast<int>(take), parts * k,
                             [&](int64_t i, Entry, Entry* entry) {
-                              const int list = static_cast<int>(i) % parts, rank = static_cast<int>(i) / parts;
-                              if (rank >= sampling.num_found[lists + list]) return false;
+                              const unsigned rank = static_cast<unsigned>(i) / static_cast<unsigned>(parts);
+                              const unsigned list = static_cast<unsigned>(i) - rank * static_cast<unsigned>(parts);
+                              if (rank >= static_cast<unsigned>(sampling.num_found[lists + list])) return false;
                               *entry = sampling.found[(lists + list) * k + rank];
                               return true;
                             });
@@ -252,7 +256,9 @@ __global__ void __launch_bounds__(kThreads) positives_kernel(const Index* pos_st
   if (anchor >= n) return;
   const int64_t first = pos_start[anchor], end = pos_end[anchor], own = self_pos[anchor];
   const bool has_self = own >= first && own < end;
-  const int64_t length = end - first - has_self, candidates = length > 0 ? length : 0;
+  // As unsigned numbers, for any bounds; more than 2^32 candidates are beyond the definition.
+  const uint64_t length = end > first ? static_cast<uint64_t>(end) - static_cast<uint64_t>(first) - has_self : 0;
+  const int64_t candidates = length < (uint64_t{1} << 32) ? static_cast<int64_t>(length) : int64_t{1} << 32;
   const int64_t take = candidates < k ? candidates : k;
   Index* taken = rows + anchor * k;
   Words words{};
@@ -282,16 +288,16 @@ __global__ void __launch_bounds__(kThreads) positives_kernel(const Index* pos_st
 }
 
 struct Layout {
-  int64_t part, num_parts, found, num_found, slots, num_chosen, bytes;  // where each array begins
+  int part_bits;
+  int64_t num_parts, found, num_found, slots, num_chosen, bytes;  // where each array begins
 };
 
 Layout layout(int64_t n, int64_t num_intervals, int64_t k, int32_t kind, int64_t index_bytes) {
   const int64_t streams = kind == HPCLOSS_HARD_EASY ? 2 : 1;
   Layout at{};
-  at.part = blocks_for(n, kMostParts);
-  if (at.part < kMinPart) at.part = kMinPart;
-  if (at.part < 4 * k) at.part = 4 * k;
-  at.num_parts = num_intervals + n / at.part;
+  at.part_bits = kMinPartBits;
+  while (n >> at.part_bits > kMostParts || 4 * k >> at.part_bits) ++at.part_bits;
+  at.num_parts = num_intervals + (n >> at.part_bits);
   at.num_found = aligned(streams * at.num_parts * k * static_cast<int64_t>(sizeof(Entry)));
   at.slots = at.num_found + aligned(streams * at.num_parts * static_cast<int64_t>(sizeof(int)));
   at.num_chosen = at.slots + aligned(num_intervals * k * index_bytes);
@@ -310,7 +316,7 @@ cudaError_t sample(Sampling<Index> sampling, Index* chosen, Index* chosen_offset
                    cudaStream_t stream) {
   const int64_t intervals = sampling.num_intervals, k = sampling.k;
   const Layout at = layout(sampling.n, intervals, k, sampling.kind, sizeof(Index));
-  sampling.part = at.part;
+  sampling.part_bits = at.part_bits;
   sampling.num_parts = at.num_parts;
   sampling.capacity = capacity_for(k);
   sampling.found = reinterpret_cast<Entry*>(workspace + at.found);

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.partition import is_ignored
+from hpcloss.sorting import is_ignored
 
 IGNORED = (-100, -1, 255)  # label maps: what data sets and trainers use for "no label"
 VECTORS_IGNORED = (-100, -1)  # labels of vectors: with many classes or instance ids 255 is a class
@@ -42,17 +42,17 @@ def check_region_options(
         raise ValueError(f"hardness must be a finite number, got {hardness}")
     _check_choice("denominator", denominator, DENOMINATORS)
     _check_choice("reduction", reduction, ("mean", "class", "region", "sum", "none"))
-    for name, number in (
-        ("num_classes", num_classes),
-        ("samples_per_class", samples_per_class),
-        ("max_regions", max_regions),
-    ):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    for name, number in (("samples_per_class", samples_per_class), ("max_regions", max_regions)):
+        if number is not None:
+            count(name, number)
+    if num_classes is not None:
+        check_classes_and_ignored(count("num_classes", num_classes), integers("ignore_index", ignore_index))
     if samples_per_class is not None and num_classes is None:
         raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
     if discount and denominator != "own":
         raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
+    if background is not None and len(integers("background", background)) != 1:
+        raise TypeError(f"background must be one label or None, got {background!r}")
     if background is not None and background in integers("ignore_index", ignore_index):
         raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")
     if not 0 <= discount < math.inf:
@@ -100,7 +100,14 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def integers(name: str, value: Any) -> tuple[int, ...]:
-    """One integer, or several, as a tuple."""
+    """One integer, or several, as a tuple; of 64 bits."""
+    found = _integers_of(name, value)
+    if not all([-(2**63) <= one < 2**63 for one in found]):
+        raise ValueError(f"{name} must fit in int64, got {value!r}")
+    return found
+
+
+def _integers_of(name: str, value: Any) -> tuple[int, ...]:
     # Plain integers first: older torch cannot trace the rest.
     if isinstance(value, int):
         return (value,)
@@ -114,6 +121,27 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
         return tuple([operator.index(one) for one in value])
     except TypeError:
         raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}") from None
+
+
+def count(name: str, value: Any) -> int:
+    """A number of things: an integer of at least 1, below 2^31."""
+    if not isinstance(value, int):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be at least 1{'' if value < 1 else ' and below 2^31'}, got {value}")
+    return value
+
+
+def check_classes_and_ignored(num_classes: int, ignored: tuple[int, ...]) -> None:
+    """Raise ValueError where the default `ignore_index` would swallow a class."""
+    if ignored == IGNORED and num_classes > max(IGNORED):
+        raise ValueError(
+            f"num_classes={num_classes} has a class {max(IGNORED)}, which ignore_index removes by default; say which"
+            " labels to ignore, for example ignore_index=(-100, -1)"
+        )
 
 
 def check_sizes(name: str, size: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from hpcloss.checks import (
     check_region_options,
     check_vector_options,
     check_vectors,
+    count,
     integers,
     labels_of_map,
     labels_of_vectors,
@@ -36,16 +37,14 @@ from hpcloss.partition import (
     against_cells,
     class_sort,
     from_offsets,
-    is_class,
-    is_ignored,
     one_to_one,
     paired,
     partition,
     partition_against,
-    segment_bounds,
 )
 from hpcloss.regions import Grid, cells_of_regions, choose_regions, region_shape
 from hpcloss.sampling import sample
+from hpcloss.sorting import is_class, is_ignored, segment_bounds
 
 # Groups of a memory bank's rows: one that holds nothing yet, one that belongs to no group.
 UNFILLED, NO_GROUP = torch.iinfo(torch.int64).min + 1, torch.iinfo(torch.int64).min + 2
@@ -88,6 +87,9 @@ def region_phpc_loss(
     )  # fmt: skip
     labels = labels_of_map(features, labels)
     ignored = integers("ignore_index", ignore_index)
+    num_classes = num_classes and count("num_classes", num_classes)
+    samples_per_class = samples_per_class and count("samples_per_class", samples_per_class)
+    max_regions = max_regions and count("max_regions", max_regions)
     if check_labels:
         check_label_values(labels, ignored, num_classes)
     backend = resolve(backend, features)
@@ -163,7 +165,8 @@ def _plan(
     flat, num_regions = labels.reshape(-1), grid.num_regions()
     regions: Tensor | Grid = grid
     region_ids = None
-    region_pixels = math.prod(size) * (1 if per_image else grid.batch)
+    cell = [min(along, extent) for along, extent in zip(size, grid.spatial)]
+    region_pixels = math.prod(cell) * (1 if per_image else grid.batch)
     if max_regions is not None and max_regions < num_regions:
         alive = ~is_ignored(flat, ignored, num_classes)
         anchor = alive if background is None else alive & (flat != background)

@@ -4,7 +4,7 @@ It holds the partition and the samplers in C++ and, where it was built with nvcc
 as the PyTorch text in `partition.py` and `sampling.py`, which serves wherever `why_not` gives a reason. Functions here
 take checked, contiguous tensors of one device and queue their work on its current stream.
 
-The environment variable HPCLOSS_LIBRARY names another library file to load; empty, it means none.
+The environment variable HPCLOSS_LIBRARY names another library file to load, which must then load; empty, it means none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MAX_CUDA_INTERVALS = 2**29  # of a sample
 KINDS = ("uniform", "weighted", "hardest", "hard_easy")
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-_TYPES = {torch.uint8: 0, torch.bool: 0, torch.int32: 1, torch.int64: 2}
+_TYPES = {torch.uint8: 0, torch.int32: 1, torch.int64: 2}
+_FUNCTIONS = ("class_sort", "class_intervals", "pair_counts", "sample", "sample_positives")
 _ERRORS = {
     1: "a required array is missing",
     2: "a size or a count is out of its range",
@@ -86,9 +87,18 @@ def _find() -> _Found:
     named = os.environ.get("HPCLOSS_LIBRARY")
     if named == "":
         return _Found(None, "HPCLOSS_LIBRARY is empty")
-    path = Path(named) if named else Path(__file__).with_name("libhpcloss" + _SUFFIX)
+    if named:
+        found = _load(Path(named).resolve())
+        if found.library is None:
+            raise NativeError(f"HPCLOSS_LIBRARY={named}: {found.reason}")
+        return found
+    path = Path(__file__).with_name("libhpcloss" + _SUFFIX)
     if not path.exists():
         return _Found(None, f"there is no {path.name}; {_build_note() or 'it is built by `pip install`'}")
+    return _load(path)
+
+
+def _load(path: Path) -> _Found:
     try:
         library = ctypes.CDLL(str(path))
         abi = library.hpcloss_abi()
@@ -96,6 +106,9 @@ def _find() -> _Found:
         return _Found(None, f"{path.name} cannot be loaded: {error}")
     if abi != ABI:
         return _Found(None, f"{path.name} is of another version ({abi}, not {ABI}); install hpcloss again")
+    missing = [name for name in _FUNCTIONS if not hasattr(library, f"hpcloss_{name}")]
+    if missing:
+        return _Found(None, f"{path.name} has no {', '.join(missing)}; install hpcloss again")
     return _Found(_typed(library), "")
 
 
@@ -126,9 +139,11 @@ def why_not(device: str, index: int | None = None) -> str:
         return reason
     if device == "cpu":
         return ""
-    if device != "cuda" or torch.version.hip:
-        return f"it has nothing for device {device!r}" if device != "cuda" else "its CUDA half does not run on ROCm"
-    if not hasattr(library, "hpcloss_cuda_versions"):
+    if device != "cuda":
+        return f"it has nothing for device {device!r}"
+    if torch.version.hip:
+        return "its CUDA half does not run on ROCm"
+    if not hasattr(library, "hpcloss_cuda_probe"):
         return f"it was built without CUDA; {_build_note() or 'install with HPCLOSS_CUDA=1'}"
     driver, runtime = ctypes.c_int32(), ctypes.c_int32()
     if library.hpcloss_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime)):
@@ -212,6 +227,8 @@ def class_intervals(offsets: Tensor, n: int, num_classes: int, background_first:
 def pair_counts(intervals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`Pairs.counts` of the intervals of `Pairs`."""
     rows, bounds = intervals[0], intervals[3]
+    if any(len(x) != len(rows) for x in intervals[:3]) or any(len(x) != len(bounds) for x in intervals[3:]):
+        raise ValueError(f"intervals must be 3 of rows and 4 of regions, got lengths {[len(x) for x in intervals]}")
     counts = (torch.empty_like(rows), torch.empty_like(rows))
     arguments = (
         *(_pointer(interval) for interval in intervals), _int64(rows.numel()), _int64(bounds.numel()),

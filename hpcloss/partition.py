@@ -16,12 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpcloss import native
-from hpcloss.ops import register
+from hpcloss.native import MAX_AXES
 from hpcloss.regions import Grid
-
-INT32_MAX = 2**31 - 1
-LOWEST = torch.iinfo(torch.int64).min
+from hpcloss.sorting import changes, index_dtype, is_class
 
 
 class Pairs(NamedTuple):
@@ -96,21 +93,6 @@ class Pairs(NamedTuple):
 FIELDS = Pairs._fields
 
 
-def index_dtype(count: int) -> torch.dtype:
-    """int32 while row numbers fit, int64 beyond."""
-    return torch.int32 if count <= INT32_MAX else torch.int64
-
-
-def is_ignored(labels: Tensor, ignore_index: tuple[int, ...], num_classes: int | None = None) -> Tensor:
-    """Labels that remove their pixel: those of `ignore_index`, and those outside [0, num_classes) if it is given."""
-    ignored = torch.zeros_like(labels, dtype=torch.bool)
-    for value in ignore_index:
-        ignored = ignored | (labels == value)
-    if num_classes is not None:
-        ignored = ignored | (labels < 0) | (labels >= num_classes)
-    return ignored
-
-
 def partition(
     labels: Tensor,
     regions: Tensor | Grid | None = None,
@@ -166,11 +148,6 @@ def class_sort(
     return ClassRows(*torch.ops.hpcloss.class_sort(*arguments))
 
 
-def is_class(label: int | None, num_classes: int) -> bool:
-    """Whether there is such a label and it is one of the classes."""
-    return label is not None and 0 <= label < num_classes
-
-
 def from_offsets(order: Tensor, offsets: Tensor, num_classes: int, background_ranked: bool) -> Pairs:
     """Self-contrast `Pairs` of rows already sorted by (region, class rank); segment r * num_classes + c is
     rows offsets[r * num_classes + c] to the next offset. `background_ranked`: rank 0 is the background."""
@@ -178,261 +155,26 @@ def from_offsets(order: Tensor, offsets: Tensor, num_classes: int, background_ra
     return Pairs(order.to(index_dtype(order.numel())), *intervals)
 
 
-# ---- operators: the native library's, or what follows here and says the same in PyTorch
-
-
 def _regions(
     labels: Tensor, regions: Tensor | Grid | None, num_regions: int
 ) -> tuple[Tensor | None, list[int], list[int], bool, int]:
     """Regions as operators take them: ids, or the extents and cells of a grid; and their number."""
     if not isinstance(regions, Grid):
+        if num_regions < 1:
+            raise ValueError(f"num_regions must be at least 1, got {num_regions}")
+        if regions is not None and regions.numel() != labels.numel():
+            raise ValueError(f"regions must have one id for each of {labels.numel()} labels, got {regions.numel()}")
         return regions, [], [], False, num_regions
-    if len(regions.spatial) > native.MAX_AXES:
+    if regions.batch * math.prod(regions.spatial) != labels.numel():
+        raise ValueError(f"{regions} does not fit {labels.numel()} labels")
+    if len(regions.size) != len(regions.spatial) or any([cell < 1 for cell in regions.size]):
+        raise ValueError(f"{regions} must have a cell of at least 1 on every axis")
+    if len(regions.spatial) > MAX_AXES:
         return regions.ids(labels.device), [], [], False, regions.num_regions()
     return None, list(regions.spatial), list(regions.size), regions.per_image, regions.num_regions()
 
 
-def _region_of_pixel(
-    labels: Tensor, ids: Tensor | None, spatial: list[int], size: list[int], per_image: bool
-) -> Tensor:
-    if ids is not None:
-        return ids.reshape(-1).long().to(labels.device)
-    pixels = math.prod(spatial)
-    return Grid(labels.numel() // max(pixels, 1), tuple(spatial), tuple(size), per_image).ids(labels.device)
-
-
-def _class_sort(
-    labels: Tensor,
-    ids: Tensor | None,
-    spatial: list[int],
-    size: list[int],
-    per_image: bool,
-    num_regions: int,
-    num_classes: int,
-    background: int | None,
-    ignore_index: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    labels = labels.reshape(-1)
-    if _is_countable(labels, num_regions * num_classes, ignore_index):
-        return native.class_sort(
-            _of_types(labels, torch.uint8), _ids_like(labels, ids), spatial, size,
-            per_image, num_regions, range(num_classes), background, ignore_index, index_dtype(labels.numel()),
-        )  # fmt: skip
-    return _class_sort_in_torch(
-        labels,
-        _region_of_pixel(labels, ids, spatial, size, per_image),
-        num_regions,
-        num_classes,
-        background,
-        ignore_index,
-    )
-
-
-def _is_countable(labels: Tensor, num_segments: int, ignore_index: list[int]) -> bool:
-    """Whether the native library can sort these labels."""
-    small = num_segments <= native.MAX_SEGMENTS and len(ignore_index) <= native.MAX_IGNORED
-    return small and labels.numel() > 0 and native.serves(labels)
-
-
-def _class_sort_in_torch(
-    labels: Tensor,
-    region: Tensor,
-    num_regions: int,
-    num_classes: int,
-    background: int | None,
-    ignore_index: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    labels, dtype = labels.long(), index_dtype(labels.numel())
-    ignored = is_ignored(labels, tuple(ignore_index))
-    stray = is_ignored(labels, (), num_classes)
-    dead = ignored | stray | (region < 0) | (region >= num_regions)
-    rank = labels
-    if background is not None and is_class(background, num_classes):
-        rank = torch.where(labels == background, 0, labels + (labels < background))
-    key = torch.where(dead, num_regions * num_classes, region * num_classes + rank)
-    key = key.to(index_dtype(num_regions * num_classes))
-    key, order = torch.sort(key, stable=True)
-    segments = torch.arange(num_regions * num_classes + 1, dtype=key.dtype, device=key.device)
-    return order.to(dtype), torch.searchsorted(key, segments).to(dtype), (stray & ~ignored).sum()
-
-
-def _class_intervals(offsets: Tensor, n: int, num_classes: int, background_ranked: bool) -> tuple[Tensor, ...]:
-    offsets = offsets.to(index_dtype(n)).contiguous()
-    if native.serves(offsets):
-        return native.class_intervals(offsets, n, num_classes, background_ranked)
-    return _class_intervals_in_torch(offsets, n, num_classes, background_ranked)
-
-
-def _class_intervals_in_torch(offsets: Tensor, n: int, num_classes: int, background_ranked: bool) -> tuple[Tensor, ...]:
-    rows = torch.arange(n, device=offsets.device, dtype=offsets.dtype)
-    segment = torch.searchsorted(offsets[1:], rows, right=True)
-    alive = (segment < offsets.numel() - 1) & (rows >= offsets[0])
-    segment = segment * alive
-    ends = offsets[num_classes::num_classes]
-    anchor_start = offsets[1::num_classes] if background_ranked else offsets[:-1:num_classes]
-    bounds = (anchor_start, ends, offsets[:-1:num_classes], ends)
-    # Copies: an operator's outputs may not alias.
-    return offsets[segment] * alive, offsets[segment + 1] * alive, rows, *(bound.clone() for bound in bounds)
-
-
-def _label_sort(
-    labels: Tensor,
-    ids: Tensor | None,
-    spatial: list[int],
-    size: list[int],
-    per_image: bool,
-    num_regions: int,
-    background: int | None,
-    ignore_index: list[int],
-) -> tuple[Tensor, ...]:
-    labels = labels.reshape(-1)
-    n, dtype = labels.numel(), index_dtype(labels.numel())
-    if labels.device.type == "cpu" and _is_countable(labels, num_regions, ignore_index):
-        # On the host the range of the labels may be looked at; where it is short, they are counted, not compared.
-        typed = _of_types(labels, torch.uint8)
-        lowest, highest = (int(bound) for bound in typed.aminmax())
-        classes = range(lowest, highest + 1)
-        if num_regions * (highest - lowest + 1) <= min(n + _FEW_SEGMENTS, native.MAX_SEGMENTS):
-            order, offsets, _ = native.class_sort(
-                typed, _ids_like(labels, ids), spatial, size, per_image,
-                num_regions, classes, background, ignore_index, dtype,
-            )  # fmt: skip
-            return order, *native.class_intervals(offsets, n, len(classes), background in classes)
-    region = _region_of_pixel(labels, ids, spatial, size, per_image)
-    return _label_sort_in_torch(labels, region, num_regions, background, ignore_index)
-
-
-_FEW_SEGMENTS = 4096  # counted in no time even for few pixels
-
-
-def _label_sort_in_torch(
-    labels: Tensor, region: Tensor, num_regions: int, background: int | None, ignore_index: Sequence[int]
-) -> tuple[Tensor, ...]:
-    labels, dtype = labels.long(), index_dtype(labels.numel())
-    dead = is_ignored(labels, tuple(ignore_index)) | (region < 0) | (region >= num_regions)
-    region = torch.where(dead, num_regions, region)
-    rank = labels if background is None else torch.where(labels == background, LOWEST, labels)
-    rank = torch.where(dead, 0, rank)  # the dead by pixel, as a counting sort leaves them
-    by_label = torch.sort(rank, stable=True).indices
-    order = by_label[torch.sort(region[by_label], stable=True).indices]
-    region, rank = region[order], rank[order]
-    rows = torch.arange(order.numel(), device=order.device)
-    alive = region < num_regions
-    pos_start, pos_end = segment_bounds(_changes(region) | _changes(rank))
-    offsets = torch.searchsorted(region, torch.arange(num_regions + 1, device=region.device))
-    anchor_start = offsets[:-1]
-    if background is not None:
-        seen = torch.nn.functional.pad(torch.cumsum((rank == LOWEST) & alive, 0), (1, 0))
-        anchor_start = anchor_start + seen[offsets[1:]] - seen[offsets[:-1]]
-    bounds = (anchor_start, offsets[1:], offsets[:-1], offsets[1:])
-    # Copies: an operator's outputs may not alias.
-    intervals = (pos_start * alive, pos_end * alive, rows, *(bound.clone() for bound in bounds))
-    return order.to(dtype), *(interval.to(dtype) for interval in intervals)
-
-
-def _pair_counts(*intervals: Tensor) -> tuple[Tensor, Tensor]:
-    dtypes = {interval.dtype for interval in intervals}
-    if len(dtypes) == 1 and native.serves(intervals[0]):
-        return native.pair_counts([interval.contiguous() for interval in intervals])
-    return _pair_counts_in_torch(Pairs.from_intervals(intervals))
-
-
-def _pair_counts_in_torch(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    region, anchor = pairs.region(), pairs.is_anchor()
-    key_start, key_end = pairs.key_start[region], pairs.key_end[region]
-    own_class = pairs.pos_end - pairs.pos_start
-    self_is_key = (pairs.self_pos >= key_start) & (pairs.self_pos < key_end)
-    positives = own_class - pairs.self_is_positive().to(own_class.dtype)
-    others = key_end - key_start - self_is_key.to(own_class.dtype)
-    return positives * anchor, (others - positives) * anchor
-
-
-def _ids_like(labels: Tensor, ids: Tensor | None) -> Tensor | None:
-    """The region of each of the labels, as the native library reads them."""
-    if ids is None:
-        return None
-    if ids.numel() != labels.numel():
-        raise ValueError(f"regions must have one id for each of {labels.numel()} labels, got {ids.numel()}")
-    return _of_types(ids.reshape(-1).to(labels.device))
-
-
-def _of_types(values: Tensor, *more: torch.dtype) -> Tensor:
-    """Contiguous integers of a type that the native library reads."""
-    return (values if values.dtype in (torch.int32, torch.int64, *more) else values.long()).contiguous()
-
-
-def _fake_class_sort(
-    labels: Tensor, ids: Tensor | None, spatial: list[int], size: list[int], per_image: bool, num_regions: int,
-    num_classes: int, background: int | None, ignore_index: list[int],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    n = labels.numel()
-    dtype = index_dtype(n)
-    offsets = labels.new_empty(num_regions * num_classes + 1, dtype=dtype)
-    return labels.new_empty(n, dtype=dtype), offsets, labels.new_empty((), dtype=torch.int64)
-
-
-def _fake_class_intervals(offsets: Tensor, n: int, num_classes: int, background_ranked: bool) -> tuple[Tensor, ...]:
-    num_regions = (offsets.numel() - 1) // num_classes
-    return tuple(offsets.new_empty(size, dtype=index_dtype(n)) for size in [n] * 3 + [num_regions] * 4)
-
-
-def _fake_label_sort(
-    labels: Tensor, ids: Tensor | None, spatial: list[int], size: list[int], per_image: bool, num_regions: int,
-    background: int | None, ignore_index: list[int],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    n = labels.numel()
-    return tuple(labels.new_empty(size, dtype=index_dtype(n)) for size in [n] * 4 + [num_regions] * 4)
-
-
-def _fake_pair_counts(*intervals: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(intervals[0]), torch.empty_like(intervals[0])
-
-
-_REGIONS = "Tensor? regions, SymInt[] spatial, SymInt[] size, bool per_image, SymInt num_regions"
-_BOUNDS = ", ".join(f"Tensor {name}" for name in FIELDS[1:])
-register(
-    "class_sort",
-    f"(Tensor labels, {_REGIONS}, int num_classes, int? background, int[] ignore_index)"
-    " -> (Tensor order, Tensor offsets, Tensor outside)",
-    _class_sort,
-    _fake_class_sort,
-)
-register(
-    "label_sort",
-    f"(Tensor labels, {_REGIONS}, int? background, int[] ignore_index) -> (Tensor order, {_BOUNDS})",
-    _label_sort,
-    _fake_label_sort,
-)
-register(
-    "class_intervals",
-    f"(Tensor offsets, SymInt n, int num_classes, bool background_ranked) -> ({_BOUNDS})",
-    _class_intervals,
-    _fake_class_intervals,
-)
-register("pair_counts", f"({_BOUNDS}) -> (Tensor positives, Tensor negatives)", _pair_counts, _fake_pair_counts)
-
-
 # ---- partitions of other kinds
-
-
-def _changes(values: Tensor) -> Tensor:
-    """Rows whose value differs from the row before; the first row counts as a change."""
-    changed = torch.ones_like(values, dtype=torch.bool)
-    changed[1:] = values[1:] != values[:-1]
-    return changed
-
-
-def segment_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
-    """First row and one past the last row of the segment of each row; `starts` marks the rows that begin a segment."""
-    count = starts.numel()
-    rows = torch.arange(count, device=starts.device)
-    if count == 0:
-        return rows, rows
-    begin = torch.cummax(torch.where(starts, rows, 0), 0).values
-    ends = torch.ones_like(starts)
-    ends[:-1] = starts[1:]
-    end = torch.cummin(torch.where(ends, rows + 1, count).flip(0), 0).values.flip(0)
-    return begin, end
 
 
 def partition_against(
@@ -485,10 +227,11 @@ def against_cells(pairs: Pairs, cells: Pairs, cell_of_region: Tensor, labels: Te
     dtype, device = pairs.order.dtype, pairs.order.device
     labels = labels.reshape(-1).long()
     num_pixels, num_cells = labels.numel(), cells.key_end.numel()
-    # Classes by dense rank, so that (cell, class) is one number in the order of the cells' rows.
-    rank = labels if background is None else torch.where(labels == background, LOWEST, labels)
-    ranked, by_label = torch.sort(rank, stable=True)
-    dense = torch.empty_like(by_label).scatter_(0, by_label, torch.cumsum(_changes(ranked), 0))
+    # Classes by dense rank, background first, so that (cell, class) is one number in the order of the cells' rows.
+    by_label = torch.sort(labels, stable=True).indices
+    if background is not None:
+        by_label = by_label[torch.sort((labels != background)[by_label], stable=True).indices]
+    dense = torch.empty_like(by_label).scatter_(0, by_label, torch.cumsum(changes(labels[by_label]), 0))
 
     rows = torch.arange(cells.order.numel(), device=device)
     cell = torch.searchsorted(cells.key_end, rows.to(dtype), right=True)

@@ -61,7 +61,7 @@ import torch
 from torch import Tensor
 
 from hpcloss import native
-from hpcloss.checks import IGNORED, check_sizes, integers
+from hpcloss.checks import IGNORED, check_classes_and_ignored, check_sizes, count, integers
 from hpcloss.ops import register
 from hpcloss.partition import class_sort
 from hpcloss.regions import Grid, region_shape
@@ -139,7 +139,7 @@ def sample_anchors(
 
     Args:
         labels: [B, *S] integers of any dtype. Those outside [0, num_classes) or in `ignore_index` are never drawn.
-        k: pixels per region and class.
+        k: pixels per region and class; the result has room for k of each, however few there are.
         num_classes: C.
         region_size: cells of a grid, in pixels (int, or one per axis); None: the whole image.
         per_image: whether each image has its own regions, or a region is the same cell of all images.
@@ -157,9 +157,9 @@ def sample_anchors(
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.dim() < 2:
         raise ValueError(f"labels must have shape [B, *S], got {list(labels.shape)}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    _check_k(k)
+    k, num_classes = count("k", k), count("num_classes", num_classes)
+    ignored = integers("ignore_index", ignore_index)
+    check_classes_and_ignored(num_classes, ignored)
     maps = {"weights": weights, "scores": scores, "wrong": wrong}
     given = {name: values for name, values in maps.items() if values is not None}
     if len(given) > 1:
@@ -167,10 +167,12 @@ def sample_anchors(
     for name, values in given.items():
         if values.shape != labels.shape:
             raise ValueError(f"{name} must have shape {list(labels.shape)}, as labels, got {list(values.shape)}")
+        if values.device != labels.device:
+            raise ValueError(f"{name} must be on {labels.device}, as labels, got {values.device}")
     check_sizes("region_size", region_size)
     spatial = tuple(labels.shape[1:])
     grid = Grid(labels.shape[0], spatial, region_shape(region_size, spatial), per_image)
-    rows = class_sort(labels, grid, ignore_index=integers("ignore_index", ignore_index), num_classes=num_classes)
+    rows = class_sort(labels, grid, ignore_index=ignored, num_classes=num_classes)
     if wrong is not None:
         return sample_hard_easy(rows.order, rows.offsets, k, wrong, seed=seed)
     return sample(rows.order, rows.offsets, k, seed=seed, weights=weights, scores=scores, num_pixels=labels.numel())
@@ -218,6 +220,8 @@ def sample(
             _check_map(name, values, order)
             num_pixels = _count_pixels(name, values, num_pixels)
     num_pixels = order.numel() if num_pixels is None else num_pixels
+    if num_pixels < 0:
+        raise ValueError(f"num_pixels must be at least 0, got {num_pixels}")
     kind, values = "uniform", None
     if weights is not None:
         kind, values = "weighted", weights
@@ -311,8 +315,12 @@ def _sample(
     if few and order.numel() <= native.MAX_ROWS and native.serves(order):
         if values is not None:
             values = (values if kind == "hard_easy" else values.float()).contiguous()
+        bounds = offsets
+        if offsets.dtype != order.dtype:
+            # Clamped, or what int32 does not hold would wrap to something that looks right.
+            bounds = offsets.clamp(-1, min(order.numel() + 1, torch.iinfo(order.dtype).max)).to(order.dtype)
         chosen, chosen_offsets = native.sample(
-            order.contiguous(), offsets.to(order.dtype).contiguous(), k, kind, values, num_pixels, seed
+            order.contiguous(), bounds.contiguous(), k, kind, values, num_pixels, seed
         )
         return chosen, chosen_offsets.to(offsets.dtype)
     return _sample_in_torch(order, offsets, k, kind, values, num_pixels, seed)
@@ -335,14 +343,12 @@ def _sample_in_torch(
 
 
 def _sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
-    bounds = (
-        pos_start.contiguous(),
-        pos_end.to(pos_start.dtype).contiguous(),
-        self_pos.to(pos_start.dtype).contiguous(),
-    )
+    if len({pos_start.dtype, pos_end.dtype, self_pos.dtype}) > 1:
+        rows = _sample_positives(pos_start.long(), pos_end.long(), self_pos.long(), k, seed)
+        return rows.to(pos_start.dtype)
     if pos_start.numel() and native.serves(pos_start):
-        return native.sample_positives(*bounds, k, seed)
-    return _sample_positives_in_torch(*bounds, k, seed)
+        return native.sample_positives(pos_start.contiguous(), pos_end.contiguous(), self_pos.contiguous(), k, seed)
+    return _sample_positives_in_torch(pos_start, pos_end, self_pos, k, seed)
 
 
 def _sample_positives_in_torch(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
@@ -602,8 +608,7 @@ def _check_plan(order: Tensor, offsets: Tensor, k: int) -> None:
 def _check_k(k: int) -> None:
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    count("k", k)
 
 
 def _check_integers(name: str, values: Tensor) -> None:

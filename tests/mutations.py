@@ -351,7 +351,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a part ends one early", "sample.cu",
-        "limit = first + sampling.part, to", "limit = first + sampling.part - 1, to", PARTS,
+        "limit = first + size, to", "limit = first + size - 1, to", PARTS,
     ),
     Mutation(
         "joining stops at once", "sample.cu",
@@ -363,12 +363,12 @@ MUTATIONS = [
     ),
     Mutation(
         "hard ones are never more than half", "sample.cu",
-        "k - present[1] > k / 2 ? k - present[1] : k / 2", "k / 2", "cuda and hard_easy_matches",
+        "k - easy > k / 2 ? k - easy : k / 2", "k / 2", "cuda and hard_easy_matches",
     ),
     Mutation(
         "easy ones fill nothing", "sample.cu",
-        "take[1] = present[1] < k - take[0] ? present[1] : k - take[0];",
-        "take[1] = present[1] < k / 2 ? present[1] : k / 2;", "cuda and hard_easy_matches",
+        "take_easy = easy < k - take_hard ? easy : k - take_hard;", "take_easy = easy < k / 2 ? easy : k / 2;",
+        "cuda and hard_easy_matches",
     ),
     Mutation(
         "weightless elements are present", "sample.cu",
@@ -402,7 +402,7 @@ MUTATIONS = [
     ),
     Mutation(
         "pixels of a chunk's end are forgotten", "partition.cpp",
-        "for (; i < size; ++i) body(chunk + i, 1, segment[i]);", "", "native and a_grid_is",
+        "for (; i < size; ++i) body(chunk + i, 1, segment[i]);", "", "test_partitions",
     ),
     Mutation(
         "columns of cells are one region", "partition.cpp",

@@ -230,5 +230,25 @@ def test_compute_capabilities_that_nvcc_does_not_know(fake_cuda, monkeypatch):
         monkeypatch.setenv(name, value)
     known, flags = recipe.nvcc_targets(recipe.find_nvcc())
     assert known == [80, 90]
-    codes = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+    codes = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"]
+    codes += ["arch=compute_80,code=compute_80", "arch=compute_90,code=compute_90"]
     assert flags == [f"-gencode={code}" for code in codes]
+
+
+@needs_gnu
+def test_fast_math_of_the_environment_stays_outside(tiny):
+    """Linked with it, a library switches off subnormal numbers for the process that loads it."""
+    for name in ("CXXFLAGS", "LDFLAGS"):
+        wheel = build(tiny, HPCLOSS_CUDA="0", **{name: "-ffast-math -Ofast -g"})
+        library = zipfile.ZipFile(wheel).extract("hpcloss/libhpcloss.so", tiny)
+        script = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); sys.exit(not 1e-310 * 0.5 > 0)"
+        assert call(sys.executable, "-c", script, library).returncode == 0, name
+
+
+@needs_gnu
+def test_compilers_may_say_what_cannot_be_printed(tiny, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nprintf 'Cr\\351ation \\342\\202\\254\\n' >&2\nexec g++ \"$@\"\n")
+    compiler.chmod(0o755)
+    wheel = build(tiny, HPCLOSS_CUDA="0", CXX=str(compiler), PYTHONIOENCODING="ascii")
+    assert "C++: built with" in report(wheel)

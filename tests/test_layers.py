@@ -17,8 +17,8 @@ FILES = {
 # Each layer may import those before it; modules of one layer do not know each other, but for what is named below.
 LAYERS = [
     {"ops", "native", "regions", "reference"},
-    {"partition"},
-    {"checks"},
+    {"sorting"},
+    {"partition", "checks"},
     {"sampling"},
     {"backends"},
     {"pack", "pairs", "segments"},

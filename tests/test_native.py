@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import hpcloss
-from hpcloss import native, partition, sampling
+from hpcloss import native, partition, sampling, sorting
 from hpcloss.regions import Grid
 from hpcloss.sampling import sample, sample_anchors, sample_hard_easy
 
@@ -73,13 +73,13 @@ def test_partitions(case, background, ignore_index):
     options = {"background": background, "ignore_index": ignore_index}
     rows = partition.class_sort(labels, regions, number, num_classes=num_classes, **options)
     flat, ignored = labels.reshape(-1), list(ignore_index)
-    same(rows, partition._class_sort_in_torch(flat, ids, number, num_classes, background, ignored))
+    same(rows, sorting._class_sort_in_torch(flat, ids, number, num_classes, background, ignored))
     pairs = partition.partition(labels, regions, number, **options)
-    same(pairs, partition._label_sort_in_torch(flat, ids, number, background, ignored))
-    first = partition.is_class(background, num_classes)
+    same(pairs, sorting._label_sort_in_torch(flat, ids, number, background, ignored))
+    first = sorting.is_class(background, num_classes)
     pairs = partition.from_offsets(rows.order, rows.offsets, num_classes, first)
-    same(pairs.intervals(), partition._class_intervals_in_torch(rows.offsets, len(rows.order), num_classes, first))
-    same(pairs.counts(), partition._pair_counts_in_torch(pairs))
+    same(pairs.intervals(), sorting._class_intervals_in_torch(rows.offsets, len(rows.order), num_classes, first))
+    same(pairs.counts(), sorting._pair_counts_in_torch(*pairs.intervals()))
 
 
 @st.composite
@@ -168,7 +168,7 @@ def test_a_partition_of_several_tiles_on_the_emulated_gpu(emulated, patch, dtype
         emulated.hpcloss_emulator_seed(ctypes.c_ulonglong(seed))
         found = native.class_sort(labels, None, [n], [900], False, 8, range(4), 2, [255], dtype)
         ids = torch.arange(n) // 900
-        order, offsets, outside = partition._class_sort_in_torch(labels, ids, 8, 4, 2, [255])
+        order, offsets, outside = sorting._class_sort_in_torch(labels, ids, 8, 4, 2, [255])
         same(found, (order.to(dtype), offsets.to(dtype), outside))
 
 
@@ -208,7 +208,7 @@ def test_a_partition_of_many_segments_on_the_emulated_gpu(emulated):
     for num_regions, num_classes in ((9000, 2), (3000, 6), (9000, 800)):
         ids = integers(num_regions, 9000)
         arguments = (labels, ids, [], [], False, num_regions, range(num_classes), 1, [255], torch.int32)
-        expected = partition._class_sort_in_torch(labels, ids, num_regions, num_classes, 1, [255])
+        expected = sorting._class_sort_in_torch(labels, ids, num_regions, num_classes, 1, [255])
         emulated.hpcloss_emulator_seed(ctypes.c_ulonglong(seed := seed + 1))
         same(native.class_sort(*arguments), expected)
 
@@ -261,6 +261,12 @@ def test_anchors_follow_torchs_seed_and_their_own():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"k": 2.5}, TypeError, "k must be an integer, got 2.5"),
+        ({"k": 2**62}, ValueError, r"k must be at least 1 and below 2\^31, got 46"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an integer, got 2.0"),
+        ({"num_classes": 256}, ValueError, "num_classes=256 has a class 255, which ignore_index removes by default"),
+        ({"ignore_index": 2**64}, ValueError, "ignore_index must fit in int64, got 18446744073709551616"),
+        ({"scores": torch.zeros(2, 3, device="meta")}, ValueError, "scores must be on cpu, as labels, got meta"),
         ({"labels": torch.zeros(2, 3)}, TypeError, "labels must be integers, got torch.float32"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels must have shape \[B, \*S\], got \[3\]"),
         ({"k": 0}, ValueError, "k must be at least 1, got 0"),
@@ -292,7 +298,7 @@ def test_bad_data_raise_exceptions_with_names():
             sample(order, torch.tensor(offsets), 2, seed=0)
         with pytest.raises(ValueError):
             torch.ops.hpcloss.class_intervals(torch.tensor(offsets), 10, len(offsets) - 1, False)
-    for maps in ({"weights": torch.ones(9)}, {"scores": torch.ones(9)}):
+    for maps in ({"weights": torch.ones(9)}, {"scores": torch.ones(9)}, {"num_pixels": 9}):
         with pytest.raises(native.PixelError, match="order names a pixel beyond the map"):
             sample(order, torch.tensor([0, 10]), 2, seed=0, **maps)
     with pytest.raises(IndexError):
@@ -361,7 +367,7 @@ def test_every_function_checks_its_arguments():
     assert raw("hpcloss_class_sort", *sort[:9], long(1), *sort[10:]) == 1  # an ignored label, and no array of them
     assert raw("hpcloss_sample", *draw[:3], long(2**32), *draw[4:]) == 2
     assert raw("hpcloss_sample", *draw[:6], 1, *draw[7:]) == 1  # weighted without weights
-    assert raw("hpcloss_sample", *draw[:4], long(2**30), *draw[5:]) == 2  # the sample itself beyond 2^31
+    assert raw("hpcloss_sample", *draw[:4], long(2**62), *draw[5:]) == 2  # the sample itself beyond all memory
 
 
 def test_errors_have_texts_and_classes():
@@ -388,27 +394,30 @@ def forget():
 
 
 def test_a_library_can_be_named(monkeypatch, forget, tmp_path):
-    cases = {"": "HPCLOSS_LIBRARY is empty", str(tmp_path / "gone.so"): "there is no gone.so"}
+    monkeypatch.setenv("HPCLOSS_LIBRARY", "")
+    forget()
+    assert native.why_not("cpu") == "HPCLOSS_LIBRARY is empty"
+    assert "native library: not available, HPCLOSS_LIBRARY is empty" in hpcloss.info()
+    labels = choice([0, 1], 2, 4, 4)
+    assert len(partition.partition(labels, num_classes=2).order) == 32  # served by the PyTorch text
+    # One that is named must load: nobody wants to test another one than they think.
     broken = tmp_path / "broken.so"
     broken.write_text("not a library")
-    cases[str(broken)] = "broken.so cannot be loaded"
-    for value, reason in cases.items():
-        monkeypatch.setenv("HPCLOSS_LIBRARY", value)
+    for name in (tmp_path / "gone.so", broken):
+        monkeypatch.setenv("HPCLOSS_LIBRARY", str(name))
         forget()
-        assert reason in native.why_not("cpu")
-        assert f"native library: not available, {reason}" in hpcloss.info()
-        labels = choice([0, 1], 2, 4, 4)
-        assert len(partition.partition(labels, num_classes=2).order) == 32  # served by the PyTorch text
+        with pytest.raises(native.NativeError, match=f"HPCLOSS_LIBRARY=.*{name.name} cannot be loaded"):
+            partition.partition(labels, num_classes=2)
 
 
 @needs_gnu
-def test_a_library_of_another_version_is_refused(monkeypatch, forget, tmp_path):
-    source, library = tmp_path / "old.c", tmp_path / "old.so"
-    source.write_text("int hpcloss_abi(void) { return 999; }")
-    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True)
-    monkeypatch.setenv("HPCLOSS_LIBRARY", str(library))
-    forget()
-    assert "old.so is of another version (999, not" in native.why_not("cpu")
+def test_a_library_of_another_version_is_refused(tmp_path):
+    for number, reason in ((999, "is of another version (999, not"), (native.ABI, "has no class_sort, class_int")):
+        source, library = tmp_path / "old.c", tmp_path / f"old{number}.so"
+        source.write_text(f"int hpcloss_abi(void) {{ return {number}; }}")
+        subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True)
+        found = native._load(library)
+        assert found.library is None and f"old{number}.so {reason}" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -422,6 +431,8 @@ def test_an_old_driver_is_explained(driver, runtime, reason, monkeypatch, forget
         def hpcloss_cuda_versions(of_driver, of_runtime):
             of_driver._obj.value, of_runtime._obj.value = driver, runtime
             return 0
+
+        hpcloss_cuda_probe = None
 
     forget()
     monkeypatch.setattr(native, "_find", lambda: native._Found(Library, ""))

@@ -10,20 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcloss.partition import (
-    INT32_MAX,
     Pairs,
     against_cells,
     class_sort,
     from_offsets,
-    index_dtype,
-    is_ignored,
     one_to_one,
     paired,
     partition,
     partition_against,
-    segment_bounds,
 )
 from hpcloss.regions import Grid, cells_of_regions, choose_regions, grid_regions, grid_shape, region_shape
+from hpcloss.sorting import INT32_MAX, index_dtype, is_ignored, segment_bounds
 
 FAST = settings(max_examples=80, deadline=None, database=None, derandomize=True)
 pixel_labels = st.lists(st.tuples(st.sampled_from([0, 1, 2, 3, 7, -4, 255, 2**40]), st.integers(-1, 4)), max_size=40)
@@ -167,6 +164,34 @@ def test_head_drops_the_dead_tail_only():
 def test_one_region_is_the_default():
     labels = integers(3, 20)
     assert all(torch.equal(a, b) for a, b in zip(partition(labels), partition(labels, torch.zeros(20), 1), strict=True))
+
+
+def test_any_integer_is_a_label():
+    """The lowest of all is no background, and the widest range is no overflow."""
+    lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    small = choice([0, 1, 2, 3], 60)
+    for values in ([lowest, 0, 5, highest], [lowest, lowest + 1, lowest + 2, lowest + 3], [-7, 0, 3, 9]):
+        labels = torch.tensor(values)[small]
+        for background in (None, *values):
+            rank = None if background is None else values.index(background)
+            found, right = partition(labels, background=background), partition(small, background=rank)
+            assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("regions", "number", "message"),
+    [
+        (Grid(1, (6, 6), (2, 2)), 1, r"Grid\(batch=1, spatial=\(6, 6\).*does not fit 35 labels"),
+        (Grid(1, (7, 5), (2,)), 1, "must have a cell of at least 1 on every axis"),
+        (Grid(1, (7, 5), (2, 0)), 1, "must have a cell of at least 1 on every axis"),
+        (torch.zeros(34), 1, "regions must have one id for each of 35 labels, got 34"),
+        (None, 0, "num_regions must be at least 1, got 0"),
+    ],
+)
+def test_regions_that_do_not_fit(regions, number, message):
+    for num_classes in (None, 3):
+        with pytest.raises(ValueError, match=message):
+            partition(torch.zeros(35, dtype=torch.int64), regions, number, num_classes=num_classes)
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpcloss import native
 from hpcloss.checks import check_backend
-from hpcloss.partition import INT32_MAX
+from hpcloss.sorting import INT32_MAX
 
 AUTO = ("triton", "blockwise")  # fastest first
 MAX_CHANNELS = 512  # of a row of the Triton kernels

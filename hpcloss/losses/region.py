@@ -33,7 +33,7 @@ class RegionPHPCLoss(Loss):
         hardness: 0 weighs all positives alike; larger pulls dissimilar ones more (e^{2·hardness} between extremes).
         num_classes: labels outside [0, num_classes) are ignored; also makes sorting cheaper.
         samples_per_class: draw at most this many pixels per region and class (needs num_classes).
-        max_regions: draw at most this many of the regions that hold an anchor.
+        max_regions: draw at most this many of the regions that hold an anchor and two labels.
         local_size: also contrast each pixel with the small cells of this size inside its region, one at a time, keys
             repeated to the region's size (the paper's large and small regions); must divide region_size.
         denominator: "own" (above), "all" (every other pixel of the region, SupCon) or "negatives".
