@@ -1,7 +1,7 @@
 // The native library of hpcloss: which pixels belong together, and which of them are sampled.
 //
 // A plain C interface: no torch, no Python. Every function checks its arguments and returns an error code; nothing
-// throws across the boundary. What a function computes is defined in hpcloss/partition.py and hpcloss/sampling.py; the
+// throws across the boundary. What a function computes is defined in hpcloss/sorting.py and hpcloss/sampling.py; the
 // results here are those, bit for bit.
 //
 // Every function exists twice: `hpcloss_X` for arrays in host memory, and `hpcloss_cuda_X` for arrays in memory of the

@@ -2,6 +2,7 @@
 
 from hpcloss.backends import info
 from hpcloss.functional import (
+    hard_negative_nce_loss,
     ihpc_loss,
     infonce_loss,
     ntxent_loss,
@@ -10,13 +11,22 @@ from hpcloss.functional import (
     supcon_loss,
 )
 from hpcloss.heads import FeatureTap, ProjectionHead
-from hpcloss.losses import IHPCLoss, InfoNCELoss, NTXentLoss, RegionPHPCLoss, RegionSupConLoss, SupConLoss
+from hpcloss.losses import (
+    HardNegativeNCELoss,
+    IHPCLoss,
+    InfoNCELoss,
+    NTXentLoss,
+    RegionPHPCLoss,
+    RegionSupConLoss,
+    SupConLoss,
+)
 from hpcloss.sampling import sample_anchors, sample_positives
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FeatureTap",
+    "HardNegativeNCELoss",
     "IHPCLoss",
     "InfoNCELoss",
     "NTXentLoss",
@@ -25,6 +35,7 @@ __all__ = [
     "RegionSupConLoss",
     "SupConLoss",
     "__version__",
+    "hard_negative_nce_loss",
     "ihpc_loss",
     "info",
     "infonce_loss",

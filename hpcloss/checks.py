@@ -86,6 +86,14 @@ def check_vector_options(
         raise ValueError(f"beta must be in [0, 1), got {beta}")
 
 
+def check_hard_negatives(beta: float, tau_plus: float) -> None:
+    """Raise ValueError for weights of negatives that cannot be meant."""
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
+    if not 0 <= tau_plus < 1:
+        raise ValueError(f"tau_plus must be in [0, 1), got {tau_plus}")
+
+
 def _check_temperature(temperature: float | Tensor) -> None:
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < math.inf:

@@ -21,6 +21,7 @@ from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
     VECTORS_IGNORED,
+    check_hard_negatives,
     check_label_values,
     check_region_options,
     check_vector_options,
@@ -459,6 +460,48 @@ def infonce_loss(
         lse = pair_lse(rows, whole, "every", scale, keys=others, scale_bound=bound, backend=backend)
         loss = softplus(lse - own, threshold=EXACT_SOFTPLUS)
     return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+
+
+def hard_negative_nce_loss(
+    view1: Tensor,
+    view2: Tensor,
+    temperature: float | Tensor = 0.5,
+    beta: float = 1.0,
+    tau_plus: float = 0.1,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of two views with hard negatives; equation and arguments in `HardNegativeNCELoss`."""
+    check_vector_options(temperature, reduction)
+    check_hard_negatives(beta, tau_plus)
+    check_vectors("view1", view1)
+    images = torch.arange(view1.shape[0], device=view1.device)
+    rows, by_image, own, backend = _two_views(view1, view2, images, normalize, backend)
+    scale, bound = _scale(temperature, rows, normalize)
+    positive = pair_mean(rows, own, "logit", scale, backend=backend)[0]
+
+    def lse(factor: float) -> Tensor:
+        most = None if bound is None else factor * bound
+        return pair_lse(rows, by_image, "negatives", factor * scale, scale_bound=most, backend=backend)
+
+    count = by_image.counts()[1]
+    counted, log_count = count > 0, count.clamp(min=1).to(positive.dtype).log()
+    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}; not -inf minus -inf where there is no negative.
+    hard = torch.where(counted, lse(1 + beta), 0.0)
+    negative = log_count + hard - torch.where(counted, lse(beta), 0.0) if beta else hard
+    if tau_plus:
+        # The share of false negatives, as a logarithm; from 1 on nothing is left, and the lowest value holds.
+        share = math.log(tau_plus) + log_count + positive - negative
+        some_left = share < -4 * torch.finfo(share.dtype).eps
+        left = negative + torch.log1p(-torch.where(some_left, share, -1.0).exp()) - math.log1p(-tau_plus)
+        lowest = log_count - scale
+        negative = torch.where(some_left, torch.maximum(left, lowest), lowest)
+    loss = torch.where(counted, softplus(negative - positive, threshold=EXACT_SOFTPLUS), 0.0)
+    if reduction == "none":
+        return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
+    return _reduce(loss, counted, reduction)
 
 
 def _two_views(

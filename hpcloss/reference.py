@@ -371,6 +371,45 @@ def ntxent_loss(
     return _reduce(_lse(x @ x.T / temperature, others) - own, others.any(-1), reduction)
 
 
+def hard_negative_nce_loss(
+    view1: Tensor,
+    view2: Tensor,
+    temperature: float | Tensor = 0.5,
+    beta: float = 1.0,
+    tau_plus: float = 0.1,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Contrast of two views in which similar negatives weigh more and false ones are discounted.
+
+        L_i = -log( e^{l_i+} / ( e^{l_i+} + G_i ) )
+        G_i = max( ( Σ_{n in N(i)} v_in e^{l_in} - τ⁺ N e^{l_i+} ) / (1 - τ⁺), N e^{-1 / temperature} )
+        v_in = e^{beta l_in} / mean_{m in N(i)} e^{beta l_im};   N = |N(i)|;   with τ⁺ = 0: G_i = Σ_n v_in e^{l_in}
+
+    The 2N rows are view 1, then view 2; i+ is the other view of i; N(i): the rows of other images. v is differentiated.
+    Counted: at least one negative.
+
+    Robinson et al., ICLR 2021 (arXiv 2010.04592), eq. 4; beta 0 is Chuang et al., NeurIPS 2020 (arXiv 2007.00224).
+
+    view1, view2 [N, D]. Returns a scalar, or [2N] with reduction="none".
+    """
+    x = _unit(torch.cat([view1, view2]), normalize)
+    image = torch.arange(len(view1), device=x.device).repeat(2)
+    negative = image[:, None] != image
+    count = negative.sum(-1).clamp(min=1).to(x.dtype)
+    logits = x @ x.T / temperature
+    own = (x * x.roll(len(view1), 0)).sum(-1) / temperature
+    hardness = (beta * logits).exp() * negative
+    mean = hardness.sum(-1, keepdim=True) / count[:, None]
+    others = (hardness / torch.where(mean > 0, mean, 1.0) * logits.exp()).sum(-1)
+    if tau_plus:
+        lowest = count * torch.exp(-1 / torch.as_tensor(temperature, dtype=x.dtype))
+        others = torch.maximum((others - tau_plus * count * own.exp()) / (1 - tau_plus), lowest)
+    counted = negative.any(-1)
+    return _reduce(torch.log1p(torch.where(counted, others, 0.0) / own.exp()), counted, reduction)
+
+
 # Rows with labels, queries with keys.
 def supcon_loss(
     embeddings: Tensor,

@@ -18,7 +18,7 @@ from numerics import assert_exact
 from hpcloss import functional, native, reference
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc")
+NAMES = ("region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc", "hard_negative_nce")
 FAST = {name: getattr(functional, f"{name}_loss") for name in NAMES}
 ORACLE = {name: getattr(reference, f"{name}_loss") for name in NAMES}
 

@@ -553,6 +553,7 @@ LOSSES = {
     "supcon, keys": ("supcon", lambda dtype: _vectors(dtype, 2), _keys, {"learnt": 0.1}),
     "supcon, in, keys": ("supcon", lambda dtype: _vectors(dtype, 2), _keys, {"form": "in"}),
     "ntxent": ("ntxent", _views, _plain, {}),
+    "hard negatives": ("hard_negative_nce", _views, _plain, {}),
     "infonce": ("infonce", _views, _plain, {"learnt": 0.1}),
     "infonce, symmetric": ("infonce", _views, _plain, {"symmetric": True, "learnt": 0.1}),
     "infonce, negatives": ("infonce", lambda dtype: _views(dtype, 3), _plain, {}),

@@ -274,7 +274,32 @@ def test_two_view_losses(temperature, reduction, normalize):
             assert_same(*both("ihpc", groups, **options, beta=beta), *views)
 
 
-@pytest.mark.parametrize("name", ["ntxent", "ihpc", "infonce"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 100.0])
+def test_hard_negative_nce_loss(temperature, reduction, normalize):
+    options = {"temperature": temperature, "reduction": reduction, "normalize": normalize}
+    for n in (0, 1, 2, 5, 31):
+        views = rows(n, 3), rows(n, 3, seed=1)
+        for beta, tau_plus in ((0.0, 0.0), (0.0, 0.1), (1.0, 0.1), (0.5, 0.7), (2.0, 0.0)):
+            assert_same(*both("hard_negative_nce", **options, beta=beta, tau_plus=tau_plus), *views)
+        plain = partial(FAST["hard_negative_nce"], **options, beta=0.0, tau_plus=0.0)
+        assert_same(plain, partial(FAST["ntxent"], **options), *views)
+
+
+def test_hard_negative_nce_at_its_edges():
+    """Finite at any temperature; where the discount leaves nothing, the lowest value holds."""
+    a, b = rows(6, 4), rows(6, 4, seed=1)
+    for temperature in (0.005, 0.05, 10.0):
+        for x, y in ((a, b), (a, a), (a[:1].expand(6, 4), a[:1].expand(6, 4))):
+            value, grads = value_and_grads(partial(FAST["hard_negative_nce"], temperature=temperature), x, y)
+            assert value.isfinite() and all(grad.isfinite().all() for grad in grads)
+    corners = torch.eye(6).double()  # l+ = 2, l- = 0: 10 - 0.9 * 10 e^2 < 0, so 10 e^-2 stands for the negatives
+    lowest = math.log1p(10 * math.exp(-2) / math.exp(2))
+    assert float(FAST["hard_negative_nce"](corners, corners, 0.5, tau_plus=0.9)) == pytest.approx(lowest)
+
+
+@pytest.mark.parametrize("name", ["ntxent", "ihpc", "infonce", "hard_negative_nce"])
 @pytest.mark.parametrize("n", [257, 513, 700])
 def test_two_view_losses_beyond_one_tile(name, n):
     fast = lambda a, b, t: FAST[name](a, b, temperature=t)  # noqa: E731

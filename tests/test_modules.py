@@ -20,6 +20,7 @@ MODULES = {
     "ntxent": hpcloss.NTXentLoss,
     "infonce": hpcloss.InfoNCELoss,
     "ihpc": hpcloss.IHPCLoss,
+    "hard_negative_nce": hpcloss.HardNegativeNCELoss,
 }
 X = 1.5 * rows(3, 4, 8, 6)
 LABELS = choice([0, 1, 2, 3, 255], 3, 8, 6)
@@ -27,7 +28,7 @@ VECTORS = 1.5 * rows(24, 4), choice([0, 1, 2, 255], 24)
 VIEWS = 1.5 * rows(24, 4), 1.5 * rows(24, 4, seed=1)
 INPUTS = {
     "region_phpc": (X, LABELS), "region_supcon": (X, LABELS), "supcon": VECTORS,
-    "ntxent": VIEWS, "infonce": VIEWS, "ihpc": VIEWS,
+    "ntxent": VIEWS, "infonce": VIEWS, "ihpc": VIEWS, "hard_negative_nce": VIEWS,
 }  # fmt: skip
 
 REGION = {
@@ -41,6 +42,13 @@ CHANGED = {
     "ntxent": {"temperature": 0.3, "normalize": False, "reduction": "sum"},
     "infonce": {"temperature": 0.3, "symmetric": True, "normalize": False, "reduction": "sum"},
     "ihpc": {"temperature": 0.3, "hardness": 3.0, "normalize": False, "reduction": "sum"},
+    "hard_negative_nce": {
+        "temperature": 0.3,
+        "beta": 0.5,
+        "tau_plus": 0.2,
+        "normalize": False,
+        "reduction": "sum",
+    },  # fmt: skip
 }
 # Seen in tests of their own: they change no value, need another argument, or raise.
 ELSEWHERE = {"samples_per_class", "detach_weights", "check_labels", "backend", "learnable", "memory_bank"}
@@ -182,7 +190,12 @@ def test_published_ihpc():
       for name in MODULES),
     *((name, {"reduction": "average"}, "reduction must be one of 'mean'.*got 'average'") for name in MODULES),
     *((name, {"reduction": "region"}, "reduction must be one of") for name in ("supcon", "ntxent", "infonce", "ihpc")),
-    *((name, {"reduction": "class"}, "reduction must be one of") for name in ("ntxent", "infonce", "ihpc")),
+    *((name, {"reduction": "class"}, "reduction must be one of")
+      for name in ("ntxent", "infonce", "ihpc", "hard_negative_nce")),
+    *(("hard_negative_nce", {"beta": value}, f"beta must be a finite number of at least 0, got {value}")
+      for value in (-0.1, float("inf"), float("nan"))),
+    *(("hard_negative_nce", {"tau_plus": value}, rf"tau_plus must be in \[0, 1\), got {value}")
+      for value in (-0.1, 1.0, float("nan"))),
     *((name, {"hardness": value}, f"hardness must be a finite number, got {value}")
       for name in ("region_phpc", "ihpc") for value in (float("inf"), float("nan"))),
     ("supcon", {"form": "both"}, "form must be one of 'out', 'in', got 'both'"),

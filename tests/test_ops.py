@@ -114,6 +114,7 @@ def test_gradcheck_vector_losses():
         assert gradcheck(lambda x, t: FAST["supcon"](x, labels, temperature=t, form=form), (x, t))  # noqa: B023
         assert gradcheck(lambda x, k, t: FAST["supcon"](x, labels, k, key_labels, t, form=form), (x, z, t))  # noqa: B023
     assert gradcheck(lambda a, b, t: FAST["ntxent"](a, b, t), (x, y, t))
+    assert gradcheck(lambda a, b, t: FAST["hard_negative_nce"](a, b, t, 0.7, 0.1), (x, y, t))
     assert gradcheck(lambda a, b, t: FAST["infonce"](a, b, None, t), (x, y, t))
     assert gradcheck(lambda a, b, t: FAST["infonce"](a, b, None, t, symmetric=True), (x, y, t))
     assert gradcheck(lambda a, b, c, t: FAST["infonce"](a, b, c, t), (x, y, z, t))
@@ -243,6 +244,7 @@ def modules():
         "supcon": (hpcloss.SupConLoss(), (a, vector_labels)),
         "supcon, in, keys": (hpcloss.SupConLoss(form="in"), (a, vector_labels, b, vector_labels)),
         "ntxent": (hpcloss.NTXentLoss(), (a, b)),
+        "hard negatives": (hpcloss.HardNegativeNCELoss(), (a, b)),
         "infonce": (hpcloss.InfoNCELoss(learnable=True), (a, b)),
         "infonce, symmetric": (hpcloss.InfoNCELoss(symmetric=True), (a, b)),
         "infonce, negatives": (hpcloss.InfoNCELoss(), (a, b, c)),

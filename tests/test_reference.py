@@ -13,9 +13,9 @@ from hpcloss import reference
 IGNORED = (-100, -1, 255)
 LOSSES = {
     name: getattr(reference, f"{name}_loss")
-    for name in ("region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc")
+    for name in ("region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc", "hard_negative_nce")
 }
-region_phpc, region_supcon, supcon, ntxent, infonce, ihpc = LOSSES.values()
+region_phpc, region_supcon, supcon, ntxent, infonce, ihpc, hard_negative_nce = LOSSES.values()
 
 
 def rows(*shape, seed=0):
@@ -141,6 +141,18 @@ class TestByHand:
         loss3 = log(e(-2) + e(0) + e(-1.2)) - 0
         assert_value(ntxent(self.X[:2], self.X[2:4], reduction="none"), [loss0, loss1, loss2, loss3])
         assert_value(ntxent(self.X[:2], self.X[2:4]), (loss0 + loss1 + loss2 + loss3) / 4)
+
+    def test_hard_negative_nce(self):
+        # the NT-Xent rows: l+ and the two negatives of each; N = 2, the lowest value 2 e^-2
+        expected = []
+        for own, a, b in ((1.2, 0, -2), (0, 0, 1.6), (1.2, 1.6, -1.2), (0, -2, -1.2)):
+            weighted = 2 * (e(a) * e(a) + e(b) * e(b)) / (e(a) + e(b))
+            expected.append(log(1 + max((weighted - 0.1 * 2 * e(own)) / 0.9, 2 * e(-2)) / e(own)))
+        assert_value(hard_negative_nce(self.X[:2], self.X[2:4], reduction="none"), expected)
+        debiased = log(1 + max((e(0) + e(-2) - 0.3 * 2 * e(1.2)) / 0.7, 2 * e(-2)) / e(1.2))
+        first = hard_negative_nce(self.X[:2], self.X[2:4], 0.5, 0.0, 0.3, reduction="none")[0]
+        assert_value(first, debiased)
+        assert_value(first, log(1 + 2 * e(-2) / e(1.2)))  # nothing is left of the negatives
 
     def test_ihpc(self):
         # the NT-Xent rows; s+ = 0.6, 0, 0.6, 0; hardness 2, so weights ∝ e^{-1.2} and 1
@@ -828,6 +840,7 @@ PINNED = {
     "supcon, out": (lambda: supcon(waves(6, 3), torch.tensor([0, 0, 1, 1, 1, 2])), 5.9214375544026),
     "supcon, in": (lambda: supcon(waves(6, 3), torch.tensor([0, 0, 1, 1, 1, 2]), form="in"), 3.7942784412725),
     "ntxent": (lambda: ntxent(waves(4, 3), waves(4, 3, phase=0.5)), 0.85670555061897),
+    "hard_negative_nce": (lambda: hard_negative_nce(waves(4, 3), waves(4, 3, phase=0.5)), 1.116685075494442),
     "ihpc": (lambda: ihpc(waves(4, 3), waves(4, 3, phase=0.5)), 0.84747001909736),
     "ihpc, published": (lambda: ihpc(waves(4, 3), waves(4, 3, phase=0.5), beta=0.1), 0.95653824782065),
     "infonce": (lambda: infonce(waves(4, 3), waves(4, 3, phase=0.5)), 0.22243965364964),
@@ -867,6 +880,8 @@ GRADCHECKS = {
     "supcon, in": (lambda x, t: supcon(x, SMALL.flatten(), temperature=t, form="in"), (6, 2)),
     "supcon, keys": (lambda x, t: supcon(x[:3], SMALL[0, 0], x[3:], SMALL[0, 1], t, form="in"), (6, 2)),
     "ntxent": (lambda x, t: ntxent(x[:3], x[3:], t), (6, 2)),
+    "hard_negative_nce": (lambda x, t: hard_negative_nce(x[:3], x[3:], t, 0.7, 0.1), (6, 2)),
+    "hard_negative_nce, no discount": (lambda x, t: hard_negative_nce(x[:3], x[3:], t, 2.0, 0.0), (6, 2)),
     "ihpc": (lambda x, t: ihpc(x[:3], x[3:], None, t, 0.0), (6, 2)),
     "ihpc, groups and bank": (
         lambda x, t: ihpc(x[:3], x[3:], torch.tensor([1, 1, 2]), t, 0.0, bank=unit_rows(3, 2)),

@@ -2,6 +2,14 @@
 
 from hpcloss.losses.image import IHPCLoss
 from hpcloss.losses.region import RegionPHPCLoss, RegionSupConLoss
-from hpcloss.losses.supcon import InfoNCELoss, NTXentLoss, SupConLoss
+from hpcloss.losses.supcon import HardNegativeNCELoss, InfoNCELoss, NTXentLoss, SupConLoss
 
-__all__ = ["IHPCLoss", "InfoNCELoss", "NTXentLoss", "RegionPHPCLoss", "RegionSupConLoss", "SupConLoss"]
+__all__ = [
+    "HardNegativeNCELoss",
+    "IHPCLoss",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "RegionPHPCLoss",
+    "RegionSupConLoss",
+    "SupConLoss",
+]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hpcloss.checks import VECTORS_IGNORED, check_vector_options
-from hpcloss.functional import infonce_loss, ntxent_loss, supcon_loss
+from hpcloss.checks import VECTORS_IGNORED, check_hard_negatives, check_vector_options
+from hpcloss.functional import hard_negative_nce_loss, infonce_loss, ntxent_loss, supcon_loss
 from hpcloss.losses.base import Loss
 
 
@@ -83,6 +83,52 @@ class NTXentLoss(Loss):
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """view1, view2 [N, D]: row i of both shows image i."""
         return ntxent_loss(view1, view2, **self.options)
+
+
+class HardNegativeNCELoss(Loss):
+    r"""Contrast of two views in which similar negatives weigh more, and false negatives are discounted.
+
+        L_i = -log( e^{l_i+} / ( e^{l_i+} + G_i ) )       over all 2N rows
+        G_i = max( ( Σ_{n∈N(i)} v_in e^{l_in} - τ⁺ |N| e^{l_i+} ) / (1 - τ⁺),  |N| e^{-1/temperature} )
+        v_in = e^{beta l_in} / mean_{m∈N(i)} e^{beta l_im},  differentiated
+
+    N(i): the rows of other images. Robinson et al., "Contrastive learning with hard negative samples" (ICLR 2021),
+    eq. 4; beta = 0 is Chuang et al., "Debiased contrastive learning" (NeurIPS 2020); both 0 is NT-Xent.
+
+    Args:
+        temperature: positive number, or a 0-dim tensor (learnable).
+        beta: how much similar negatives weigh; 0 weighs all alike.
+        tau_plus: probability that a negative is of the row's own class, in [0, 1); 0 leaves the discount, and the
+            lowest value, which is that of unit rows, out.
+        normalize, backend: as in `SupConLoss`. reduction: "mean" over 2N rows, "sum" or "none" ([2N], view1 first).
+
+    A single image has no negative and loss 0.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        beta: float = 1.0,
+        tau_plus: float = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(
+            temperature=temperature,
+            beta=beta,
+            tau_plus=tau_plus,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+        check_vector_options(temperature, reduction)
+        check_hard_negatives(beta, tau_plus)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
+        """view1, view2 [N, D]: row i of both shows image i."""
+        return hard_negative_nce_loss(view1, view2, **self.options)
 
 
 class InfoNCELoss(Loss):
