@@ -144,7 +144,7 @@ class BuildLibrary(build_ext):
                 self.compile_and_link(ext)
             except BuildError as error:
                 cuda = f"not built: {error}"
-                ext.define_macros, ext.extra_objects, ext.libraries, ext.library_dirs = [], [], [], []
+                ext.extra_objects, ext.libraries, ext.library_dirs = [], [], []
                 self.compile_and_link(ext)
             cxx = f"built with {version}"
         except BuildError as error:
@@ -163,7 +163,6 @@ class BuildLibrary(build_ext):
         objects.mkdir(parents=True)
         flags = [*NVCC_FLAGS, *code_flags, "--threads=0"]  # as many as there are cores
         run(nvcc, "-c", *sources("*.cu"), *flags, f"--output-directory={objects}")
-        ext.define_macros = [("HPCLOSS_WITH_CUDA", "1")]
         ext.extra_objects = [str(path) for path in objects.iterdir()]
         ext.libraries = ["cudart_static", *([] if WINDOWS else ["rt", "pthread", "dl"])]
         # nvcc knows where these are, which differs between distributions.

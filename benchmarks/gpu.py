@@ -822,7 +822,7 @@ class Run:
         self.say(name)
         try:
             self.document[name] = make()
-        except Exception as error:
+        except Exception as error:  # whatever it is: the document says so, and the rows can still be measured
             self.document[name], self.document[f"{name}_error"] = {}, f"{type(error).__name__}: {error}"
         self.say(json.dumps(self.document.get(f"{name}_error") or self.document[name]))
         self.write()
@@ -846,7 +846,7 @@ class Run:
             status, figures = "skipped", {"message": str(reason)}
         except torch.cuda.OutOfMemoryError as error:
             status, figures = "out of memory", {"message": str(error).splitlines()[0][:300]}
-        except Exception as error:
+        except Exception as error:  # whatever it is: one row's failure must not take the others along
             status, figures = "error", {"message": f"{type(error).__name__}: {error}"[:1000]}
             figures["traceback"] = traceback.format_exc()[-3000:]
             broken = any(sign in str(error) for sign in ("CUDA error", "Triton Error [CUDA]"))  # the context is lost

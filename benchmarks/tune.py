@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# The package is found beside this folder, hence the late imports.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402

@@ -15,6 +15,16 @@ inline int32_t check_rows(int64_t n, int32_t index_type) {
   return HPCLOSS_OK;
 }
 
+// Of arrays in host memory: whether offsets [count + 1] ascend within n rows.
+template <class Index>
+int32_t check_offsets(const Index* offsets, int64_t count, int64_t n) {
+  if (offsets[0] < 0) return HPCLOSS_ERROR_OFFSETS;
+  for (int64_t i = 0; i < count; ++i) {
+    if (offsets[i + 1] < offsets[i] || offsets[i + 1] > n) return HPCLOSS_ERROR_OFFSETS;
+  }
+  return HPCLOSS_OK;
+}
+
 inline int32_t check_regions(const hpcloss_regions* regions, int64_t n, int64_t num_regions) {
   if (!regions) return HPCLOSS_ERROR_NULL;
   if (num_regions < 1) return HPCLOSS_ERROR_SIZE;

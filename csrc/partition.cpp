@@ -210,10 +210,7 @@ struct Intervals {
 
   int32_t run(int64_t num_regions, int64_t num_classes, bool background_first, int64_t n, int64_t threads) const {
     const int64_t num_segments = num_regions * num_classes;
-    if (offsets[0] < 0) return HPCLOSS_ERROR_OFFSETS;
-    for (int64_t s = 0; s < num_segments; ++s) {
-      if (offsets[s + 1] < offsets[s] || offsets[s + 1] > n) return HPCLOSS_ERROR_OFFSETS;
-    }
+    if (const int32_t error = check_offsets(offsets, num_segments, n)) return error;
     for (int64_t r = 0; r < num_regions; ++r) {
       const Index* own = offsets + r * num_classes;
       anchor_start[r] = own[background_first];

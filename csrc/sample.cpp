@@ -177,10 +177,7 @@ class Sampler {
   };
 
   int32_t plan(int64_t n, int64_t threads) {
-    if (offsets_[0] < 0) return HPCLOSS_ERROR_OFFSETS;
-    for (int64_t s = 0; s < intervals_; ++s) {
-      if (offsets_[s + 1] < offsets_[s] || offsets_[s + 1] > n) return HPCLOSS_ERROR_OFFSETS;
-    }
+    if (const int32_t error = check_offsets(offsets_, intervals_, n)) return error;
     threads_ = std::max<int64_t>(1, std::min(threads, n / kThreadWork));
     counts_.assign(static_cast<size_t>(intervals_), 0);
     if (threads_ > 1) pools_.resize(static_cast<size_t>(intervals_));

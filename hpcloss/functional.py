@@ -486,8 +486,8 @@ def hard_negative_nce_loss(
         most = None if bound is None else factor * bound
         return pair_lse(rows, by_image, "negatives", factor * scale, scale_bound=most, backend=backend)
 
-    count = by_image.counts()[1]
-    counted, log_count = count > 0, count.clamp(min=1).to(positive.dtype).log()
+    negatives = by_image.counts()[1]
+    counted, log_count = negatives > 0, negatives.clamp(min=1).to(positive.dtype).log()
     # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}; not -inf minus -inf where there is no negative.
     hard = torch.where(counted, lse(1 + beta), 0.0)
     negative = log_count + hard - torch.where(counted, lse(beta), 0.0) if beta else hard

@@ -89,8 +89,7 @@ def _pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool, backen
 
 
 def _pack_backward(grad: Tensor, *args: Any) -> Tensor:
-    *args, backend = args  # type: ignore[assignment]
-    return load(backend).pack_backward(grad, *args)
+    return load(args[-1]).pack_backward(grad, *args[:-1])  # the last is the backend
 
 
 def _pack_fake(features: Tensor, order: Tensor, live: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:

@@ -269,8 +269,7 @@ def _pair_lse_fake(anchors: Tensor, *_: Any) -> Tensor:
 
 
 def _pair_lse_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args, backend = args  # type: ignore[assignment]
-    return load(backend).pair_lse_backward(grad, *args)
+    return load(args[-1]).pair_lse_backward(grad, *args[:-1])  # the last is the backend
 
 
 def _gradients_fake(
@@ -301,8 +300,7 @@ def _pair_lse_backward_fake(
 
 
 def _pair_lse_both(anchors: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *args, backend = args  # type: ignore[assignment]
-    return load(backend).pair_lse_both(anchors, *args)
+    return load(args[-1]).pair_lse_both(anchors, *args[:-1])  # the last is the backend
 
 
 def _pair_lse_both_fake(anchors: Tensor, keys: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -311,8 +309,7 @@ def _pair_lse_both_fake(anchors: Tensor, keys: Tensor, *_: Any) -> tuple[Tensor,
 
 
 def _pair_lse_both_backward(grad_rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args, backend = args  # type: ignore[assignment]
-    return load(backend).pair_lse_both_backward(grad_rows, *args)
+    return load(args[-1]).pair_lse_both_backward(grad_rows, *args[:-1])  # the last is the backend
 
 
 def _pair_lse_both_backward_fake(
@@ -323,8 +320,7 @@ def _pair_lse_both_backward_fake(
 
 
 def _pair_mean(anchors: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args, backend = args  # type: ignore[assignment]
-    return load(backend).pair_mean(anchors, *args)
+    return load(args[-1]).pair_mean(anchors, *args[:-1])  # the last is the backend
 
 
 def _pair_mean_fake(anchors: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,8 +329,7 @@ def _pair_mean_fake(anchors: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pair_mean_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args, backend = args  # type: ignore[assignment]
-    return load(backend).pair_mean_backward(grad, *args)
+    return load(args[-1]).pair_mean_backward(grad, *args[:-1])  # the last is the backend
 
 
 def _pair_mean_backward_fake(
