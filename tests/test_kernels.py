@@ -18,7 +18,7 @@ from test_backends import PLANS, LargestTensor, Plan, allowed, cross_plan, long_
 import hpcloss
 from hpcloss import reference
 from hpcloss.backends import load
-from hpcloss.functional import UNFILLED
+from hpcloss.functional.image import UNFILLED
 from hpcloss.pack import Rows
 from hpcloss.pairs import RULES, pair_lse, pair_lse_both, pair_mean
 from hpcloss.partition import Pairs, partition

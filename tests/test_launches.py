@@ -10,7 +10,8 @@ from kernels import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpcloss
-from hpcloss import functional, native
+from hpcloss import native
+from hpcloss.functional import region, supcon
 from hpcloss.pack import pack
 from hpcloss.partition import partition
 from hpcloss.regions import Grid
@@ -60,7 +61,8 @@ def launches(cuda, monkeypatch):
 
     from hpcloss.backends import triton as backend
 
-    monkeypatch.setattr(functional, "resolve", lambda name, tensor: "triton")
+    for module in (region, supcon):
+        monkeypatch.setattr(module, "resolve", lambda name, tensor: "triton")
     mode = Operations()
 
     def seen_inside(function):

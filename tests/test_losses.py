@@ -27,8 +27,8 @@ from numerics import assert_exact, assert_within_budget
 from torch.nn import functional as F
 
 import hpcloss
-from hpcloss import functional
-from hpcloss.functional import UNFILLED
+from hpcloss.functional import region as region_losses
+from hpcloss.functional.image import UNFILLED
 
 phpc, ref_phpc = FAST["region_phpc"], ORACLE["region_phpc"]
 IGNORED = (-100, -1, 255)
@@ -489,14 +489,14 @@ def test_labels_beyond_num_classes_are_ignored(options):
 
 
 def recorded(monkeypatch, name):
-    """The results of every later call of `functional.<name>`."""
-    results, original = [], getattr(functional, name)
+    """The results of every later call of `<name>` by the region losses."""
+    results, original = [], getattr(region_losses, name)
 
     def call(*args, **kwargs):
         results.append(original(*args, **kwargs))
         return results[-1]
 
-    monkeypatch.setattr(functional, name, call)
+    monkeypatch.setattr(region_losses, name, call)
     return results
 
 

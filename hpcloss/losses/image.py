@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.checks import check_vector_options
-from hpcloss.functional import NO_GROUP, UNFILLED, ihpc_loss
+from hpcloss.functional.image import NO_GROUP, UNFILLED, ihpc_loss
 from hpcloss.losses.base import Loss
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hpcloss.checks import IGNORED, check_region_options
-from hpcloss.functional import region_phpc_loss, region_supcon_loss
+from hpcloss.functional.region import region_phpc_loss, region_supcon_loss
 from hpcloss.losses.base import Loss
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcloss.checks import VECTORS_IGNORED, check_hard_negatives, check_vector_options
-from hpcloss.functional import hard_negative_nce_loss, infonce_loss, ntxent_loss, supcon_loss
+from hpcloss.functional.supcon import hard_negative_nce_loss, infonce_loss, ntxent_loss, supcon_loss
 from hpcloss.losses.base import Loss
 
 

@@ -1,0 +1,25 @@
+"""One function per loss: check once, say which pairs count, pack, compose the primitives, reduce.
+
+Each loss is a recipe of a few lines over `pair_lse` and `pair_mean` on [N] vectors. The modules of `hpcloss.losses`
+hold hyper-parameters and call these; `hpcloss.reference` writes the same losses out densely.
+
+Common to all: `ignore_index` removes rows as anchors and as keys; an anchor that cannot be contrasted adds nothing
+and is not counted; without any counted anchor the loss is 0, joined to the graph. Results are fp32, or float64
+for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from hpcloss.functional.image import ihpc_loss
+from hpcloss.functional.region import region_phpc_loss, region_supcon_loss
+from hpcloss.functional.supcon import hard_negative_nce_loss, infonce_loss, ntxent_loss, supcon_loss
+
+__all__ = [
+    "hard_negative_nce_loss",
+    "ihpc_loss",
+    "infonce_loss",
+    "ntxent_loss",
+    "region_phpc_loss",
+    "region_supcon_loss",
+    "supcon_loss",
+]

@@ -1,0 +1,59 @@
+"""Arithmetic on [N] vectors that the recipes share: log-sum-exps merged, losses reduced, temperatures inverted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hpcloss.pack import Rows
+from hpcloss.sorting import segment_bounds
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), exactly: the default threshold of 20 is off by 2e-9."""
+    return torch.nn.functional.softplus(x, threshold=40.0)
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """logaddexp whose gradient is 0, not NaN, where both are -inf."""
+    empty = (a == -math.inf) & (b == -math.inf)
+    merged = torch.logaddexp(torch.where(empty, 0.0, a), torch.where(empty, 0.0, b))
+    return torch.where(empty, -math.inf, merged)
+
+
+def reduce(loss: Tensor, counted: Tensor, reduction: str, group: Tensor | None = None) -> Tensor:
+    """Weighted sum of the losses [N] of counted anchors; weights come from integer counts: deterministic.
+
+    group [N]: where the reduction is a mean of the means of groups.
+    """
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if group is None:
+        return loss.sum() / counted.sum().clamp(min=1)
+    return (loss * group_weight(group, counted).to(loss.dtype)).sum()
+
+
+def group_weight(ids: Tensor, counted: Tensor) -> Tensor:
+    """1 / (groups with a counted anchor x counted anchors of the own group), for a mean of group means [N]."""
+    ids, order = torch.sort(ids)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ids[1:] != ids[:-1]
+    start, end = segment_bounds(first)
+    seen = torch.nn.functional.pad(torch.cumsum(counted[order], 0), (1, 0))
+    members = seen[end] - seen[start]
+    present = (first & (members > 0)).sum()
+    weight = torch.where(members > 0, 1.0 / (members * present).clamp(min=1).double(), 0.0)
+    return torch.empty_like(weight).scatter_(0, order, weight)
+
+
+def inverse_temperature(temperature: float | Tensor, rows: Rows, normalize: bool) -> tuple[Tensor, float | None]:
+    """1 / temperature as a 0-dim tensor in the statistics' dtype, and a bound of |similarity / temperature|."""
+    dtype = torch.float64 if rows.data.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor):
+        return temperature.to(device=rows.data.device, dtype=dtype).reshape(()).reciprocal(), None
+    scale = torch.full((), 1.0 / temperature, dtype=dtype, device=rows.data.device)
+    return scale, 1.0 / temperature if normalize else None

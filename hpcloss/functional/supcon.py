@@ -1,0 +1,185 @@
+"""Contrast of vectors: by labels, of two views, of queries and keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hpcloss.backends import resolve
+from hpcloss.checks import (
+    VECTORS_IGNORED,
+    check_hard_negatives,
+    check_vector_options,
+    check_vectors,
+    integers,
+    labels_of_vectors,
+)
+from hpcloss.functional.arithmetic import inverse_temperature, reduce, softplus
+from hpcloss.pack import Rows, pack
+from hpcloss.pairs import pair_lse, pair_lse_both, pair_mean
+from hpcloss.partition import Pairs, one_to_one, paired, partition, partition_against
+
+
+def supcon_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    form: str = "out",
+    ignore_index: int | Sequence[int] = VECTORS_IGNORED,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Supervised contrast of vectors; equations and arguments in `SupConLoss`."""
+    check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
+    check_vectors("embeddings", embeddings)
+    labels = labels_of_vectors("labels", embeddings, labels)
+    ignored = integers("ignore_index", ignore_index)
+    backend = resolve(backend, embeddings)
+    key_rows = None
+    if (keys is None) != (key_labels is None):
+        raise ValueError("keys and key_labels go together, got only one of them")
+    if keys is not None and key_labels is not None:
+        check_vectors("keys", keys, like=embeddings)
+        key_labels = labels_of_vectors("key_labels", keys, key_labels)
+        pairs, key_order = partition_against(labels, key_labels, ignore_index=ignored)
+        key_rows = pack(keys, key_order, pairs.key_end, normalize=normalize, backend=backend)
+    else:
+        pairs = partition(labels, ignore_index=ignored)
+    rows = pack(embeddings, pairs.order, pairs.live(), normalize=normalize, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
+    positives, _ = pairs.counts()
+    counted = positives > 0
+    lse = pair_lse(rows, pairs, "others", scale, keys=key_rows, scale_bound=bound, backend=backend)
+    if form == "out":
+        loss = lse - pair_mean(rows, pairs, "logit", scale, keys=key_rows, backend=backend)[0]
+    else:
+        own = pair_lse(rows, pairs, "positives", scale, keys=key_rows, scale_bound=bound, backend=backend)
+        # Not -inf minus -inf where there is no positive: that would be NaN in the gradient.
+        loss = lse - torch.where(counted, own, 0.0) + positives.clamp(min=1).to(lse.dtype).log()
+    loss = torch.where(counted, loss, 0.0)
+    if reduction == "none":
+        return loss.new_zeros(labels.numel()).index_add(0, pairs.order, loss)
+    return reduce(loss, counted, reduction, labels[pairs.order] if reduction == "class" else None)
+
+
+def ntxent_loss(
+    view1: Tensor,
+    view2: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of two views; equation and arguments in `NTXentLoss`."""
+    check_vector_options(temperature, reduction)
+    check_vectors("view1", view1)
+    images = torch.arange(view1.shape[0], device=view1.device)
+    rows, by_image, own, backend = two_views(view1, view2, images, normalize, backend)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
+    lse = pair_lse(rows, own, "others", scale, scale_bound=bound, backend=backend)
+    loss = lse - pair_mean(rows, own, "logit", scale, backend=backend)[0]
+    if reduction == "none":
+        return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
+    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+
+
+def infonce_loss(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    symmetric: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of each query with its positive key; equations and arguments in `InfoNCELoss`."""
+    if symmetric and negatives is not None:
+        raise ValueError("symmetric=True has no meaning with negatives of the queries' own")
+    check_vector_options(temperature, reduction)
+    check_vectors("query", query)
+    check_vectors("positive", positive, like=query, same_length=True)
+    backend = resolve(backend, query)
+    pairs = one_to_one(query.shape[0], query.device)
+    rows = pack(query, pairs.order, normalize=normalize, backend=backend)
+    keys = pack(positive, pairs.order, normalize=normalize, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
+    own, _ = pair_mean(rows, pairs, "logit", scale, keys=keys, backend=backend)
+    if symmetric:
+        of_query, of_key = pair_lse_both(rows, keys, pairs, scale, scale_bound=bound, backend=backend)
+        loss = (of_query + of_key) / 2 - own
+    elif negatives is None:
+        loss = pair_lse(rows, pairs, "every", scale, keys=keys, scale_bound=bound, backend=backend) - own
+    else:
+        check_vectors("negatives", negatives, like=query)
+        order = torch.arange(negatives.shape[0], device=query.device)
+        others = pack(negatives, order, normalize=normalize, backend=backend)
+        whole = pairs.replace(key_end=torch.full_like(pairs.key_end, negatives.shape[0]))
+        lse = pair_lse(rows, whole, "every", scale, keys=others, scale_bound=bound, backend=backend)
+        loss = softplus(lse - own)
+    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+
+
+def hard_negative_nce_loss(
+    view1: Tensor,
+    view2: Tensor,
+    temperature: float | Tensor = 0.5,
+    beta: float = 1.0,
+    tau_plus: float = 0.1,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of two views with hard negatives; equation and arguments in `HardNegativeNCELoss`."""
+    check_vector_options(temperature, reduction)
+    check_hard_negatives(beta, tau_plus)
+    check_vectors("view1", view1)
+    images = torch.arange(view1.shape[0], device=view1.device)
+    rows, by_image, own, backend = two_views(view1, view2, images, normalize, backend)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
+    positive = pair_mean(rows, own, "logit", scale, backend=backend)[0]
+
+    def lse(factor: float) -> Tensor:
+        most = None if bound is None else factor * bound
+        return pair_lse(rows, by_image, "negatives", factor * scale, scale_bound=most, backend=backend)
+
+    negatives = by_image.counts()[1]
+    counted, log_count = negatives > 0, negatives.clamp(min=1).to(positive.dtype).log()
+    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}; not -inf minus -inf where there is no negative.
+    hard = torch.where(counted, lse(1 + beta), 0.0)
+    negative = log_count + hard - torch.where(counted, lse(beta), 0.0) if beta else hard
+    if tau_plus:
+        # The share of false negatives, as a logarithm; from 1 on nothing is left, and the lowest value holds.
+        share = math.log(tau_plus) + log_count + positive - negative
+        some_left = share < -4 * torch.finfo(share.dtype).eps
+        left = negative + torch.log1p(-torch.where(some_left, share, -1.0).exp()) - math.log1p(-tau_plus)
+        lowest = log_count - scale
+        negative = torch.where(some_left, torch.maximum(left, lowest), lowest)
+    loss = torch.where(counted, softplus(negative - positive), 0.0)
+    if reduction == "none":
+        return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
+    return reduce(loss, counted, reduction)
+
+
+def two_views(
+    view1: Tensor, view2: Tensor, groups: Tensor, normalize: bool, backend: str
+) -> tuple[Rows, Pairs, Pairs, str]:
+    """The rows of both views, sorted by group; pairs by group, and the same with the other view as only positive."""
+    check_vectors("view2", view2, like=view1, same_length=True)
+    backend = resolve(backend, view1)
+    by_group = partition(groups.repeat(2))
+    order, count = by_group.order.long(), view1.shape[0]
+    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(2 * count, device=order.device))
+    own = paired(by_group, row_of[(order + count) % max(2 * count, 1)])
+    rows = pack(torch.cat([view1, view2]), by_group.order, normalize=normalize, backend=backend)
+    return rows, by_group, own, backend
