@@ -205,6 +205,31 @@ def partition_against(
     return pairs, keys.order
 
 
+def from_offsets_against(
+    order: Tensor, offsets: Tensor, key_offsets: Tensor, num_classes: int, background_ranked: bool = False
+) -> Pairs:
+    """`Pairs` of anchors and of other keys, both sorted by (region, class) as in `ClassRows`.
+
+    order [N], offsets [R * num_classes + 1]: the anchors. key_offsets [R * num_classes + 1]: the keys' segments, of the
+    same regions and classes; an anchor meets the keys of its region, and its positives are the keys of its class. No
+    key is an anchor itself. `background_ranked`: class rank 0 is the background, a key and no anchor.
+    """
+    rows = torch.arange(order.numel(), dtype=offsets.dtype, device=order.device)
+    segment = torch.searchsorted(offsets[1:], rows, right=True).clamp_(max=offsets.numel() - 2)
+    dtype = index_dtype(max(order.numel(), 1))
+    first = int(background_ranked)
+    return Pairs(
+        order.to(dtype),
+        key_offsets[:-1][segment].to(dtype),
+        key_offsets[1:][segment].to(dtype),
+        torch.full_like(segment, -1, dtype=dtype),
+        offsets[first:-1:num_classes].to(dtype, copy=True),
+        offsets[num_classes::num_classes].to(dtype, copy=True),
+        key_offsets[:-1:num_classes].to(dtype, copy=True),
+        key_offsets[num_classes::num_classes].to(dtype, copy=True),
+    )
+
+
 def paired(pairs: Pairs, partner: Tensor) -> Pairs:
     """The same anchors and keys with one explicit positive each: `partner` [N] is its key row."""
     return pairs.replace(pos_start=partner.to(pairs.order.dtype), pos_end=(partner + 1).to(pairs.order.dtype))

@@ -14,6 +14,7 @@ from hpcloss.partition import (
     against_cells,
     class_sort,
     from_offsets,
+    from_offsets_against,
     one_to_one,
     paired,
     partition,
@@ -226,6 +227,33 @@ def test_against_other_keys(labels, key_labels):
         else:
             assert labels[pixel] == 255 and positives[row] == negatives[row] == 0
     assert all(bound.dtype == torch.int32 for bound in pairs)
+
+
+sorted_labels = st.lists(st.tuples(st.sampled_from([0, 1, 2, 255]), st.integers(0, 2)), max_size=20)
+
+
+@FAST
+@given(sorted_labels, sorted_labels, st.sampled_from([None, 0, 2]))
+def test_against_other_keys_by_region_and_class(anchors, keys, background):
+    def sort(pixels):
+        labels, regions = (torch.tensor([pixel[i] for pixel in pixels], dtype=torch.int64) for i in (0, 1))
+        return class_sort(labels, regions, 3, background=background, ignore_index=(255,), num_classes=3)
+
+    mine, other = sort(anchors), sort(keys)
+    pairs = from_offsets_against(mine.order, mine.offsets, other.offsets, 3, background_ranked=background is not None)
+    positives, negatives = pairs.counts()
+    is_anchor = pairs.is_anchor().tolist()
+    met = [keys[j] for j in other.order.tolist()]
+    for row, pixel in enumerate(pairs.order.tolist()):
+        label, region = anchors[pixel]
+        assert is_anchor[row] == (label not in (255, background))
+        if is_anchor[row]:
+            same = [j for j, key in enumerate(met) if key == (label, region)]
+            assert list(range(int(pairs.pos_start[row]), int(pairs.pos_end[row]))) == same
+            inside = [j for j, key in enumerate(met) if key[1] == region and key[0] != 255]
+            assert list(range(int(pairs.key_start[region]), int(pairs.key_end[region]))) == inside
+            assert (int(positives[row]), int(negatives[row])) == (len(same), len(inside) - len(same))
+    assert (pairs.self_pos == -1).all() and all(bound.dtype == torch.int32 for bound in pairs)
 
 
 def test_explicit_positives():
