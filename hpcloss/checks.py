@@ -94,6 +94,115 @@ def check_hard_negatives(beta: float, tau_plus: float) -> None:
         raise ValueError(f"tau_plus must be in [0, 1), got {tau_plus}")
 
 
+def check_entropy_options(
+    temperature: float | Tensor,
+    *,
+    threshold: float | str,
+    entropy_classes: bool,
+    denominator: str,
+    symmetric: bool,
+    samples_per_class: int | None,
+    ignore_index: int | Sequence[int],
+    reduction: str,
+) -> None:
+    """Raise ValueError for hyper-parameters of the entropy-guided loss that cannot be meant."""
+    _check_temperature(temperature)
+    _check_choice("denominator", denominator, ("own", "all"))
+    _check_choice("reduction", reduction, ("mean", "class", "sum", "none"))
+    integers("ignore_index", ignore_index)
+    if isinstance(threshold, str):
+        _check_choice("threshold", threshold, ("mean",))
+    elif not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be 'mean' or a share of the largest entropy in [0, 1], got {threshold}")
+    if samples_per_class is not None:
+        count("samples_per_class", samples_per_class)
+    if symmetric and entropy_classes:
+        raise ValueError("symmetric=True has no meaning with entropy_classes=True, where every pixel is an anchor")
+
+
+def check_multiscale_options(
+    patch_size: int | Sequence[int],
+    temperature: float | Tensor,
+    *,
+    patch_positives: str,
+    patch_weight: float,
+    pixel_weight: float,
+    num_classes: int | None,
+    samples_per_class: int | None,
+    ignore_index: int | Sequence[int],
+) -> None:
+    """Raise ValueError for hyper-parameters of the multiscale loss that cannot be meant."""
+    _check_temperature(temperature)
+    _check_choice("patch_positives", patch_positives, ("instance", "majority"))
+    if not check_sizes("patch_size", patch_size):
+        raise ValueError(f"patch_size must be a size or several, got {patch_size!r}")
+    for name, weight in (("patch_weight", patch_weight), ("pixel_weight", pixel_weight)):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+    ignored = integers("ignore_index", ignore_index)
+    if num_classes is not None:
+        check_classes_and_ignored(count("num_classes", num_classes), ignored)
+    if samples_per_class is not None:
+        count("samples_per_class", samples_per_class)
+
+
+def check_pixel_options(
+    temperature: float | Tensor,
+    *,
+    num_classes: int,
+    samples_per_class: int | None,
+    background: int | None,
+    ignore_index: int | Sequence[int],
+    reduction: str,
+) -> None:
+    """Raise ValueError for hyper-parameters of the sampled pixel loss that cannot be meant."""
+    count("num_classes", num_classes)
+    _check_choice("reduction", reduction, ("mean", "class", "sum", "none"))
+    check_region_options(
+        None, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class, max_regions=None,
+        local_size=None, denominator="own", discount=0.0, background=background, ignore_index=ignore_index,
+        reduction=reduction,
+    )  # fmt: skip
+
+
+def check_local_options(
+    temperature: float | Tensor,
+    *,
+    num_classes: int,
+    samples_per_class: int | None,
+    background: int | None,
+    ignore_index: int | Sequence[int],
+    reduction: str,
+) -> None:
+    """Raise ValueError for hyper-parameters of the local contrastive loss that cannot be meant."""
+    check_region_options(
+        None, temperature, 0.0, num_classes=count("num_classes", num_classes), samples_per_class=samples_per_class,
+        max_regions=None, local_size=None, denominator="all", discount=0.0, background=background,
+        ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
+    _check_choice("reduction", reduction, ("mean", "class", "sum", "none"))
+
+
+def check_prototype_options(temperature: float | Tensor, hardness: float | None, reduction: str) -> None:
+    """Raise ValueError for hyper-parameters of the contrast of prototypes that cannot be meant."""
+    check_vector_options(temperature, reduction, hardness=0.0 if hardness is None else hardness)
+    if hardness is None and isinstance(temperature, Tensor):
+        raise ValueError("hardness=None stands for -1 / temperature, which must be a number then, got a tensor")
+
+
+def check_assignment_options(temperature: float | Tensor, iterations: int, epsilon: float, reduction: str) -> None:
+    """Raise ValueError for hyper-parameters of the assignment loss that cannot be meant."""
+    check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"))
+    check_sinkhorn(iterations, epsilon)
+
+
+def check_sinkhorn(iterations: int, epsilon: float) -> None:
+    """Raise ValueError for settings of a balanced assignment that cannot be meant."""
+    count("iterations", iterations)
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon must be positive, got {epsilon}")
+
+
 def _check_temperature(temperature: float | Tensor) -> None:
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < math.inf:
@@ -199,7 +308,7 @@ def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
     return _integers(name, labels.reshape(-1), vectors.device)
 
 
-def labels_of_map(features: Tensor, labels: Tensor) -> Tensor:
+def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
     """Labels [B, *S] of a feature map [B, D, *S], from [B, *S'] or [B, 1, *S'] of any resolution."""
     if not features.is_floating_point():
         raise TypeError(f"features must be floating point, got {features.dtype}")
@@ -212,36 +321,58 @@ def labels_of_map(features: Tensor, labels: Tensor) -> Tensor:
         labels = labels.squeeze(1)
     elif labels.dim() == dims and labels.shape[0] == features.shape[0]:
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} look one-hot; pass class indices: labels.argmax(1), shape [B, *S]"
+            f"{name} of shape {tuple(labels.shape)} look one-hot; pass class indices: {name}.argmax(1), shape [B, *S]"
         )
     if labels.dim() != dims - 1 or labels.shape[0] != features.shape[0]:
         raise ValueError(
-            f"labels must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
+            f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
             f" got {tuple(labels.shape)}"
         )
     views = labels.shape[1:] == (features.shape[1], *features.shape[3:])
     if dims == 5 and views and labels.shape[1:] != features.shape[2:]:
         raise ValueError(
-            f"features {tuple(features.shape)} with labels {tuple(labels.shape)} look like views [B, V, D, H, W];"
-            " pass features.flatten(0, 1) and labels.flatten(0, 1)"
+            f"features {tuple(features.shape)} with {name} {tuple(labels.shape)} look like views [B, V, D, H, W];"
+            f" pass features.flatten(0, 1) and {name}.flatten(0, 1)"
         )
     for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
         if (extent == 0) != (wanted == 0):
-            raise ValueError(f"labels {tuple(labels.shape)} and features {tuple(features.shape)}: one of them is empty")
+            raise ValueError(f"{name} {tuple(labels.shape)} and features {tuple(features.shape)}: one of them is empty")
     finer = [extent > wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
     coarser = [extent < wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
     if any(finer) and any(coarser):
         raise ValueError(
-            f"labels {tuple(labels.shape)} are finer than features {tuple(features.shape)} on one axis and coarser on"
+            f"{name} {tuple(labels.shape)} are finer than features {tuple(features.shape)} on one axis and coarser on"
             " another; are axes swapped?"
         )
-    labels = _integers("labels", labels, features.device)
+    labels = _integers(name, labels, features.device)
     for axis in range(1, labels.dim()):
         extent, wanted = labels.shape[axis], features.shape[axis + 1]
         if extent != wanted:
             nearest = torch.arange(wanted, device=labels.device) * extent // max(wanted, 1)
             labels = labels.index_select(axis, nearest)
     return labels
+
+
+def check_probs(features: Tensor, probs: Tensor) -> None:
+    """Raise TypeError or ValueError unless `probs` are floating [B, C, *S] for features [B, D, *S]."""
+    if not probs.is_floating_point():
+        raise TypeError(f"probs must be floating point, got {probs.dtype}")
+    if probs.dim() != features.dim() or probs.shape[:1] + probs.shape[2:] != features.shape[:1] + features.shape[2:]:
+        raise ValueError(
+            f"probs must have shape [B, C, *S] for features {tuple(features.shape)}, got {tuple(probs.shape)}"
+        )
+    if probs.device != features.device:
+        raise ValueError(f"probs must be on {features.device}, got {probs.device}")
+
+
+def check_same_maps(name: str, features: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise TypeError or ValueError unless two feature maps have one shape, dtype and device."""
+    if features.dtype != like.dtype:
+        raise TypeError(f"{name} must be {like.dtype}, as {like_name}, got {features.dtype}")
+    if features.shape != like.shape:
+        raise ValueError(f"{name} must have shape {tuple(like.shape)}, as {like_name}, got {tuple(features.shape)}")
+    if features.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, as {like_name}, got {features.device}")
 
 
 def check_label_values(labels: Tensor, ignored: tuple[int, ...], num_classes: int | None) -> None:

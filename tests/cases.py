@@ -18,7 +18,11 @@ from numerics import assert_exact
 from hpcloss import functional, native, reference
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc", "hard_negative_nce")
+NAMES = (
+    "region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc", "hard_negative_nce",
+    "entropy_guided_contrast", "multiscale_contrast", "pixel_contrast",
+    "local_contrast", "prototype_contrast", "prototype_assignment",
+)  # fmt: skip
 FAST = {name: getattr(functional, f"{name}_loss") for name in NAMES}
 ORACLE = {name: getattr(reference, f"{name}_loss") for name in NAMES}
 

@@ -22,6 +22,7 @@ LAYERS = [
     {"sampling"},
     {"backends"},
     {"pack", "pairs", "segments"},
+    {"memory", "prototypes"},
     {"functional"},
     {"losses"},
 ]

@@ -726,10 +726,22 @@ def calls(dtype):
         (*both("ihpc", integers(9, 40)), (a, b)),
         (*both("infonce"), (a, b)),
         (*both("infonce"), (a, b, c)),
+        (*both("entropy_guided_contrast", torch.softmax(2 * rows(2, 4, 16, 12, seed=5), 1), labels), (x,)),
+        (*both("multiscale_contrast", None, (2, 5)), (x, x.flip(0).roll(1, 3))),
+        (
+            lambda x: FAST["local_contrast"](x, labels, torch.tensor([1, 0]), num_classes=3, samples_per_class=None),
+            lambda x: ORACLE["local_contrast"](x, labels, torch.tensor([1, 0]), num_classes=3),
+            (x,),
+        ),
+        (*both("prototype_contrast", vector_labels, torch.softmax(2 * b[:, :3].float(), 1)), (a,)),
+        (*both("prototype_assignment", labels, rows(3, 2, 16, seed=3)), (x,)),
     ]
 
 
-@pytest.mark.parametrize("case", range(12))
+CASES = range(len(calls(torch.float64)))
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_lower_precision_is_within_budget(case, dtype):
     """Half-precision rows are computed in fp32: the result is as good as that of the promoted inputs."""
@@ -744,7 +756,7 @@ def test_lower_precision_is_within_budget(case, dtype):
         assert_within_budget(grad, eager_grad.to(dtype), exact_grad, "grad", dtype)
 
 
-@pytest.mark.parametrize("case", range(12))
+@pytest.mark.parametrize("case", CASES)
 def test_autocast_changes_nothing(case):
     fast, _, inputs = calls(torch.float32)[case]
     plain, plain_grads = value_and_grads(fast, *inputs)
@@ -778,7 +790,7 @@ def test_result_dtype():
         assert FAST["ntxent"](features[:, 0, 0], features[:, 0, 1]).dtype == expected
 
 
-@pytest.mark.parametrize("case", range(12))
+@pytest.mark.parametrize("case", CASES)
 def test_differentiating_twice_raises(case):
     fast, _, inputs = calls(torch.float64)[case]
     inputs = [x.requires_grad_() for x in inputs]
@@ -788,7 +800,7 @@ def test_differentiating_twice_raises(case):
         sum(grad.sum() for grad in grads).backward()
 
 
-@pytest.mark.parametrize("case", range(12))
+@pytest.mark.parametrize("case", CASES)
 def test_results_are_deterministic_to_the_bit(case):
     fast, _, inputs = calls(torch.float32)[case]
     first, second = value_and_grads(fast, *inputs), value_and_grads(fast, *inputs)

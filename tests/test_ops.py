@@ -223,6 +223,20 @@ def test_every_operator_is_known():
 # ---------------------------------------------------------------------------------------------------------- compilers
 
 
+class WithConstants(torch.nn.Module):
+    """A loss some of whose inputs have no gradient by design."""
+
+    def __init__(self, loss, *constants):
+        super().__init__()
+        self.loss = loss
+        for index, constant in enumerate(constants):
+            self.register_buffer(f"constant{index}", constant)
+        self.names = [f"constant{index}" for index in range(len(constants))]
+
+    def forward(self, *inputs):
+        return self.loss(*inputs, *[getattr(self, name) for name in self.names])
+
+
 def modules():
     """Each module with its options that change the graph, and inputs for it: (module, inputs)."""
     labels, x = choice([0, 1, 2, 255], 2, 8, 6), rows(2, 4, 8, 6, dtype=torch.float32)
@@ -241,6 +255,21 @@ def modules():
         "phpc, map": (hpcloss.RegionPHPCLoss(None, reduction="none", denominator="negatives"), (x, labels[:, ::2])),
         "phpc, published": (hpcloss.RegionPHPCLoss.published(region_size=4), (x, labels)),
         "region supcon": (hpcloss.RegionSupConLoss(4), (x, labels)),
+        "pixels": (hpcloss.PixelContrastLoss(num_classes=3, samples_per_class=None), (x, labels)),
+        "pixels, sampled": (hpcloss.PixelContrastLoss(num_classes=3, samples_per_class=4), (x, labels, labels.flip(0))),
+        "local": (hpcloss.LocalContrastLoss(num_classes=3, samples_per_class=None), (x, labels, labels[:, 0, 0] % 2)),
+        "local, sampled": (hpcloss.LocalContrastLoss(num_classes=3), (x, labels)),
+        "prototypes": (hpcloss.PrototypeContrastLoss(), (a, vector_labels, torch.softmax(b, 1))),
+        "assignment": (WithConstants(hpcloss.PrototypeAssignmentLoss(), a[:6].view(3, 2, 4), x.flip(0)), (x, labels)),
+        "multiscale": (
+            hpcloss.MultiscaleContrastLoss((2, 3), num_classes=3, samples_per_class=None),
+            (x, x.flip(0), labels),
+        ),
+        "multiscale, majority": (
+            hpcloss.MultiscaleContrastLoss(2, patch_positives="majority", num_classes=3, samples_per_class=None),
+            (x, x.flip(0), labels),
+        ),
+        "multiscale, no labels": (hpcloss.MultiscaleContrastLoss(3), (x, x.flip(0))),
         "supcon": (hpcloss.SupConLoss(), (a, vector_labels)),
         "supcon, in, keys": (hpcloss.SupConLoss(form="in"), (a, vector_labels, b, vector_labels)),
         "ntxent": (hpcloss.NTXentLoss(), (a, b)),

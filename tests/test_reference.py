@@ -16,6 +16,11 @@ LOSSES = {
     for name in ("region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc", "hard_negative_nce")
 }
 region_phpc, region_supcon, supcon, ntxent, infonce, ihpc, hard_negative_nce = LOSSES.values()
+pixel_contrast = reference.pixel_contrast_loss
+entropy_guided, multiscale = reference.entropy_guided_contrast_loss, reference.multiscale_contrast_loss
+local_contrast = reference.local_contrast_loss
+prototype_contrast = reference.prototype_contrast_loss
+prototype_assignment = reference.prototype_assignment_loss
 
 
 def rows(*shape, seed=0):
@@ -822,6 +827,7 @@ def waves(*shape, phase=0.0):
 
 
 PINNED_LABELS = torch.tensor([[[0, 1, 1, 2], [2, 1, 255, 0], [1, 2, 2, 0]]])
+WAVE_PROBS = torch.softmax(waves(1, 3, 3, 4, phase=1.0), 1)
 PINNED = {
     "region_phpc": (lambda: region_phpc(waves(1, 3, 3, 4), PINNED_LABELS), 10.523625559571),
     "region_phpc, two granularities": (
@@ -840,6 +846,26 @@ PINNED = {
     "supcon, out": (lambda: supcon(waves(6, 3), torch.tensor([0, 0, 1, 1, 1, 2])), 5.9214375544026),
     "supcon, in": (lambda: supcon(waves(6, 3), torch.tensor([0, 0, 1, 1, 1, 2]), form="in"), 3.7942784412725),
     "ntxent": (lambda: ntxent(waves(4, 3), waves(4, 3, phase=0.5)), 0.85670555061897),
+    "pixel_contrast": (lambda: pixel_contrast(waves(1, 3, 3, 4), PINNED_LABELS, num_classes=3), 8.93483624981669),
+    "pixel_contrast, bank": (
+        lambda: pixel_contrast(
+            waves(1, 3, 3, 4), PINNED_LABELS, waves(4, 3), torch.tensor([0, 1, 2, 2]), num_classes=3
+        ),
+        11.728676955869872,
+    ),
+    "local_contrast": (lambda: local_contrast(waves(1, 3, 3, 4), PINNED_LABELS, num_classes=3), 3.2147699956542146),
+    "local_contrast, partner": (
+        lambda: local_contrast(waves(2, 3, 3, 4), torch.cat([PINNED_LABELS] * 2), torch.tensor([1, 0]), num_classes=3),
+        6.873295511008965,
+    ),
+    "prototype_contrast": (
+        lambda: prototype_contrast(waves(6, 3), torch.tensor([0, 0, 1, 1, 1, 2]), waves(6, 3).softmax(1)),
+        6.64265568751369,
+    ),
+    "prototype_assignment": (
+        lambda: prototype_assignment(waves(1, 3, 3, 4), PINNED_LABELS, waves(3, 2, 3)),
+        5.075621762590726,
+    ),
     "hard_negative_nce": (lambda: hard_negative_nce(waves(4, 3), waves(4, 3, phase=0.5)), 1.116685075494442),
     "ihpc": (lambda: ihpc(waves(4, 3), waves(4, 3, phase=0.5)), 0.84747001909736),
     "ihpc, published": (lambda: ihpc(waves(4, 3), waves(4, 3, phase=0.5), beta=0.1), 0.95653824782065),
@@ -847,6 +873,21 @@ PINNED = {
     "infonce, negatives": (
         lambda: infonce(waves(4, 3), waves(4, 3, phase=0.5), waves(5, 3, phase=1.0)),
         1.5514490113587,
+    ),
+    "entropy_guided": (lambda: entropy_guided(waves(1, 3, 3, 4), WAVE_PROBS, PINNED_LABELS), 6.599345145195),
+    "entropy_guided, classes": (
+        lambda: entropy_guided(waves(1, 3, 3, 4), WAVE_PROBS, PINNED_LABELS, entropy_classes=True),
+        5.35406378444,
+    ),
+    "multiscale": (
+        lambda: multiscale(waves(2, 3, 3, 4), waves(2, 3, 3, 4, phase=0.5), None, (1, 2)),
+        1.179392588319,
+    ),
+    "multiscale, majority and pixels": (
+        lambda: multiscale(
+            waves(1, 3, 3, 4), waves(1, 3, 3, 4, phase=0.5), PINNED_LABELS, 2, patch_positives="majority", num_classes=3
+        ),
+        7.018474074781,
     ),
 }
 
@@ -861,6 +902,7 @@ def test_pinned_value(name):
 # weights are constants is tested above.
 TEMPERATURE = torch.tensor(0.4, dtype=torch.float64)
 SMALL = torch.tensor([[[1, 1, 2], [0, 2, 1]]])
+SMALL_PROBS = torch.softmax(rows(1, 3, 2, 3, seed=3), 1)
 GRADCHECKS = {
     "own, hardness 0": (lambda f, t: region_phpc(f, SMALL, 3, t, 0.0), (1, 2, 2, 3)),
     "own": (lambda f, t: region_phpc(f, SMALL, 3, t, 2.0, detach_weights=False), (1, 2, 2, 3)),
@@ -880,6 +922,24 @@ GRADCHECKS = {
     "supcon, in": (lambda x, t: supcon(x, SMALL.flatten(), temperature=t, form="in"), (6, 2)),
     "supcon, keys": (lambda x, t: supcon(x[:3], SMALL[0, 0], x[3:], SMALL[0, 1], t, form="in"), (6, 2)),
     "ntxent": (lambda x, t: ntxent(x[:3], x[3:], t), (6, 2)),
+    "pixel_contrast": (lambda f, t: pixel_contrast(f, SMALL, None, None, t, num_classes=3), (1, 2, 2, 3)),
+    "pixel_contrast, bank": (
+        lambda f, t: pixel_contrast(
+            f, SMALL, unit_rows(4, 2), torch.tensor([0, 1, 1, 2]), t, num_classes=3, background=0
+        ),
+        (1, 2, 2, 3),
+    ),
+    "local_contrast": (
+        lambda f, t: local_contrast(
+            torch.cat([f, f.flip(3).sin()]), torch.cat([SMALL] * 2), torch.tensor([1, 0]), t, num_classes=3
+        ),
+        (1, 2, 2, 3),
+    ),
+    "prototype_contrast": (lambda x, t: prototype_contrast(x, SMALL.flatten(), x.softmax(1), t, -2.0), (6, 2)),
+    "prototype_assignment": (
+        lambda f, t: prototype_assignment(f, SMALL, unit_rows(3, 2, 2), unit_rows(1, 2, 2, 3), t),
+        (1, 2, 2, 3),
+    ),
     "hard_negative_nce": (lambda x, t: hard_negative_nce(x[:3], x[3:], t, 0.7, 0.1), (6, 2)),
     "hard_negative_nce, no discount": (lambda x, t: hard_negative_nce(x[:3], x[3:], t, 2.0, 0.0), (6, 2)),
     "ihpc": (lambda x, t: ihpc(x[:3], x[3:], None, t, 0.0), (6, 2)),
@@ -890,6 +950,14 @@ GRADCHECKS = {
     "ihpc, published": (lambda x, t: ihpc(x[:3], x[3:], None, t, beta=0.1, reduction="none"), (6, 2)),
     "infonce": (lambda x, t: infonce(x[:3], x[3:], None, t), (6, 2)),
     "infonce, negatives": (lambda x, t: infonce(x[:2], x[2:4], x[4:], t), (6, 2)),
+    "entropy_guided": (
+        lambda f, t: entropy_guided(f, SMALL_PROBS, SMALL, t, symmetric=True, detach_keys=False),
+        (1, 2, 2, 3),
+    ),
+    "multiscale": (
+        lambda f, t: multiscale(f[:1], f[1:], SMALL, (1, 2), t, patch_positives="majority", num_classes=3),
+        (2, 2, 2, 3),
+    ),
 }
 
 

@@ -10,15 +10,26 @@ for float64 inputs.
 
 from __future__ import annotations
 
+from hpcloss.functional.entropy import entropy_guided_contrast_loss
 from hpcloss.functional.image import ihpc_loss
+from hpcloss.functional.local import local_contrast_loss
+from hpcloss.functional.multiscale import multiscale_contrast_loss
+from hpcloss.functional.pixel import pixel_contrast_loss
+from hpcloss.functional.prototype import prototype_assignment_loss, prototype_contrast_loss
 from hpcloss.functional.region import region_phpc_loss, region_supcon_loss
 from hpcloss.functional.supcon import hard_negative_nce_loss, infonce_loss, ntxent_loss, supcon_loss
 
 __all__ = [
+    "entropy_guided_contrast_loss",
     "hard_negative_nce_loss",
     "ihpc_loss",
     "infonce_loss",
+    "local_contrast_loss",
+    "multiscale_contrast_loss",
     "ntxent_loss",
+    "pixel_contrast_loss",
+    "prototype_assignment_loss",
+    "prototype_contrast_loss",
     "region_phpc_loss",
     "region_supcon_loss",
     "supcon_loss",

@@ -1,14 +1,25 @@
 """The losses as modules: hyper-parameters, documentation, nothing else."""
 
+from hpcloss.losses.entropy import EntropyGuidedContrastLoss
 from hpcloss.losses.image import IHPCLoss
+from hpcloss.losses.local import LocalContrastLoss
+from hpcloss.losses.multiscale import MultiscaleContrastLoss
+from hpcloss.losses.pixel import PixelContrastLoss
+from hpcloss.losses.prototype import PrototypeAssignmentLoss, PrototypeContrastLoss
 from hpcloss.losses.region import RegionPHPCLoss, RegionSupConLoss
 from hpcloss.losses.supcon import HardNegativeNCELoss, InfoNCELoss, NTXentLoss, SupConLoss
 
 __all__ = [
+    "EntropyGuidedContrastLoss",
     "HardNegativeNCELoss",
     "IHPCLoss",
     "InfoNCELoss",
+    "LocalContrastLoss",
+    "MultiscaleContrastLoss",
     "NTXentLoss",
+    "PixelContrastLoss",
+    "PrototypeAssignmentLoss",
+    "PrototypeContrastLoss",
     "RegionPHPCLoss",
     "RegionSupConLoss",
     "SupConLoss",

@@ -1,0 +1,91 @@
+"""Contrast of uncertain pixels with certain ones: entropy-guided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hpcloss.backends import resolve
+from hpcloss.checks import (
+    IGNORED,
+    check_classes_and_ignored,
+    check_entropy_options,
+    check_probs,
+    count,
+    integers,
+    labels_of_map,
+)
+from hpcloss.functional.arithmetic import inverse_temperature, reduce
+from hpcloss.functional.contrast import Contrast
+from hpcloss.ops import statistics_dtype
+from hpcloss.pack import Rows, pack
+from hpcloss.partition import Pairs, class_sort, from_offsets, from_offsets_against
+from hpcloss.sampling import sample
+from hpcloss.sorting import is_ignored
+
+
+def entropy_guided_contrast_loss(
+    features: Tensor,
+    probs: Tensor,
+    labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    threshold: float | str = "mean",
+    entropy_classes: bool = False,
+    denominator: str = "own",
+    symmetric: bool = False,
+    detach_keys: bool = True,
+    samples_per_class: int | None = None,
+    ignore_index: int | Sequence[int] = IGNORED,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of high-entropy pixels with low-entropy ones; equations and arguments in `EntropyGuidedContrastLoss`."""
+    check_entropy_options(
+        temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
+        symmetric=symmetric, samples_per_class=samples_per_class, ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
+    check_probs(features, probs)
+    labels = labels_of_map(features, probs.argmax(1) if labels is None else labels)
+    ignored = integers("ignore_index", ignore_index)
+    num_classes, flat = probs.shape[1], labels.reshape(-1)
+    check_classes_and_ignored(num_classes, ignored)
+    backend = resolve(backend, features)
+    high = _has_high_entropy(probs.detach(), ~is_ignored(labels, ignored, num_classes), threshold)
+    # Sorted by (entropy, class): the low-entropy pixels are the first C segments, the others the last C.
+    order, offsets, _ = class_sort(flat, high.long(), 2, ignore_index=ignored, num_classes=num_classes)
+    if samples_per_class is not None and flat.numel():
+        most = min(count("samples_per_class", samples_per_class), flat.numel())
+        order, offsets = sample(order, offsets, most, num_pixels=flat.numel())
+    rows = pack(features, order, offsets[-1:], normalize=True, permutation=samples_per_class is None, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, True)
+    recipe = Contrast(rows, denominator, 0.0, 0.0, scale, bound, True, backend)
+
+    def reduced(pairs: Pairs, keys: Rows | None) -> Tensor:
+        loss, counted = recipe(pairs, keys)
+        if reduction == "none":
+            return loss.new_zeros(flat.numel()).index_add(0, order, loss).view(labels.shape)
+        return reduce(loss, counted, reduction, flat[order] if reduction == "class" else None)
+
+    if entropy_classes:
+        return reduced(from_offsets(order, offsets, 2 * num_classes, False), rows.detach() if detach_keys else None)
+    # Views, as compilers want no tensor twice among the arguments of a primitive.
+    keys = rows.detach() if detach_keys else Rows(rows.data.view_as(rows.data), rows.companion.view_as(rows.companion))
+    of_low, of_high = offsets[: num_classes + 1], offsets[num_classes:]
+    loss = reduced(from_offsets_against(order, of_high, of_low, num_classes), keys)
+    if not symmetric:
+        return loss
+    return (loss + reduced(from_offsets_against(order, of_low, of_high, num_classes), keys)) / 2
+
+
+def _has_high_entropy(probs: Tensor, valid: Tensor, threshold: float | str) -> Tensor:
+    """Pixels [B, *S] whose entropy is above the mean of their image's valid pixels, or above a share of ln C."""
+    entropy = torch.special.entr(probs.to(statistics_dtype(probs.dtype))).sum(1)
+    if not isinstance(threshold, str):
+        return entropy > threshold * math.log(probs.shape[1])
+    axes = tuple(range(1, entropy.dim()))
+    total = torch.where(valid, entropy, 0.0).sum(axes, keepdim=True)
+    return entropy > total / valid.sum(axes, keepdim=True).clamp(min=1)

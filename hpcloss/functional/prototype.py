@@ -1,0 +1,128 @@
+"""Prototypes contrasted with one another, and pixels assigned to the prototypes of their class (PCCS)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hpcloss.backends import resolve
+from hpcloss.checks import (
+    IGNORED,
+    VECTORS_IGNORED,
+    check_assignment_options,
+    check_prototype_options,
+    check_vectors,
+    integers,
+    labels_of_map,
+    labels_of_vectors,
+)
+from hpcloss.functional.arithmetic import inverse_temperature, reduce
+from hpcloss.functional.contrast import Contrast
+from hpcloss.pack import pack
+from hpcloss.pairs import pair_lse, pair_mean
+from hpcloss.partition import class_sort, from_offsets_against, paired, partition
+from hpcloss.prototypes import sinkhorn, unit
+
+
+def prototype_contrast_loss(
+    prototypes: Tensor,
+    labels: Tensor,
+    probs: Tensor | None = None,
+    temperature: float | Tensor = 0.05,
+    hardness: float | None = None,
+    *,
+    detach_weights: bool = False,
+    ignore_index: int | Sequence[int] = VECTORS_IGNORED,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of prototypes, uncertain ones weighing more; equation and arguments in `PrototypeContrastLoss`."""
+    check_prototype_options(temperature, hardness, reduction)
+    check_vectors("prototypes", prototypes)
+    labels = labels_of_vectors("labels", prototypes, labels)
+    if probs is not None and (probs.dim() != 2 or probs.shape[0] != prototypes.shape[0]):
+        raise ValueError(f"probs must have shape [{prototypes.shape[0]}, C], got {tuple(probs.shape)}")
+    backend = resolve(backend, prototypes)
+    pairs = partition(labels, ignore_index=integers("ignore_index", ignore_index))
+    rows = pack(prototypes, pairs.order, pairs.live(), normalize=True, permutation=True, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, True)
+    if hardness is None:
+        hardness = -1 / float(temperature)
+    loss, counted = Contrast(rows, "own", hardness, 0.0, scale, bound, detach_weights, backend)(pairs)
+    if probs is not None:
+        loss = loss * _uncertainty(probs.index_select(0, pairs.order).to(loss.dtype), counted) * counted.sum()
+    if reduction == "none":
+        return loss.new_zeros(loss.numel()).index_add(0, pairs.order, loss)
+    return reduce(loss, counted, reduction)
+
+
+def _uncertainty(probs: Tensor, counted: Tensor) -> Tensor:
+    """Softmax over the counted prototypes of the entropy of their probabilities [N]; 0 log 0 = 0."""
+    probs = torch.where(counted[:, None], probs, 0.0)
+    entropy = -(probs * torch.where(probs > 0, probs, 1.0).log()).sum(1)
+    # Softmax over nothing at all is NaN.
+    exponent = torch.where(counted.any(), torch.where(counted, entropy, -math.inf), 0.0)
+    return torch.softmax(exponent, 0)
+
+
+def prototype_assignment_loss(
+    features: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    teacher_features: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    iterations: int = 4,
+    epsilon: float = 0.05,
+    ignore_index: int | Sequence[int] = IGNORED,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Classification by prototypes, balanced within a class; equation, arguments in `PrototypeAssignmentLoss`."""
+    check_assignment_options(temperature, iterations, epsilon, reduction)
+    labels = labels_of_map(features, labels)
+    if not prototypes.is_floating_point():
+        raise TypeError(f"prototypes must be floating point, got {prototypes.dtype}")
+    if prototypes.dim() != 3 or prototypes.shape[2] != features.shape[1]:
+        raise ValueError(f"prototypes must have shape [C, K, {features.shape[1]}], got {tuple(prototypes.shape)}")
+    teacher = features if teacher_features is None else teacher_features
+    if teacher.shape != features.shape:
+        raise ValueError(
+            f"teacher_features must have shape {tuple(features.shape)}, as features, got {tuple(teacher.shape)}"
+        )
+    backend = resolve(backend, features)
+    num_classes, per_class, dim = prototypes.shape
+    flat, ignored = labels.reshape(-1), integers("ignore_index", ignore_index)
+    order, offsets, _ = class_sort(flat, ignore_index=ignored, num_classes=num_classes)
+    rows = pack(features, order, offsets[-1:], normalize=True, permutation=True, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, True)
+
+    directions = unit(prototypes.detach().to(scale.dtype))
+    there = (directions != 0).any(-1)
+    classes = torch.arange(num_classes, device=flat.device)
+    key_order, key_offsets, _ = class_sort(torch.where(there, classes[:, None], -1), num_classes=num_classes)
+    flat_keys = directions.flatten(0, 1)
+    keys = pack(flat_keys, key_order, key_offsets[-1:], normalize=False, permutation=True, backend=backend)
+    pairs = from_offsets_against(order, offsets, key_offsets, num_classes)
+    every = pair_lse(rows, pairs, "every", scale, keys=keys, scale_bound=bound, backend=backend)
+
+    row = torch.arange(order.numel(), device=flat.device)
+    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+        judged = pack(teacher, order, offsets[-1:], normalize=True, backend=backend).data.to(scale.dtype)
+        scores = torch.einsum("nd,ckd->cnk", judged, directions)
+        scores = torch.where(there[:, None], scores, -math.inf)
+        member = (row >= offsets[:-1, None]) & (row < offsets[1:, None])
+        share = sinkhorn(scores, member, iterations=iterations, epsilon=epsilon)
+        # The logits of a row are linear in its keys, so what the assignment averages are the prototypes.
+        target = torch.einsum("cnk,ckd->nd", share, directions)
+    to_target = paired(pairs, row).replace(key_end=offsets[-1:].to(pairs.key_end))
+    targets = pack(target, row, normalize=False, permutation=True, backend=backend)
+    mean, _ = pair_mean(rows, to_target, "logit", scale, keys=targets, backend=backend)
+    counted = pairs.counts()[0] > 0
+    loss = torch.where(counted, torch.where(counted, every, 0.0) - mean, 0.0)
+    if reduction == "none":
+        return loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
+    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None)
