@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcloss.ops import plain
 from hpcloss.sorting import is_ignored
 
 IGNORED = (-100, -1, 255)  # label maps: what data sets and trainers use for "no label"
@@ -291,6 +292,7 @@ def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_l
 
 def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
     """Labels of any integer dtype, or whole-number floats, as int64 on the device."""
+    labels = plain(labels)
     if labels.is_complex():
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     # Looking at the values is free of waiting on the CPU only.

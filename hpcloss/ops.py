@@ -18,11 +18,24 @@ def statistics_dtype(rows: torch.dtype) -> torch.dtype:
     return torch.float64 if rows == torch.float64 else torch.float32
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, differentiably, where it is of a Python subclass such as MONAI's MetaTensor.
+
+    Their methods take other arguments than torch's and carry meta data along. Subclasses that hold no data of their own
+    (`__torch_dispatch__`: fake and distributed tensors) are left alone.
+    """
+    if torch.compiler.is_compiling() or type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor
+    own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return tensor if own else tensor.as_subclass(torch.Tensor)
+
+
 def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `torch.ops.hpcloss.<name>`. The body runs with autocast off, as it chooses its own precision."""
 
     @functools.wraps(body)
     def without_autocast(*args: Any) -> Any:
+        args = tuple([plain(arg) if isinstance(arg, torch.Tensor) else arg for arg in args])
         device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
         with torch.autocast(device, enabled=False):
             return body(*args)

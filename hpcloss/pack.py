@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends import load
-from hpcloss.ops import differentiable_once, register, statistics_dtype
+from hpcloss.ops import differentiable_once, plain, register, statistics_dtype
 
 
 class Rows(NamedTuple):
@@ -44,7 +44,7 @@ def pack(
     """
     if live is None:
         live = torch.full((1,), order.numel(), dtype=order.dtype, device=order.device)
-    return Rows(*_Pack.apply(features, order, live.reshape(1), normalize, permutation, backend))
+    return Rows(*_Pack.apply(plain(features), order, live.reshape(1), normalize, permutation, backend))
 
 
 class _Pack(torch.autograd.Function):

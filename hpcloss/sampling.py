@@ -62,7 +62,7 @@ from torch import Tensor
 
 from hpcloss import native
 from hpcloss.checks import IGNORED, check_classes_and_ignored, check_sizes, count, integers
-from hpcloss.ops import register
+from hpcloss.ops import plain, register
 from hpcloss.partition import class_sort
 from hpcloss.regions import Grid, region_shape
 
@@ -153,6 +153,8 @@ def sample_anchors(
     Raises:
         ValueError: k < 1, num_classes < 1, several maps, shapes or devices that do not fit. TypeError: dtypes.
     """
+    labels = plain(labels)
+    weights, scores, wrong = [None if values is None else plain(values) for values in (weights, scores, wrong)]
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.dim() < 2:

@@ -357,3 +357,21 @@ def test_functions_and_modules_are_both_public():
     for name, module in MODULES.items():
         assert getattr(hpcloss, f"{name}_loss") is getattr(functional, f"{name}_loss") is FAST[name]
         assert module.__name__ in hpcloss.__all__ and f"{name}_loss" in hpcloss.__all__
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_tensors_of_monai(name):
+    """MetaTensor is what its loaders hand over; its methods take other arguments, and every result of it is one."""
+    meta = pytest.importorskip("monai.data").MetaTensor
+    plain = [value.clone() if torch.is_tensor(value) else value for value in INPUTS[name]]
+    wrapped = [meta(value) if torch.is_tensor(value) else value for value in plain]
+    for inputs in (plain, wrapped):
+        inputs[0].requires_grad_()
+    torch.manual_seed(0)
+    expected = build(name)(*plain)
+    torch.manual_seed(0)
+    value = build(name)(*wrapped)
+    assert type(value) is torch.Tensor and torch.equal(value, expected)
+    expected.backward()
+    value.backward()
+    assert torch.equal(wrapped[0].grad.as_subclass(torch.Tensor), plain[0].grad)

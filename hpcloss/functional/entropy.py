@@ -20,7 +20,7 @@ from hpcloss.checks import (
 )
 from hpcloss.functional.arithmetic import inverse_temperature, reduce
 from hpcloss.functional.contrast import Contrast
-from hpcloss.ops import statistics_dtype
+from hpcloss.ops import plain, statistics_dtype
 from hpcloss.pack import Rows, pack
 from hpcloss.partition import Pairs, class_sort, from_offsets, from_offsets_against
 from hpcloss.sampling import sample
@@ -49,6 +49,7 @@ def entropy_guided_contrast_loss(
         symmetric=symmetric, samples_per_class=samples_per_class, ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
     check_probs(features, probs)
+    probs = plain(probs)
     labels = labels_of_map(features, probs.argmax(1) if labels is None else labels)
     ignored = integers("ignore_index", ignore_index)
     num_classes, flat = probs.shape[1], labels.reshape(-1)

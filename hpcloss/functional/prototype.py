@@ -21,6 +21,7 @@ from hpcloss.checks import (
 )
 from hpcloss.functional.arithmetic import inverse_temperature, reduce
 from hpcloss.functional.contrast import Contrast
+from hpcloss.ops import plain
 from hpcloss.pack import pack
 from hpcloss.pairs import pair_lse, pair_mean
 from hpcloss.partition import class_sort, from_offsets_against, paired, partition
@@ -53,7 +54,7 @@ def prototype_contrast_loss(
         hardness = -1 / float(temperature)
     loss, counted = Contrast(rows, "own", hardness, 0.0, scale, bound, detach_weights, backend)(pairs)
     if probs is not None:
-        loss = loss * _uncertainty(probs.index_select(0, pairs.order).to(loss.dtype), counted) * counted.sum()
+        loss = loss * _uncertainty(plain(probs).index_select(0, pairs.order).to(loss.dtype), counted) * counted.sum()
     if reduction == "none":
         return loss.new_zeros(loss.numel()).index_add(0, pairs.order, loss)
     return reduce(loss, counted, reduction)
@@ -100,7 +101,7 @@ def prototype_assignment_loss(
     rows = pack(features, order, offsets[-1:], normalize=True, permutation=True, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, True)
 
-    directions = unit(prototypes.detach().to(scale.dtype))
+    directions = unit(plain(prototypes).detach().to(scale.dtype))
     there = (directions != 0).any(-1)
     classes = torch.arange(num_classes, device=flat.device)
     key_order, key_offsets, _ = class_sort(torch.where(there, classes[:, None], -1), num_classes=num_classes)
