@@ -25,28 +25,11 @@ Batch = dict[str, Tensor]
 
 
 class Crops:
-    """Random crops of slices: one geometry each, then any number of views that differ in intensity only."""
+    """Random crops of slices or volumes: one geometry each, then any number of views that differ in intensity only."""
 
-    def __init__(self, slices: Slices, crop: tuple[int, int]):
-        height, width = slices.images.shape[2:]
+    def __init__(self, slices: Slices, crop: tuple[int, ...]):
         self.images, self.labels = slices.images, slices.labels
-        crop = (min(crop[0], height), min(crop[1], width))
-        self.geometry = Compose(
-            [
-                RandFlipd(("image", "label"), prob=0.5, spatial_axis=0),
-                RandAffined(
-                    ("image", "label"),
-                    spatial_size=crop,
-                    prob=1.0,
-                    rotate_range=0.2,
-                    shear_range=0.1,
-                    scale_range=0.15,
-                    translate_range=((height - crop[0]) // 2, (width - crop[1]) // 2),
-                    mode=("bilinear", "nearest"),
-                    padding_mode="border",
-                ),
-            ]
-        )
+        self.geometry = {size: geometry(size, crop) for size in {tuple(image.shape[1:]) for image in slices.images}}
         self.intensity = Compose(
             [
                 RandAdjustContrast(prob=0.8, gamma=(0.5, 2.0)),
@@ -60,14 +43,39 @@ class Crops:
         self, rng: np.random.RandomState, positions: np.ndarray, views: int
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Crops [n, C, h, w] with unchanged intensities, labels [n, h, w], and `views` intensity versions of them."""
+        warps = [self.geometry[tuple(self.images[i].shape[1:])] for i in positions]
         with plain_tensors():
-            self.geometry.set_random_state(state=rng)
-            self.intensity.set_random_state(state=rng)
-            pairs = [self.geometry({"image": self.images[i], "label": self.labels[i][None].float()}) for i in positions]
+            for transform in (*dict.fromkeys(warps), self.intensity):
+                transform.set_random_state(state=rng)
+            pairs = [
+                warp({"image": self.images[i], "label": self.labels[i][None].float()})
+                for warp, i in zip(warps, positions, strict=True)
+            ]
             plain = torch.stack([pair["image"] for pair in pairs])
             labels = torch.stack([pair["label"][0] for pair in pairs]).long()
             changed = [torch.stack([self.intensity(image) for image in plain]) for _ in range(views)]
         return plain, labels, changed
+
+
+def geometry(size: tuple[int, ...], crop: tuple[int, ...]) -> Compose:
+    """Flip to the other side, then a random affine crop of images of this size, at most as large as they are."""
+    crop = tuple(map(min, crop, size))
+    return Compose(
+        [
+            RandFlipd(("image", "label"), prob=0.5, spatial_axis=0),
+            RandAffined(
+                ("image", "label"),
+                spatial_size=crop,
+                prob=1.0,
+                rotate_range=(0.2,) * (1 if len(size) == 2 else 3),
+                shear_range=0.1,
+                scale_range=0.15,
+                translate_range=tuple((side - length) // 2 for side, length in zip(size, crop, strict=True)),
+                mode=("bilinear", "nearest"),
+                padding_mode="border",
+            ),
+        ]
+    )
 
 
 @contextmanager

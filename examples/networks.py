@@ -7,7 +7,9 @@ import torch
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
-FEATURES = (16, 16, 32, 64, 128, 16)
+from examples.settings import Settings
+
+FEATURES = Settings.features
 BOTTLENECK = "down_4"
 DECODER = ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
 LAST = DECODER[-1]  # its output is what the pixel losses and the linear head see
@@ -16,13 +18,13 @@ STRIDE = 16  # sides of an input must be multiples of it
 SMALLEST = 32  # and at least this: InstanceNorm needs more than one pixel at the bottleneck
 
 
-def build_network(in_channels: int, classes: int) -> BasicUNet:
-    """A small 2-D U-Net with InstanceNorm; the last decoder block has 16 channels at full resolution."""
+def build_network(in_channels: int, classes: int, features: tuple[int, ...] = FEATURES, dims: int = 2) -> BasicUNet:
+    """A small U-Net with InstanceNorm; the last decoder block has features[5] channels at full resolution."""
     return BasicUNet(
-        spatial_dims=2,
+        spatial_dims=dims,
         in_channels=in_channels,
         out_channels=classes,
-        features=FEATURES,
+        features=features,
         act=("LeakyReLU", {"negative_slope": 0.1, "inplace": True}),
         norm=("instance", {"affine": True}),
     )
@@ -37,7 +39,7 @@ def encode(network: BasicUNet, images: Tensor) -> Tensor:
 
 
 class ImageProjector(nn.Module):
-    """Mean and max over the bottleneck, then an MLP with BatchNorm: [N, C, H, W] to [N, dim].
+    """Mean and max over the bottleneck, then an MLP with BatchNorm: [N, C, *spatial] to [N, dim].
 
     With InstanceNorm and mean pooling alone every image has the same mean and the loss stays at chance; the maximum
     and the BatchNorm prevent that.
@@ -50,7 +52,8 @@ class ImageProjector(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))
+        spatial = tuple(range(2, features.ndim))
+        return self.layers(torch.cat([features.mean(spatial), features.amax(spatial)], 1))
 
 
 def swap_halves(features: Tensor) -> Tensor:

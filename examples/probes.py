@@ -24,7 +24,7 @@ def linear_probe(network: nn.Module, slices: Slices, split: Split, settings: Set
     head.reset_parameters()
     device = next(probe.parameters()).device
     rng = np.random.RandomState(seed)
-    crops = Crops(slices, slices.images.shape[2:])
+    crops = Crops(slices, slices.size)
     positions = rng.choice(split.labelled, min(len(split.labelled), 8), replace=False)
     _, labels, views = crops.draw(rng, positions, VIEWS)
     kept: list[torch.Tensor] = []

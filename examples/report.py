@@ -12,7 +12,7 @@ from torch import Tensor
 from examples import figures
 from examples.arms import Arms
 from examples.data.slices import Slices
-from examples.evaluate import predict
+from examples.evaluate import Maps, segment
 from examples.files import write_json, write_text
 from examples.networks import FEATURES, LAST, load_body
 from examples.results import BASELINES, PROBE_GAIN, SHUFFLED_LOSS, TITLES, collect
@@ -58,15 +58,16 @@ def draw_figures(folder: Path, results: dict, slices: Slices, arms: Arms) -> lis
     if any(arm.get("curve") for run in results["runs"] for arm in run["arms"].values()):
         figures.learning_curves(path("curves.png"), results["runs"], TITLES)
     shown = spaced(slices, positions)
-    ids, images, truth = [slices.ids[i] for i in shown], slices.images[shown], slices.labels[shown]
-    pictures = (images[:, 0].numpy(), truth.numpy())
+    ids, (images, truth) = [slices.ids[i] for i in shown], slices.take(shown)
+    pictures = planes([image[0] for image in images], truth), planes(truth, truth)
     networks = arms.networks()
     if "stage3" in networks and "supervised_seconds" in networks:
-        ours, baseline = (predict(networks[name], images).numpy() for name in ("stage3", "supervised_seconds"))
+        predicted = [segment(networks[name], slices, shown) for name in ("supervised_seconds", "stage3")]
+        baseline, ours = (planes(maps, truth) for maps in predicted)
         title = TITLES["supervised_seconds"]
         count = len(slices.classes)
         figures.segmentations(path("segmentations.png"), ids, *pictures, baseline, ours, count, title)
-    if (arms.folder / "stage2" / CHECKPOINT).is_file():
+    if len(slices.size) == 2 and (arms.folder / "stage2" / CHECKPOINT).is_file():  # whole slices, not windows
         region = arms.settings.region_size
         maps = [hardness_map(e, y, region).numpy() for e, y in zip(pixel_embeddings(arms, images), truth, strict=True)]
         figures.hard_positives(path("hard_positives.png"), ids, *pictures, maps, len(slices.classes), region)
@@ -84,6 +85,15 @@ def spaced(slices: Slices, positions: list[int]) -> list[int]:
     for number, subject in enumerate(subjects):
         mine = [i for i in usable if slices.subjects[i] == subject]
         chosen.append(mine[(2 * number + 1) * len(mine) // (2 * len(subjects))])
+    return chosen
+
+
+def planes(maps: Maps, truth: Maps) -> list[np.ndarray]:
+    """What a figure shows of each map: a slice itself, of a volume the plane with the most foreground."""
+    chosen = []
+    for array, labels in zip(maps, truth, strict=True):
+        plane = () if labels.ndim == 2 else (..., int((labels > 0).sum((0, 1)).argmax()))
+        chosen.append(array[plane].numpy())
     return chosen
 
 
@@ -216,8 +226,9 @@ def markdown(results: dict, drawn: list[Path]) -> str:
     """The report's text."""
     data, settings, runs = results["data"], results["settings"], results["runs"]
     lines = ["# Three-stage contrastive segmentation", ""]
-    lines += [f"Data: {data['layout']}. {len(results['splits']['train'])} training slices, of which per seed "]
-    lines[-1] += f"{len(runs[0]['labelled'])} are labelled; {len(results['splits']['val'])} slices for validation, "
+    noun = data["noun"]
+    lines += [f"Data: {data['layout']}. {len(results['splits']['train'])} training {noun}, of which per seed "]
+    lines[-1] += f"{len(runs[0]['labelled'])} are labelled; {len(results['splits']['val'])} {noun} for validation, "
     lines[-1] += f"{len(results['splits']['test'])} for test. Iterations of the stages: {list(settings['iterations'])}."
     if data["layout"].startswith("virtual"):
         lines += [
@@ -230,7 +241,7 @@ def markdown(results: dict, drawn: list[Path]) -> str:
         lines += ["", "## Cost", "", *table(cost_rows(runs))]
     if results["checks"]:
         lines += ["", "## What stage 2 taught the body", "", *(f"- {check_line(check)}" for check in results["checks"])]
-        lines += ["", "Linear heads trained on the labelled slices over a frozen body; Dice on validation."]
+        lines += ["", f"Linear heads trained on the labelled {noun} over a frozen body; Dice on validation."]
     captions = {
         "dice.png": "Dice per class. Dots are seeds.",
         "curves.png": "Validation Dice during training; the three stages begin after their pre-training.",
@@ -244,7 +255,7 @@ def markdown(results: dict, drawn: list[Path]) -> str:
         lines += [f"![{path.stem}]({path.parent.name}/{path.name})"]
     lines += [
         "",
-        "## Labelled slices",
+        f"## Labelled {noun}",
         "",
         *(f"- seed {run['seed']}: {', '.join(abridged(run['labelled']))}" for run in runs),
     ]

@@ -14,7 +14,7 @@ from examples.settings import Settings
 from examples.training import DONE
 
 FORMAT = 1
-PACKAGES = ("torch", "monai", "lightning", "nibabel", "nilearn", "numpy")
+PACKAGES = ("torch", "monai", "lightning", "nibabel", "nilearn", "h5py", "numpy")
 BASELINES = ("supervised_iterations", "supervised_seconds")
 TITLES = {
     "ours": "three stages",
@@ -34,8 +34,9 @@ def collect(options: argparse.Namespace, settings: Settings, slices: Slices) -> 
     parts = {part: [slices.ids[i] for i in slices.of_part(part)] for part in ("train", "val", "test")}
     return {
         "format": FORMAT,
-        "settings": dataclasses.asdict(settings) | {"labelled": options.labelled},
-        "data": {**slices.source, "classes": list(slices.classes), "size": list(slices.images.shape[2:])},
+        "settings": dataclasses.asdict(settings)
+        | {"labelled": options.labelled, "labelled_slices": options.labelled_slices},
+        "data": {**slices.source, "classes": list(slices.classes), "size": list(slices.size), "noun": slices.noun},
         "versions": versions(),
         "splits": parts,
         "runs": runs,

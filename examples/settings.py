@@ -8,7 +8,9 @@ class Settings:
     """Chosen on the validation subjects; the test subjects were not looked at. Batch sizes count images per step."""
 
     iterations: tuple[int, int, int] = (100, 250, 500)
-    crop: tuple[int, int] = (64, 64)
+    features: tuple[int, ...] = (16, 16, 32, 64, 128, 16)  # channels of the U-Net, the last at full resolution
+    crop: tuple[int, ...] = (64, 64)  # of volumes three sides, the patch
+    augmentation: str = "monai"  # image by image; "torch": drawn for a batch at once, simpler and ten times as fast
     image_batch: int = 24  # stage 1: two crops of each
     pixel_batch: int = 6  # stage 2: two intensity views of each
     labelled_batch: int = 3  # stage 3: two intensity views of each, and of as many unlabelled ones
@@ -26,8 +28,13 @@ class Settings:
     ramp: float = 0.3  # share of stage 3 over which the unlabelled terms grow to their weights
     pseudo_weight: float = 1.0
     output_weight: float = 0.1
+    consistency_weight: float = 10.0  # the mean teacher of the comparison
     embedding_weight: float = 0.1
     validate_every: int = 100
     probe_iterations: int = 150
     checkpoint_every: int = 25  # steps; a killed run loses at most these
     devices: int = 1
+
+
+# For volumes, whose patches of 48^3 hold as many voxels as 27 crops of 64^2 pixels.
+VOLUME_BATCHES = {"image_batch": 6, "pixel_batch": 2, "labelled_batch": 1}

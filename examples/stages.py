@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from examples.batches import Batch, Crops, Steps
 from examples.data.slices import Slices
 from examples.data.splits import Split
-from examples.evaluate import dice_table
-from examples.networks import BOTTLENECK, FEATURES, HEAD, LAST, ImageProjector, build_network, encode, feature_swap
+from examples.evaluate import Maps, dice_table
+from examples.networks import BOTTLENECK, HEAD, LAST, ImageProjector, build_network, encode, feature_swap
 from examples.settings import Settings
+from examples.warps import Warps
 from hpcloss import FeatureTap, IHPCLoss, ProjectionHead, RegionPHPCLoss
 
 
@@ -31,8 +32,8 @@ class Stage(L.LightningModule):
         super().__init__()
         self.slices, self.split, self.settings = slices, split, settings
         self.iterations, self.seed = iterations, seed
-        self.crops = Crops(slices, settings.crop)
-        self.network = build_network(slices.images.shape[1], len(slices.classes))
+        self.crops = (Warps if settings.augmentation == "torch" else Crops)(slices, settings.crop)
+        self.network = build_network(slices.channels, len(slices.classes), settings.features, len(slices.size))
         self.seconds = 0.0
         self._started = 0.0
         self.curve: list[dict[str, float]] = []
@@ -89,10 +90,10 @@ class ImagePretraining(Stage):
 
     number = 1
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args: Any, loss: nn.Module | None = None):
         super().__init__(*args)
-        self.projector = ImageProjector(FEATURES[4], self.settings.embedding_dim)
-        self.loss = IHPCLoss()
+        self.projector = ImageProjector(self.settings.features[4], self.settings.embedding_dim)
+        self.loss = loss or IHPCLoss()
 
     def draw(self, rng: np.random.RandomState) -> Batch:
         positions = self.pick(rng, self.split.train, self.settings.image_batch)
@@ -117,13 +118,15 @@ class PixelPretraining(Stage):
 
     number = 2
 
-    def __init__(self, *args: Any, shuffle_labels: bool = False):
+    def __init__(self, *args: Any, shuffle_labels: bool = False, loss: nn.Module | None = None):
         super().__init__(*args)
         settings = self.settings
-        self.projector = ProjectionHead(FEATURES[5], settings.embedding_dim)
+        self.projector = ProjectionHead(
+            settings.features[5], settings.embedding_dim, spatial_dims=len(self.slices.size)
+        )
         # Not a submodule: the network is registered once, under its own name.
         object.__setattr__(self, "tapped", FeatureTap(self.network, LAST))
-        self.loss = RegionPHPCLoss(
+        self.loss = loss or RegionPHPCLoss(
             settings.region_size,
             num_classes=len(self.slices.classes),
             samples_per_class=settings.samples_per_class,
@@ -232,7 +235,7 @@ class SemiSupervised(Supervised):
             [(F.cross_entropy(f[count:], classes, reduction="none") * sure).mean() for f in (first, second)]
         )
         outputs = F.mse_loss(first.softmax(1), second.softmax(1))
-        a, b = bottleneck.mean((2, 3)).chunk(2)
+        a, b = bottleneck.mean(tuple(range(2, bottleneck.ndim))).chunk(2)
         embeddings = 1 - F.cosine_similarity(a, b).mean()
         unlabelled = (
             settings.pseudo_weight * pseudo.mean()
@@ -250,15 +253,16 @@ def ramp_up(progress: float) -> float:
     return math.exp(-5 * (1 - min(1.0, progress)) ** 2)
 
 
-def shuffled(labels: Tensor, seed: int) -> Tensor:
-    """Every slice's label pixels in a random order: the class shares stay, all else goes."""
+def shuffled(labels: Maps, seed: int) -> Maps:
+    """Every image's label pixels in a random order: the class shares stay, all else goes."""
     generator = torch.Generator().manual_seed(seed)
-    flat = labels.flatten(1)
-    order = torch.rand(flat.shape, generator=generator).argsort(1)
-    return flat.gather(1, order).view_as(labels)
+    mixed = [
+        label.flatten()[torch.rand(label.numel(), generator=generator).argsort()].view_as(label) for label in labels
+    ]
+    return torch.stack(mixed) if isinstance(labels, Tensor) else mixed
 
 
 def initial_network(slices: Slices, seed: int) -> nn.Module:
     """The network before any training, the same for every arm of a seed."""
     torch.manual_seed(seed)
-    return build_network(slices.images.shape[1], len(slices.classes))
+    return build_network(slices.channels, len(slices.classes), dims=len(slices.size))

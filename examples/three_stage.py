@@ -2,6 +2,7 @@
 
     python -m examples.three_stage --data builtin --out demo                       # 5-8 minutes on two cores
     python -m examples.three_stage --data Task04_Hippocampus --labelled 4 --iterations 1000 2000 6000 --out hippocampus
+    python -m examples.three_stage --data Task04_Hippocampus --volumes --patch 48 48 48 --labelled 4 --out hippocampus3d
 
 Stage 1 pre-trains the encoder with IHPC on unlabelled slices, stage 2 encoder and decoder with region PHPC on the
 labelled ones, stage 3 segments with a mean teacher. `--stage all` also trains supervised baselines at equal iterations
@@ -16,12 +17,12 @@ from pathlib import Path
 import torch
 
 from examples.arms import Arms
-from examples.data.slices import DataError, Slices
-from examples.data.splits import draw_split
+from examples.data.slices import PARTS, DataError, Slices
+from examples.data.splits import Split, apply_split_file, draw_slices, draw_split
 from examples.files import read_json, write_json
 from examples.networks import SMALLEST, STRIDE
 from examples.report import write_report
-from examples.settings import Settings
+from examples.settings import VOLUME_BATCHES, Settings
 from examples.training import quiet, rank
 
 
@@ -50,9 +51,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m examples.three_stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", default="builtin", help='"builtin" or a folder in MSD or ACDC layout')
-    add("--labelled", type=int, default=2, metavar="N", help="labelled training subjects (default 2)")
+    add("--data", default="builtin", help='"builtin" or a folder: MSD, ACDC, .h5 slices or volumes, PNG with masks')
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--labelled", type=int, metavar="N", help="labelled training subjects (default 2)")
+    labels.add_argument("--labelled-slices", type=int, metavar="K", help="labelled slices in all, of many subjects")
     add("--slices-per-subject", type=int, metavar="K", help="labelled slices of each (default: builtin 1, folders all)")
+    add("--split", type=Path, metavar="FILE.json", help="train, val, test and labelled as lists of ids or subjects")
     add("--out", type=Path, required=True, help="where checkpoints, results and figures go")
     add("--stage", choices=("all", "1", "2", "3"), default="all", help="one stage alone, without the baselines")
     add("--resume", action="store_true", help="go on in --out from the last checkpoint")
@@ -63,15 +67,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--final", action="store_true", help="also read the test subjects (do this once, with settings fixed)")
     add("--iterations", type=int, nargs=3, default=defaults.iterations, metavar=("S1", "S2", "S3"))
     add("--checkpoint-every", type=int, default=defaults.checkpoint_every, metavar="STEPS", help="default %(default)s")
-    add("--crop", type=int, nargs=2, default=defaults.crop, metavar=("H", "W"), help="training crops, in pixels")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="folders: crop or pad slices to this (multiples of 16)")
+    add("--crop", type=int, nargs=2, default=defaults.crop, metavar=("X", "Y"), help="training crops, in pixels")
+    add("--size", type=int, nargs=2, metavar=("X", "Y"), help="folders: crop or pad slices to this (multiples of 16)")
     add("--spacing", type=float, metavar="MM", help="folders: in-plane pixel size to resample to")
+    add("--volumes", action="store_true", help="train on 3-D patches and evaluate by a sliding window")
+    add("--patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="the patch of --volumes (default 48 48 48)")
     options = parser.parse_args(argv)
     options.seeds = options.seeds or [options.seed]
+    if options.labelled is None and options.labelled_slices is None:
+        options.labelled = 2
+    by_slice = {"--size": options.size, "--slices-per-subject": options.slices_per_subject}
+    by_slice |= {"--labelled-slices": options.labelled_slices}
+    if options.volumes and (named := [name for name, value in by_slice.items() if value is not None]):
+        parser.error(f"{named[0]} is about slices; it cannot go with --volumes")
+    if options.patch and not options.volumes:
+        parser.error("--patch is that of --volumes")
+    if options.labelled_slices is not None and options.slices_per_subject is not None:
+        parser.error("--slices-per-subject cannot go with --labelled-slices, which counts all of them")
+    if options.volumes:
+        options.patch = options.crop = options.patch or [48, 48, 48]
     if min(*options.iterations, options.devices, options.checkpoint_every) < 1:
         parser.error("--iterations, --devices and --checkpoint-every must be at least 1")
     if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
-        parser.error(f"--crop and --size must be multiples of {STRIDE}, at least {SMALLEST}")
+        parser.error(f"--crop, --size and --patch must be multiples of {STRIDE}, at least {SMALLEST}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here")
     if len(set(options.seeds)) != len(options.seeds) or min(options.seeds) < 0:
@@ -86,11 +104,16 @@ def run(options: argparse.Namespace) -> None:
         crop=tuple(options.crop),
         devices=options.devices,
         checkpoint_every=options.checkpoint_every,
+        **(VOLUME_BATCHES if options.volumes else {}),
     )
-    slices = read_slices(options)
-    per_subject = options.slices_per_subject or (1 if options.data == "builtin" else None)
-    splits = {seed: draw_split(slices, options.labelled, per_subject, seed) for seed in options.seeds}
+    slices, labelled = read_data(options), None
+    if options.split is not None:
+        slices, labelled = apply_split_file(slices, options.split)
+        options.labelled = options.labelled if labelled is None else None
+    splits = {seed: choose_split(options, slices, labelled, seed) for seed in options.seeds}
     open_folder(options, settings)
+    if rank() == 0:
+        print(describe(slices), flush=True)
     everything = []
     for seed, split in splits.items():
         folder = options.out / f"seed{seed}"
@@ -108,16 +131,37 @@ def run(options: argparse.Namespace) -> None:
         print(closing)
 
 
-def read_slices(options: argparse.Namespace) -> Slices:
-    """The data set that --data names."""
+def read_data(options: argparse.Namespace) -> Slices:
+    """The data set that --data names, as slices or as volumes."""
+    patch = tuple(options.patch) if options.volumes else None
     if options.data == "builtin":
-        from examples.data.virtual_subjects import virtual_subjects
+        from examples.data.virtual_subjects import virtual_subjects, virtual_volumes
 
-        return virtual_subjects(options.out / "data" / "virtual_subjects.npz")
-    from examples.data.folders import read_folder
+        return virtual_volumes(patch) if patch else virtual_subjects(options.out / "data" / "virtual_subjects.npz")
+    from examples.data.folders import read_folder, read_volumes
 
-    size = tuple(options.size) if options.size else None
-    return read_folder(Path(options.data), size, options.spacing)
+    folder, size = Path(options.data), tuple(options.size) if options.size else None
+    return read_volumes(folder, patch, options.spacing) if patch else read_folder(folder, size, options.spacing)
+
+
+def choose_split(options: argparse.Namespace, slices: Slices, labelled: list[int] | None, seed: int) -> Split:
+    """The split of one seed: `labelled` where a split file fixes it, else drawn."""
+    if labelled is not None:
+        return Split(labelled, *(slices.of_part(part) for part in PARTS))
+    if options.labelled_slices is not None:
+        return draw_slices(slices, options.labelled_slices, seed)
+    per_subject = options.slices_per_subject or (1 if options.data == "builtin" and not options.volumes else None)
+    return draw_split(slices, options.labelled, per_subject, seed)
+
+
+def describe(slices: Slices) -> str:
+    """One line: the layout that was recognised and what it holds."""
+    counts = f"{len(slices)} {slices.noun} of {len(set(slices.subjects))} subjects"
+    text = f"data: {slices.source['layout']}, {counts}; classes: {', '.join(slices.classes)}"
+    values = slices.source.get("label_values", [])
+    if values != list(range(len(values))):
+        text += f" (label values {', '.join(map(str, values))} became 0 to {len(values) - 1})"
+    return text
 
 
 def open_folder(options: argparse.Namespace, settings: Settings) -> None:
@@ -125,7 +169,10 @@ def open_folder(options: argparse.Namespace, settings: Settings) -> None:
     started = {
         "data": options.data if options.data == "builtin" else Path(options.data).name,
         "labelled": options.labelled,
+        "labelled_slices": options.labelled_slices,
         "slices_per_subject": options.slices_per_subject,
+        "split": options.split and options.split.name,
+        "patch": options.patch,
         "size": options.size,
         "spacing": options.spacing,
         **dataclasses.asdict(settings),

@@ -1,9 +1,11 @@
-"""Small NIfTI folders in MSD and ACDC layout, written for the tests of the examples."""
+"""Small folders in every layout that the examples read, written for their tests."""
 
 import json
 
+import h5py
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
 
 def save(path, array, spacing=(1.0, 1.0, 3.0)):
@@ -51,4 +53,40 @@ def write_acdc(folder, patients=4, tests=2):
                 save(home / f"{name}_frame{frame:02d}.nii.gz", image, (1.5, 1.5, 10.0))
                 save(home / f"{name}_frame{frame:02d}_gt.nii.gz", label, (1.5, 1.5, 10.0))
             save(home / f"{name}_4d.nii.gz", np.zeros((4, 4, 2, 3), np.float32))
+    return folder
+
+
+def rows_from_the_top(array):
+    """[X, Y, Z], Y upwards, as files of rows have it: [Z, H, W]."""
+    return np.ascontiguousarray(array.transpose(2, 1, 0)[:, ::-1])
+
+
+def save_h5(path, **arrays):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, compression="gzip")
+
+
+def write_h5(folder, patients=6, by_slice=False, by_volume=True, **kind):
+    """The same volumes as write_acdc, in the layout of SSL4MIS."""
+    for number in range(patients):
+        for frame in (1, 9):
+            name = f"patient{number + 1:03d}_frame{frame:02d}"
+            image, label = map(rows_from_the_top, volume(10 * number + frame, **{"classes": 4, **kind}))
+            if by_volume:
+                save_h5(folder / "data" / f"{name}.h5", image=image, label=label)
+            for z in range(len(image) if by_slice else 0):
+                save_h5(folder / "data" / "slices" / f"{name}_slice_{z + 1}.h5", image=image[z], label=label[z])
+    return folder
+
+
+def write_pictures(folder, count=6, size=(40, 30), values=(0, 255), masks="masks", ending=""):
+    """Grey PNG pictures of boxes, size = (width, height), and their masks with these values."""
+    for path in (folder / "images", folder / masks):
+        path.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        image, label = (rows_from_the_top(array)[0] for array in volume(number, (*size, 1), len(values)))
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"p{number}.png")
+        Image.fromarray(np.array(values, np.uint8)[label]).save(folder / masks / f"p{number}{ending}.png")
     return folder

@@ -1,6 +1,8 @@
-"""The example's data: virtual subjects, MSD and ACDC folders, splits, and one clear line for every bad input."""
+"""The example's data: virtual subjects, folders in every layout, splits, and one clear line for every bad input."""
 
 import json
+import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,13 +11,15 @@ import torch
 pytest.importorskip("monai", reason="the examples need the `examples` extra")
 pytest.importorskip("nilearn", reason="the examples need the `examples` extra")
 nib = pytest.importorskip("nibabel", reason="the examples need the `examples` extra")
+pytest.importorskip("h5py", reason="the examples need the `examples` extra")
 
-from small_folders import save, volume, write_acdc, write_msd  # noqa: E402
+from PIL import Image  # noqa: E402
+from small_folders import save, save_h5, volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
 from examples.data import virtual_subjects as virtual  # noqa: E402
 from examples.data.folders import read_folder  # noqa: E402
 from examples.data.slices import DataError  # noqa: E402
-from examples.data.splits import assign_parts, draw_split  # noqa: E402
+from examples.data.splits import apply_split_file, assign_parts, draw_slices, draw_split  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------- virtual subjects
 
@@ -87,6 +91,70 @@ def test_too_few_subjects_or_labels(tmp_path):
         draw_split(slices, 9, 1, 0)
     with pytest.raises(DataError, match="at least 3 labelled subjects"):
         assign_parts(["a", "b"])
+
+
+def test_labelled_slices_are_spread_over_subjects(tmp_path):
+    slices = read_folder(write_msd(tmp_path, cases=8))  # 6 subjects of 3 slices in training
+    foreground = slices.has_foreground()
+    for count in (1, 4, 6, 8, 18):
+        split = draw_slices(slices, count, 3)
+        per_subject = Counter(slices.subjects[i] for i in split.labelled)
+        assert len(set(split.labelled)) == count and set(split.labelled) <= set(split.train)
+        assert len(per_subject) == min(count, 6) and max(per_subject.values()) - min(per_subject.values()) <= 1
+        assert foreground[split.labelled].all()
+    assert len({int(slices.planes[i]) for i in draw_slices(slices, 3, 0).labelled}) == 3, "a band of planes each"
+    assert draw_slices(slices, 4, 0) == draw_slices(slices, 4, 0)
+    assert len({tuple(draw_slices(slices, 4, seed).labelled) for seed in range(8)}) > 1
+    for count in (0, 19):
+        with pytest.raises(DataError, match=f"--labelled-slices {count}: must be 1 to 18, the training slices"):
+            draw_slices(slices, count, 0)
+
+
+def write_split(folder, **lists):
+    path = folder / "split.json"
+    path.write_text(json.dumps(lists))
+    return path
+
+
+def test_a_split_file_names_ids_cases_or_subjects(tmp_path):
+    data = read_folder(write_acdc(tmp_path))
+    train = ["patient001", "patient002_frame01", "patient006_frame09/002"]
+    parts = {"train": train, "val": ["patient003"], "test": ["patient004_frame01"]}
+    assert apply_split_file(data, write_split(tmp_path, **parts))[1] is None, "drawn"
+    slices, labelled = apply_split_file(data, write_split(tmp_path, **parts, labelled=train[1:]))
+    found = {part: [slices.ids[i] for i in slices.of_part(part)] for part in ("train", "val", "test")}
+    one = [f"patient001_frame{frame}/{z:03d}" for frame in ("01", "09") for z in range(3)]
+    two = [f"patient002_frame01/{z:03d}" for z in range(3)]
+    assert found["train"] == [*one, *two, "patient006_frame09/002"]
+    assert found["val"] == [name.replace("001_", "003_") for name in one]
+    assert found["test"] == [name.replace("002_", "004_") for name in two]
+    assert [slices.ids[i] for i in labelled] == [*two, "patient006_frame09/002"]
+    kept = data.ids.index("patient002_frame01/001")
+    at = slices.ids.index("patient002_frame01/001")
+    assert torch.equal(slices.images[at], data.images[kept]) and slices.planes[at] == data.planes[kept]
+    whole = draw_split(data, 2, 1, 0).ids(data)
+    again, labelled = apply_split_file(data, write_split(tmp_path, **whole))
+    assert [again.ids[i] for i in labelled] == whole["labelled"], "a run's own split.json can be given to another"
+
+
+BAD_SPLITS = {
+    "no part": ({"train": ["patient001"]}, r"split\.json: no JSON of"),
+    "unknown": ({"test": ["patient009"]}, r"split\.json: test: 'patient009' is no id, case or subject of the data"),
+    "empty": ({"val": []}, r"split\.json: val: is empty"),
+    "two parts": ({"val": ["patient001_frame09"]}, r"split\.json: subject patient001 is in train and in val"),
+    "labelled": ({"labelled": ["patient003/000", "patient003"]}, r"labelled: 'patient003/000' is no id"),
+    "labelled held out": ({"labelled": ["patient003"]}, r"labelled: patient003_frame01/000 is not among the training"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SPLITS)
+def test_bad_split_files(tmp_path, name):
+    change, message = BAD_SPLITS[name]
+    data = read_folder(write_acdc(tmp_path))
+    good = {"train": ["patient001"], "val": ["patient003"], "test": ["patient004"]}
+    path = write_split(tmp_path, **(change if name == "no part" else good | change))
+    with pytest.raises(DataError, match=message):
+        apply_split_file(data, path)
 
 
 # -------------------------------------------------------------------------------------------------------- folders
@@ -186,3 +254,229 @@ def test_bad_acdc_folders(tmp_path):
     (tmp_path / "training/patient002/patient002_frame09_gt.nii.gz").unlink()
     with pytest.raises(DataError, match=r"patient002_frame09_gt\.nii\.gz: no such file"):
         read_folder(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- h5
+
+
+def test_h5_volumes_hold_what_nifti_does(tmp_path):
+    nifti = read_folder(write_acdc(tmp_path / "acdc", patients=6, tests=0))
+    slices = read_folder(write_h5(tmp_path / "h5"))
+    assert slices.source["layout"] == "h5 volumes" and slices.source["label_values"] == [0, 1, 2, 3]
+    assert slices.classes == ("background", "class 1", "class 2", "class 3")
+    assert slices.ids == nifti.ids and slices.subjects == nifti.subjects and slices.parts == nifti.parts
+    assert torch.equal(slices.labels, nifti.labels) and torch.equal(slices.planes, nifti.planes)
+    assert torch.allclose(slices.images, nifti.images, atol=1e-5)
+    assert set(slices.parts) == {f"patient{n:03d}" for n in range(1, 7)}, "both frames are one subject"
+
+
+def test_h5_slices_are_put_together_in_the_order_of_their_numbers(tmp_path):
+    deep = {"shape": (20, 28, 11)}
+    whole = read_folder(write_h5(tmp_path / "volumes", 3, **deep))
+    slices = read_folder(write_h5(tmp_path / "slices", 3, by_slice=True, by_volume=False, **deep))
+    assert slices.source["layout"] == "h5 slices"
+    assert slices.ids[:11] == [f"patient001_frame01/{number:03d}" for number in range(1, 12)], "10 after 9, not after 1"
+    assert torch.equal(slices.images, whole.images) and torch.equal(slices.labels, whole.labels)
+    assert torch.equal(slices.planes, whole.planes)
+    (tmp_path / "slices" / "data").rename(tmp_path / "bare")
+    assert read_folder(tmp_path / "bare").ids == slices.ids, "slices/ without data/"
+
+
+def write_lists(folder, **lists):
+    for name, lines in lists.items():
+        (folder / f"{name}.list").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+LISTS = {
+    "train": ["patient001_frame01", "patient001_frame09"],
+    "train_slices": ["patient001_frame01_slice_3", "patient001_frame01_slice_1", "patient002_frame09_slice_2.h5"],
+    "val": ["patient003_frame01", "patient003_frame09"],
+    "test": ["patient004_frame01"],
+}
+
+
+def test_h5_lists_name_the_parts_and_leave_the_rest_out(tmp_path):
+    slices = read_folder(write_lists(write_h5(tmp_path, by_slice=True), **LISTS))
+    found = {part: [slices.ids[i] for i in slices.of_part(part)] for part in ("train", "val", "test")}
+    assert found["train"] == ["patient001_frame01/001", "patient001_frame01/003", "patient002_frame09/002"]
+    assert found["val"] == [f"patient003_frame{frame}/{z:03d}" for frame in ("01", "09") for z in range(3)]
+    assert found["test"] == [f"patient004_frame01/{z:03d}" for z in range(3)]
+    (tmp_path / "train_slices.list").unlink()
+    slices = read_folder(tmp_path)
+    assert slices.source["layout"] == "h5 volumes" and len(slices.of_part("train")) == 6
+    for part in ("val", "test"):
+        (tmp_path / f"{part}.list").unlink()
+    write_lists(tmp_path, train=[f"patient{n:03d}_frame01" for n in range(1, 6)])
+    drawn = read_folder(tmp_path).parts
+    assert set(drawn) == {f"patient{n:03d}" for n in range(1, 6)}, "what the list does not name is left out"
+    assert sorted(drawn.values()) == ["test", "train", "train", "train", "val"], "parts without a list are drawn"
+
+
+def spoil(folder, name="patient002_frame01", **arrays):
+    image, label = np.zeros((3, 28, 20), np.float32), np.ones((3, 28, 20), np.uint8)
+    save_h5(folder / "data" / f"{name}.h5", **({"image": image, "label": label} | arrays))
+
+
+BAD_H5 = {
+    "damaged": (
+        lambda f: (f / "data/patient002_frame01.h5").write_bytes(b"no HDF5"),
+        r"patient002_frame01\.h5: cannot be read \(",
+    ),
+    "no label": (
+        lambda f: save_h5(f / "data/patient002_frame01.h5", image=np.zeros((3, 28, 20))),
+        r"patient002_frame01\.h5: holds no dataset `label`",
+    ),
+    "shapes": (
+        lambda f: spoil(f, label=np.ones((3, 28, 19))),
+        r"patient002_frame01\.h5: has shape \(3, 28, 19\), its image \(3, 28, 20\)",
+    ),
+    "1-D": (lambda f: spoil(f, image=np.zeros(3), label=np.zeros(3)), r"frame01\.h5: `image` must be a slice \[H, W\]"),
+    "NaN": (lambda f: spoil(f, image=np.full((3, 28, 20), np.nan)), r"frame01\.h5: holds intensities that are NaN"),
+    "negative": (lambda f: spoil(f, label=np.full((3, 28, 20), -1)), r"labels must be whole numbers from 0, got -1"),
+    "instances": (
+        lambda f: spoil(f, label=np.arange(3 * 28 * 20).reshape(3, 28, 20)),
+        r"patient002_frame01\.h5: has 1680 label values and the folder 1680, which are more than 32 classes",
+    ),
+    "not there": (
+        lambda f: write_lists(f, test=["patient099_frame01"]),
+        r"patient099_frame01\.h5: no such file, but a test list of .* names it",
+    ),
+    "two lists": (
+        lambda f: write_lists(f, train=["patient001_frame01"], val=["patient001_frame09"]),
+        "subject patient001 is named for train and for val",
+    ),
+    "empty list": (lambda f: write_lists(f, val=[]), r"val\.list: names no case"),
+    "other size": (
+        lambda f: save_h5(
+            f / "data/slices/patient001_frame01_slice_2.h5", image=np.zeros((28, 24)), label=np.zeros((28, 24))
+        ),
+        r"patient001_frame01_slice_2\.h5: is 28 x 24, patient001_frame01_slice_1\.h5 of the same volume 28 x 20",
+    ),
+    "no file": (lambda f: shutil.rmtree(f / "data"), "neither dataset.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_H5)
+def test_bad_h5_folders(tmp_path, name):
+    breaks, message = BAD_H5[name]
+    breaks(write_h5(tmp_path, by_slice=name == "other size"))
+    with pytest.raises(DataError, match=message) as caught:
+        read_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_without_a_class(tmp_path):
+    for number in range(3):
+        spoil(tmp_path, f"case{number}", label=np.zeros((3, 28, 20)))
+    with pytest.raises(DataError, match="all labels are 0, no class to learn"):
+        read_folder(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_and_masks(tmp_path):
+    slices = read_folder(write_pictures(tmp_path, values=(0, 127, 255)))
+    assert slices.source["layout"] == "PNG images and masks" and slices.source["label_values"] == [0, 127, 255]
+    assert slices.classes == ("background", "class 127", "class 255")
+    assert slices.images.shape == (6, 1, 48, 32) and slices.ids[0] == "p0/000"
+    assert slices.subjects == [f"p{n}" for n in range(6)] and len(set(slices.planes.tolist())) == 6
+    image, label = volume(2, (40, 30, 1), 3)
+    image = image.clip(0, 255).astype(np.uint8).astype(np.float32)
+    inside = slices.images[2, 0, 4:44, 1:31]
+    assert torch.allclose(inside, torch.from_numpy((image - image.mean()) / image.std())[..., 0], atol=1e-5)
+    assert torch.equal(slices.labels[2, 4:44, 1:31], torch.from_numpy(label)[..., 0])
+
+
+def test_a_picture_has_x_to_the_right_and_y_upwards(tmp_path):
+    for number in range(3):
+        rows = np.zeros((32, 48, 3), np.uint8)
+        rows[0, 47] = (30, 20, 10)  # the upper right corner
+        mask = np.zeros((32, 48), np.uint8)
+        mask[0, 47] = 1
+        Image.fromarray(rows).save(tmp_path / f"p{number}.png")
+        Image.fromarray(mask).save(tmp_path / f"p{number}_mask.png")
+    slices = read_folder(tmp_path)
+    assert slices.images.shape == (3, 3, 48, 32), "RGB"
+    assert slices.labels[0].nonzero().tolist() == [[47, 31]]
+    assert (slices.images[0].flatten(1).argmax(1) == 47 * 32 + 31).all()
+
+
+def test_kinds_of_pictures(tmp_path):
+    write_pictures(tmp_path, masks="masks", ending="_mask")
+    for path in (tmp_path / "images").iterdir():
+        Image.open(path).convert("LA").save(path)
+    for number, mode in enumerate(("1", "P", "RGB", "RGBA", "I;16")):
+        path = tmp_path / "masks" / f"p{number}_mask.png"
+        mask = np.asarray(Image.open(path)) // 255  # the same classes as 255 has in the sixth
+        picture = Image.fromarray(mask.astype(np.uint16 if mode == "I;16" else np.uint8))
+        if mode == "1":
+            picture = Image.fromarray(mask.astype(bool))
+        elif mode == "P":
+            picture.putpalette([0, 0, 0, 200, 10, 10])
+        elif mode != "I;16":
+            picture = picture.convert(mode)
+        picture.save(path)
+    (tmp_path / "images/p5.png").unlink()
+    slices = read_folder(tmp_path)
+    assert slices.source["label_values"] == [0, 1] and slices.images.shape[1] == 3
+    for number in range(5):
+        _, label = volume(number, (40, 30, 1), 2)
+        assert torch.equal(slices.labels[number, 4:44, 1:31], torch.from_numpy(label)[..., 0]), number
+
+
+def test_large_pictures_are_scaled_down(tmp_path):
+    write_pictures(tmp_path, count=4, size=(400, 300))
+    slices = read_folder(tmp_path)
+    assert slices.images.shape == (4, 1, 160, 128) and slices.source["spacing"] == 2.5
+    _, label = volume(0, (400, 300, 1), 2)
+    assert abs(int((slices.labels[0] == 1).sum()) * 2.5**2 - label.sum()) <= 0.3 * label.sum()
+    assert read_folder(tmp_path, size=(208, 160)).source["spacing"] == 400 / 208
+    assert read_folder(tmp_path, size=(416, 304), spacing=1).images.shape == (4, 1, 416, 304)
+
+
+def test_pictures_with_lists(tmp_path):
+    slices = read_folder(write_lists(write_pictures(tmp_path), train=["p1.png", "p3"], val=["p0"], test=["p5"]))
+    assert slices.parts == {"p1": "train", "p3": "train", "p0": "val", "p5": "test"}
+
+
+BAD_PICTURES = {
+    "damaged image": (
+        lambda f: (f / "images/p2.png").write_bytes(b"no picture"),
+        r"images/p2\.png: cannot be read as a picture \(cannot identify image file",
+    ),
+    "half an image": (
+        lambda f: (f / "images/p2.png").write_bytes((f / "images/p2.png").read_bytes()[:200]),
+        r"images/p2\.png: cannot be read as a picture \(",
+    ),
+    "damaged mask": (lambda f: (f / "masks/p2.png").write_bytes(b""), r"masks/p2\.png: cannot be read as a picture"),
+    "missing mask": (lambda f: (f / "masks/p2.png").unlink(), r"images/p2\.png: has no mask .*masks/p2\.png, p2_mask"),
+    "coloured mask": (
+        lambda f: Image.new("RGB", (40, 30), (255, 0, 0)).save(f / "masks/p2.png"),
+        r"masks/p2\.png: is coloured",
+    ),
+    "shapes": (
+        lambda f: Image.new("L", (40, 31)).save(f / "masks/p2.png"),
+        r"masks/p2\.png: has shape \(40, 31, 1\), its image p2\.png \(40, 30, 1\)",
+    ),
+    "channels": (
+        lambda f: Image.new("RGB", (40, 30), (9, 8, 7)).save(f / "images/p2.png"),
+        r"images/p2\.png: has 3 channels, p0\.png has 1",
+    ),
+    "photograph": (
+        lambda f: Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)).save(f / "masks/p2.png"),
+        r"masks/p2\.png: has 1200 label values",
+    ),
+    "not there": (lambda f: write_lists(f, val=["p9"]), r"images/p9\.png: (no such file|has no mask)"),
+    "no picture": (lambda f: shutil.rmtree(f / "images"), "neither dataset.json .* or images/.*png with masks"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures(tmp_path, name):
+    breaks, message = BAD_PICTURES[name]
+    breaks(write_pictures(tmp_path))
+    with pytest.raises(DataError, match=message) as caught:
+        read_folder(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("monai", "lightning", "nibabel", "matplotlib", "tensorboard"):
+for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from small_folders import write_acdc, write_msd  # noqa: E402
+from small_folders import write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
 from examples import probes, three_stage  # noqa: E402
 from examples.arms import Arms  # noqa: E402
@@ -345,7 +345,52 @@ def test_a_file_in_place_of_the_out_folder(msd, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1 and (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("more", [["--crop", "20", "32"], ["--seeds", "1", "1"], ["--size", "40", "32"]])
+LAYOUTS = {
+    "h5 slices": (partial(write_h5, by_slice=True), "36 slices of 6 subjects; classes: background, class 1, class 2,"),
+    "h5 volumes": (write_h5, "36 slices of 6 subjects; classes: background, class 1, class 2, class 3"),
+    "PNG images and masks": (write_pictures, "6 slices of 6 subjects; classes: background, class 255 (label values 0,"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_is_told_and_trained_on(tmp_path, capsys, name):
+    write, told = LAYOUTS[name]
+    data, out = write(tmp_path / "data"), tmp_path / "out"
+    assert three_stage.main(arguments(data, out, "--stage", "1", "--labelled-slices", "2")) == 0
+    assert f"data: {name}, {told}" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert results["data"]["layout"] == name and len(results["runs"][0]["labelled"]) == 2
+    assert results["settings"]["labelled_slices"] == 2 and results["settings"]["labelled"] is None
+
+
+def test_a_split_file_fixes_the_split_of_every_seed(msd, tmp_path, capsys):
+    lists = {"train": ["case_000", "case_001"], "val": ["case_002"], "test": ["case_003"], "labelled": ["case_001/001"]}
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(lists))
+    out = tmp_path / "out"
+    assert three_stage.main(arguments(msd, out, "--stage", "1", "--split", str(path), "--seeds", "0", "1")) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["splits"]["val"] == [f"case_002/{z:03d}" for z in range(3)]
+    assert [run["labelled"] for run in results["runs"]] == [["case_001/001"]] * 2
+    path.write_text(json.dumps(lists | {"val": ["case_099"]}))
+    assert three_stage.main(arguments(msd, out, "--split", str(path))) == 2
+    assert capsys.readouterr().err == f"error: {path}: val: 'case_099' is no id, case or subject of the data\n"
+
+
+def test_a_damaged_h5_file_ends_in_one_line_and_code_2(tmp_path, capsys):
+    damaged = write_h5(tmp_path) / "data" / "patient002_frame01.h5"
+    damaged.write_bytes(damaged.read_bytes()[:700])
+    assert three_stage.main(arguments(tmp_path, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {damaged}: cannot be read (") and error.count("\n") == 1
+
+
+BOTH = ["--labelled-slices", "2", "--slices-per-subject", "1"]
+
+
+@pytest.mark.parametrize(
+    "more", [["--crop", "20", "32"], ["--seeds", "1", "1"], ["--size", "40", "32"], ["--patch", "48", "48", "48"], BOTH]
+)
 def test_impossible_options(tmp_path, more):
     with pytest.raises(SystemExit) as ended:
         three_stage.main([*arguments("builtin", tmp_path), *more])

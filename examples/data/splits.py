@@ -1,10 +1,13 @@
 """Which slices are labelled, unlabelled, for validation and for test: drawn once per seed, the same for every arm."""
 
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 
 from examples.data.slices import PARTS, DataError, Slices
+from examples.files import read_json
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,10 @@ def assign_parts(subjects: list[str], seed: int = 0) -> dict[str, str]:
     return {name: "test" if i < tests else "val" if i < tests + vals else "train" for i, name in enumerate(order)}
 
 
-def draw_split(slices: Slices, labelled: int, per_subject: int | None, seed: int) -> Split:
-    """Draws `labelled` training subjects and `per_subject` labelled slices of each (None: all of them).
+def draw_split(
+    slices: Slices, labelled: int, per_subject: int | None, seed: int, among: set[str] | None = None
+) -> Split:
+    """Draws `labelled` training subjects (of `among`) and `per_subject` labelled slices of each (None: all of them).
 
     The slices with foreground are divided into as many bands of planes as there are labelled subjects and each subject
     gives slices of another band, so that few labels still cover the whole body. Raises DataError when labels are short.
@@ -40,7 +45,7 @@ def draw_split(slices: Slices, labelled: int, per_subject: int | None, seed: int
     rng = np.random.default_rng(seed)
     train = slices.of_part("train")
     foreground = slices.has_foreground()
-    candidates = [i for i in train if foreground[i]]
+    candidates = [i for i in train if foreground[i] and (among is None or slices.subjects[i] in among)]
     subjects = sorted({slices.subjects[i] for i in candidates})
     if labelled < 1 or not subjects:
         raise DataError("no labelled case: --labelled must be at least 1 and a training case must hold foreground")
@@ -58,3 +63,61 @@ def draw_split(slices: Slices, labelled: int, per_subject: int | None, seed: int
             mine = rng.choice(usable, min(per_subject, len(usable)), replace=False).tolist()
         picked += mine
     return Split(sorted(picked), train, slices.of_part("val"), slices.of_part("test"))
+
+
+def draw_slices(slices: Slices, count: int, seed: int) -> Split:
+    """Draws `count` labelled slices with foreground, over as many training subjects as there are, one after the other.
+
+    As in draw_split each subject begins with another band of planes. Raises DataError when slices are short.
+    """
+    rng = np.random.default_rng(seed)
+    train = slices.of_part("train")
+    foreground = slices.has_foreground()
+    candidates = [i for i in train if foreground[i]]
+    if not 1 <= count <= len(candidates):
+        raise DataError(f"--labelled-slices {count}: must be 1 to {len(candidates)}, the training slices with labels")
+    subjects = sorted({slices.subjects[i] for i in candidates})
+    chosen = rng.permutation(subjects)[:count].tolist()
+    planes = np.unique(slices.planes[candidates].numpy())
+    bands = np.array_split(planes, len(chosen)) if len(chosen) <= len(planes) else [planes] * len(chosen)
+    queues = []
+    for subject, band in zip(chosen, rng.permutation(len(chosen)), strict=True):
+        mine = rng.permutation([i for i in candidates if slices.subjects[i] == subject]).tolist()
+        queues.append(sorted(mine, key=lambda i, band=band: int(slices.planes[i]) not in bands[band]))
+    picked = [i for round_ in zip_longest(*queues) for i in round_ if i is not None][:count]
+    return Split(sorted(picked), train, slices.of_part("val"), slices.of_part("test"))
+
+
+def apply_split_file(slices: Slices, path: Path) -> tuple[Slices, list[int] | None]:
+    """What a split file names, each subject in its part, and the positions of its labelled slices (None: not given).
+
+    The file is JSON, {"train": [...], "val": [...], "test": [...], "labelled": [...]}, the form of a run's split.json;
+    an entry is an id, or a case or subject and stands for all of its slices. Raises DataError, naming file and entry.
+    """
+    try:
+        content = read_json(path)
+        lists = {part: content[part] for part in PARTS}
+        lists |= {"labelled": content["labelled"]} if "labelled" in content else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{path}: no JSON of {{"train": [...], "val": [...], "test": [...]}}') from error
+    found: dict[str, list[int]] = {}
+    index: dict[str, list[int]] = {}
+    for i, (name, subject) in enumerate(zip(slices.ids, slices.subjects, strict=True)):
+        for key in {name, name.split("/")[0], subject}:
+            index.setdefault(key, []).append(i)
+    for part, names in lists.items():
+        unknown = [name for name in names if name not in index]
+        if unknown or not names:
+            wrong = f"{unknown[0]!r} is no id, case or subject of the data" if unknown else "is empty"
+            raise DataError(f"{path}: {part}: {wrong}")
+        found[part] = sorted({i for name in names for i in index[name]})
+    parts: dict[str, str] = {}
+    for part in PARTS:
+        for i in found[part]:
+            if parts.setdefault(slices.subjects[i], part) != part:
+                raise DataError(f"{path}: subject {slices.subjects[i]} is in {parts[slices.subjects[i]]} and in {part}")
+    for i in sorted(set(found.get("labelled", [])) - set(found["train"])):
+        raise DataError(f"{path}: labelled: {slices.ids[i]} is not among the training {slices.noun}")
+    kept = sorted(i for part in PARTS for i in found[part])
+    labelled = [kept.index(i) for i in found["labelled"]] if "labelled" in found else None
+    return slices.select(kept, parts), labelled

@@ -13,6 +13,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from examples.data.slices import PARTS, Slices
+from examples.data.volumes import Volumes, pad
 from examples.files import write_atomically
 
 CLASSES = ("background", "CSF", "grey matter", "white matter")
@@ -23,6 +24,8 @@ SIZE = (96, 112)
 TRAIN_PLANES = range(44, 133, 8)  # mm from the lowest plane of the template
 NEAR_PLANES = range(88, 129, 8)  # 4 mm off the training planes
 FAR_PLANES = range(40, 73, 8)  # the lower half of the brain, where fewer pixels are brain
+VOLUMES = {"train": 6, "val": 1, "test": 2}  # subjects as whole volumes of 4 mm voxels, for trying out 3-D
+VOLUME_PLANES = range(-8, 184, 2 * MM)
 RECIPE = "affine .12, shift 4 mm, elastic B-spline sd 8 mm at 25 mm, tissue .15, gamma 2^1, bias .3, Rician .08"
 
 
@@ -49,12 +52,14 @@ def smooth_field(rng: np.random.Generator, shape: np.ndarray, points: np.ndarray
     return map_coordinates(control, points / spacing + 1, order=3, mode="nearest", prefilter=False)
 
 
-def make_subject(maps: np.ndarray, seed: int, number: int, planes: range) -> tuple[np.ndarray, np.ndarray]:
-    """The planes (mm) of subject `number`: images [P, 96, 112] float32, z-normalised per slice, and labels uint8."""
+def draw_subject(
+    maps: np.ndarray, seed: int, number: int, planes: range, step: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The planes (mm) of subject `number`, every step-th pixel: image [X, Y, P] as drawn, and labels uint8."""
     rng = np.random.default_rng([seed, number])
     shape = np.array(maps.shape[1:])
     corner = (shape[:2] - SIZE) // 2
-    axes = [corner[0] + np.arange(SIZE[0]), corner[1] + np.arange(SIZE[1]), np.array(planes) / MM]
+    axes = [corner[i] + np.arange(0, SIZE[i], step) for i in (0, 1)] + [np.array(planes) / MM]
     points = np.stack(np.meshgrid(*axes, indexing="ij"))
     centre = (shape / 2).reshape(3, 1, 1, 1)
     affine = np.eye(3) + rng.uniform(-0.12, 0.12, (3, 3))
@@ -68,6 +73,12 @@ def make_subject(maps: np.ndarray, seed: int, number: int, planes: range) -> tup
     image = np.clip(image, 0, None) ** 2 ** rng.uniform(-1, 1)
     image = image * np.exp(0.3 * smooth_field(rng, shape, points, 60 / MM))
     image = np.hypot(image + rng.normal(0, 0.08, image.shape), rng.normal(0, 0.08, image.shape))
+    return image, labels
+
+
+def make_subject(maps: np.ndarray, seed: int, number: int, planes: range) -> tuple[np.ndarray, np.ndarray]:
+    """The planes (mm) of subject `number`: images [P, 96, 112] float32, z-normalised per slice, and labels uint8."""
+    image, labels = draw_subject(maps, seed, number, planes)
     image = (image - image.mean((0, 1))) / image.std((0, 1))
     return np.moveaxis(image, 2, 0).astype(np.float32), np.moveaxis(labels, 2, 0)
 
@@ -104,4 +115,29 @@ def virtual_subjects(cache: Path | None = None) -> Slices:
             "recipe": RECIPE,
             "generator_seeds": GENERATOR_SEEDS,
         },
+    )
+
+
+def virtual_volumes(patch: tuple[int, int, int]) -> Volumes:
+    """A few virtual subjects as whole volumes [1, 48, 56, 48] of 4 mm voxels, each normalised over the volume."""
+    maps = load_maps()
+    names = [(part, number) for part in PARTS for number in range(VOLUMES[part])]
+    made = [draw_subject(maps, GENERATOR_SEEDS[part], number, VOLUME_PLANES, step=2) for part, number in names]
+    images = [torch.from_numpy(((image - image.mean()) / image.std()).astype(np.float32))[None] for image, _ in made]
+    subjects = [f"{part}-{number:02d}" for part, number in names]
+    return Volumes(
+        images=[pad(image, patch, float(image.min())) for image in images],
+        labels=[pad(torch.from_numpy(labels)[None], patch, 0)[0] for _, labels in made],
+        subjects=subjects,
+        ids=subjects,
+        planes=torch.arange(len(names)),
+        zones=[""] * len(names),
+        parts={name: part for name, (part, _) in zip(subjects, names, strict=True)},
+        classes=CLASSES,
+        source={
+            "layout": "virtual subjects of the MNI152 template, as volumes of 4 mm voxels",
+            "recipe": RECIPE,
+            "generator_seeds": GENERATOR_SEEDS,
+        },
+        patch=patch,
     )

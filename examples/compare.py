@@ -1,0 +1,251 @@
+"""The comparison: every semi-supervised method on the same data, labelled cases, network and budget, paired by seed.
+
+    python -m examples.compare --data builtin --out comparison --tune --jobs 2            # learning rates, once
+    python -m examples.compare --data builtin --out comparison --seeds 8 --jobs 2         # every arm, validation
+    python -m examples.compare --data builtin --out comparison --seeds 8 --resume --final # the test volumes
+    python -m examples.compare --quick --out quick                                        # a few minutes
+
+Every arm of a seed has the same labelled cases and the same number of second-stage iterations; `recipes.py` holds the
+arms. Choices are made on validation; --final reads test and refuses to do so twice. A killed run goes on with --resume.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from examples.compare_report import write_report
+from examples.data.slices import DataError, Slices
+from examples.data.splits import Split, draw_slices, draw_split
+from examples.files import read_json, write_json
+from examples.networks import SMALLEST, STRIDE
+from examples.recipes import QUICK, SETTINGS, Iterations, Step, arms
+from examples.training import quiet
+from examples.trials import Trial
+
+RATES = (3e-3, 1e-2, 2e-2)  # tried for every arm
+TUNING_SEEDS = (1000,)  # no seed of the comparison
+DEFAULT_RATE = SETTINGS.scratch_lr
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after one line on stderr."""
+    options = parse(argv)
+    quiet()
+    try:
+        tune(options) if options.tune else compare(options)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    known = list(arms(Iterations(), 2))
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="builtin", help='"builtin" (scanners) or a folder that examples.three_stage reads')
+    add("--methods", nargs="+", choices=known, default=known, metavar="ARM", help=f"among {', '.join(known)}")
+    add("--seeds", type=int, help="compare over seeds 0 ... N - 1 (default 8, quick 2)")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--labelled-cases", type=int, nargs="+", metavar="N", help="whole labelled subjects")
+    labels.add_argument("--labelled-slices", type=int, nargs="+", metavar="K", help="one slice each of K (default 3)")
+    add("--out", type=Path, required=True, help="where checkpoints, results and figures go")
+    add("--resume", action="store_true", help="go on in --out from the last checkpoints")
+    add("--tune", action="store_true", help="choose each arm's learning rate on validation and write it to --out")
+    add("--final", action="store_true", help="also read the test volumes: once, with every choice made")
+    add("--quick", action="store_true", help="few iterations, to see that everything runs")
+    add("--jobs", type=int, default=1, help="arms trained at the same time, one thread each")
+    add("--iterations", type=int, nargs=5, metavar=tuple(vars(Iterations())), help="in place of the built-in ones")
+    add("--checkpoint-every", type=int, default=SETTINGS.checkpoint_every, metavar="STEPS", help="default %(default)s")
+    add("--device", choices=("cpu", "cuda", "auto"), default="cpu")
+    add("--crop", type=int, nargs=2, default=SETTINGS.crop, metavar=("H", "W"), help="training crops, in pixels")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="folders: crop or pad slices to this (multiples of 16)")
+    add("--spacing", type=float, metavar="MM", help="folders: in-plane pixel size to resample to")
+    options = parser.parse_args(argv)
+    if options.seeds is None:
+        options.seeds = 2 if options.quick else 8
+    counts = [*(options.labelled_cases or options.labelled_slices or ()), *(options.iterations or ())]
+    if min(options.seeds, options.jobs, options.checkpoint_every, *counts) < 1:
+        parser.error("--seeds, --jobs, --iterations, --checkpoint-every and the numbers of labels must be at least 1")
+    if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
+        parser.error(f"--crop and --size must be multiples of {STRIDE}, at least {SMALLEST}")
+    options.methods = [name for name in known if name in options.methods]  # in the order of dependence
+    if "supervised-seconds" in options.methods and not {"supervised", "mean-teacher"} <= set(options.methods):
+        parser.error("supervised-seconds is measured by supervised and mean-teacher; name them too")
+    cases = options.labelled_cases
+    options.labels = {f"cases{n}": (n, None) for n in cases or ()}
+    options.labels |= {f"slices{n}": (n, 1) for n in (() if cases else options.labelled_slices or (3,))}
+    given = Iterations(*options.iterations) if options.iterations else Iterations()
+    options.iterations = QUICK if options.quick else given
+    options.settings = dataclasses.replace(
+        SETTINGS, crop=tuple(options.crop), checkpoint_every=options.checkpoint_every
+    )
+    return options
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Trains every arm on every seed and label count, then measures and reports."""
+    final = options.out / "test.json"
+    if options.final and final.is_file():
+        raise DataError(f"{final}: the test volumes have been read; a second look would be a choice made on them")
+    rates = learning_rates(options)
+    open_folder(options, rates)
+    slices = read_slices(options)
+    labels, seeds = options.labels, range(options.seeds)
+    # Arm by arm: a run that is stopped has compared its first arms over all seeds.
+    recipes = arms(options.iterations, len(slices.classes))
+    for measured in (False, True):  # those measured by the seconds of others come after them
+        methods = [name for name in options.methods if (recipes[name].seconds_of is not None) == measured]
+        work_through([(options, *job, rates[job[2]]) for job in product_of(labels, seeds, methods)])
+    trials = {(label, seed): open_trial(options, slices, label, seed) for label in labels for seed in seeds}
+    if options.final:
+        tables = {
+            f"{label}/seed{seed}": {arm: trial.scores(arm, "test") for arm in options.methods}
+            for (label, seed), trial in trials.items()
+        }
+        write_json(final, tables)
+    print(write_report(options, slices, trials, rates))
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Trains each arm with every learning rate on the tuning seeds and keeps the best by Dice on validation."""
+    path = options.out / "learning_rates.json"
+    if path.is_file():
+        raise DataError(f"{path}: the learning rates have been chosen; remove it to choose again")
+    slices, label = read_slices(options), next(iter(options.labels))
+    recipes = arms(options.iterations, len(slices.classes))
+    chosen = [name for name in options.methods if recipes[name].seconds_of is None]
+    work_through([(options, *job, rate) for job in product_of([label], TUNING_SEEDS, chosen) for rate in RATES])
+    found = {}
+    for arm in chosen:
+        tried = {}
+        for rate in RATES:
+            trials = [open_trial(options, slices, label, seed) for seed in TUNING_SEEDS]
+            dice = [trial.scores(f"{arm}@{rate:g}", "val")["dice"]["all"]["mean"] for trial in trials]
+            tried[f"{rate:g}"] = round(sum(dice) / len(dice), 3)
+        best = max(tried, key=lambda rate: tried[rate])
+        found[arm] = {"lr": float(best), "validation_dice": tried}
+        print(f"{arm:28s} {best:>6s}   " + "  ".join(f"{rate}: {dice:.2f}" for rate, dice in tried.items()))
+    write_json(path, {"seeds": TUNING_SEEDS, "labels": label, "arms": found})
+
+
+def learning_rates(options: argparse.Namespace) -> dict[str, float]:
+    """Each arm's learning rate: the tuned one, or the default where --tune was not run."""
+    path = options.out / "learning_rates.json"
+    tuned = {name: entry["lr"] for name, entry in read_json(path)["arms"].items()} if path.is_file() else {}
+    rates = {name: tuned.get(name, DEFAULT_RATE) for name in options.methods}
+    for name, step in arms(options.iterations, 2).items():
+        if name in rates and step.seconds_of is not None:
+            rates[name] = tuned.get("supervised", DEFAULT_RATE)  # the same arm with other iterations
+    return rates
+
+
+def product_of(labels: Iterable[str], seeds: Iterable[int], arms: Iterable[str]) -> list[tuple[str, int, str]]:
+    """Every (label, seed, arm), the arms in their order."""
+    return [(label, seed, arm) for label in labels for arm in arms for seed in seeds]
+
+
+def work_through(jobs: list[tuple]) -> None:
+    """Trains the jobs, in processes of their own where --jobs asks for several; they wait for steps that they share."""
+    processes = min(jobs[0][0].jobs, len(jobs)) if jobs else 0
+    if processes <= 1:
+        for job in jobs:
+            train_arm(*job)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=one_thread) as pool:
+        futures = [pool.submit(train_arm, *job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or a failure would be told after all the others have been trained
+            raise
+
+
+def one_thread() -> None:
+    """At the start of a worker process."""
+    torch.set_num_threads(1)
+    quiet()
+
+
+def train_arm(options: argparse.Namespace, label: str, seed: int, arm: str, rate: float) -> None:
+    """Trains and measures one arm of one seed; in tuning an arm has several learning rates and as many folders."""
+    trial = open_trial(options, read_slices(options), label, seed)
+    name = f"{arm}@{rate:g}" if options.tune else arm
+    trial.train(arm, rate, name)
+    dice = trial.scores(name, "val")["dice"]["all"]["mean"]
+    print(f"{label}  seed {seed}  {name:28s} Dice on validation {dice or 0:5.2f}", flush=True)
+
+
+def open_trial(options: argparse.Namespace, slices: Slices, label: str, seed: int) -> Trial:
+    """The trial of one seed with one number of labels."""
+    recipes: dict[str, Step] = arms(options.iterations, len(slices.classes))
+    folder = options.out / ("tuning" if options.tune else label) / f"seed{seed}"
+    return Trial(
+        slices, split_of(options, slices, label, seed), options.settings, recipes, seed, folder, options.device
+    )
+
+
+def split_of(options: argparse.Namespace, slices: Slices, label: str, seed: int) -> Split:
+    """The split of one seed: a function of the data, the number of labels and the seed alone."""
+    if options.data == "builtin":
+        from examples.data.scanners import draw_scanner_split
+
+        return draw_scanner_split(slices, *options.labels[label], seed)
+    count, per_subject = options.labels[label]
+    return draw_slices(slices, count, seed) if per_subject else draw_split(slices, count, None, seed)
+
+
+def read_slices(options: argparse.Namespace) -> Slices:
+    """The data set that --data names."""
+    if options.data == "builtin":
+        from examples.data.scanners import scanners
+
+        return scanners(options.out / "data" / "scanners.npz")
+    from examples.data.folders import read_folder
+
+    return read_folder(Path(options.data), tuple(options.size) if options.size else None, options.spacing)
+
+
+def open_folder(options: argparse.Namespace, rates: dict[str, float]) -> None:
+    """Refuses to go on with a run that had other settings, or without --resume."""
+    path = options.out / "run.json"
+    started = {
+        "data": options.data if options.data == "builtin" else Path(options.data).name,
+        "size": options.size,
+        "spacing": options.spacing,
+        **{f"iterations of {name}": count for name, count in dataclasses.asdict(options.iterations).items()},
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options.settings).items()},
+    }
+    if not path.is_file():
+        write_json(path, started | {"learning_rates": rates})
+        return
+    if not options.resume:
+        raise DataError(f"{options.out}: already holds a run; go on with --resume or choose another --out")
+    before = read_json(path)
+    before_rates = before.pop("learning_rates")
+    started |= {f"learning rate of {name}": rate for name, rate in rates.items()}
+    before |= {f"learning rate of {name}": before_rates.get(name, rate) for name, rate in rates.items()}
+    for name in sorted(before.keys() | started.keys()):
+        if before.get(name) != started.get(name):
+            raise DataError(f"{path}: was started with {name} = {before.get(name)}, now {started.get(name)}")
+    write_json(path, read_json(path) | {"learning_rates": before_rates | rates})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

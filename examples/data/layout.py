@@ -1,0 +1,99 @@
+"""What the readers of all folder layouts share: a case, a recognised folder, and the checks of what was read.
+
+Axes. A volume is [C, X, Y, Z]: X runs to the right of a picture, Y upwards, Z over the slices; a picture is a volume of
+one slice. Files that store rows from the top (.h5, PNG) are turned into that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.data.slices import PARTS, DataError
+
+Volume = tuple[Tensor, Tensor]  # image [C, X, Y, Z], normalised, and label [1, X, Y, Z] as stored, both float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled volume and its files, the label last. `part` where the folder itself names it; `numbers`: of its
+    slices, where they are not simply counted from 0."""
+
+    subject: str
+    name: str
+    files: tuple[Path, ...]
+    part: str | None = None
+    numbers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A recognised folder. `read` gives a case at an in-plane spacing (None: as stored); `classes` is empty where the
+    folder does not name them; `spacing` is the default; `largest` the largest picture, where sizes have no unit."""
+
+    name: str
+    cases: list[Case]
+    read: Callable[[Case, float | None], Volume]
+    classes: tuple[str, ...] = ()
+    spacing: float | None = None
+    largest: tuple[int, int] | None = None
+
+
+def check_pair(image_file: Path, label_file: Path, image: Tensor, label: Tensor, num_classes: int | None) -> None:
+    """Raises DataError, naming the file, for what cannot be trained on; image [C, ...] and label [1, ...]."""
+    if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
+        of_image = "" if label_file == image_file else f" {image_file.name}"
+        raise DataError(
+            f"{label_file}: has shape {tuple(label.shape[1:])}, its image{of_image} {tuple(image.shape[1:])}"
+        )
+    if not torch.isfinite(image).all():
+        raise DataError(f"{image_file}: holds intensities that are NaN or infinite")
+    found = torch.unique(label).tolist()
+    top = torch.inf if num_classes is None else num_classes - 1
+    wrong = [value for value in found if not (0 <= value <= top and value == int(value))]
+    if wrong:
+        upwards = "from 0" if num_classes is None else f"from 0 to {top}"
+        raise DataError(f"{label_file}: labels must be whole numbers {upwards}, got {wrong[0]:g}")
+    if num_classes is not None and found == [0]:
+        raise DataError(f"{label_file}: all background, no class to learn")
+
+
+def from_rows(array: Tensor) -> Tensor:
+    """[..., rows from the top, columns] as [..., X, Y]."""
+    return array.flip(-2).transpose(-1, -2)
+
+
+def rescaled(image: Tensor, label: Tensor, spacing: float | None) -> Volume:
+    """Both with pixels `spacing` times as large: the image averaged, the label by nearest neighbour."""
+    if spacing is None or spacing == 1:
+        return image, label
+    size = [max(1, round(side / spacing)) for side in image.shape[1:3]]
+    image, label = image.permute(3, 0, 1, 2), label.permute(3, 0, 1, 2)  # slices as a batch
+    image = F.interpolate(image, size, mode="bilinear", antialias=True)
+    return image.permute(1, 2, 3, 0), F.interpolate(label, size, mode="nearest-exact").permute(1, 2, 3, 0)
+
+
+def read_lists(folder: Path, **files: str) -> dict[str, list[str]]:
+    """The names in train.list, val.list and test.list, one a line, where these files exist; `train="..."` is another.
+
+    A name may end with its file's suffix. Raises DataError for a list without a name.
+    """
+    lists = {}
+    for part in PARTS:
+        path = folder / files.get(part, f"{part}.list")
+        if path.is_file():
+            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            if not names:
+                raise DataError(f"{path}: names no case")
+            lists[part] = list(dict.fromkeys(name.removesuffix(".h5").removesuffix(".png") for name in names))
+    return lists
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's innermost cause."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

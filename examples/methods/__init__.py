@@ -1,0 +1,1 @@
+"""Semi-supervised methods, each a subclass of the mean teacher: one module per paper."""

@@ -1,0 +1,114 @@
+"""What the comparison trains: every arm is a chain of steps, and arms that share a step train it once per seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from examples.methods.entropy_guided import EntropyGuided
+from examples.methods.local_contrast import LocalContrast
+from examples.methods.mean_teacher import MeanTeacher
+from examples.methods.multiscale import Multiscale
+from examples.methods.pccs import PCCS
+from examples.methods.region_contrast import RegionContrast
+from examples.settings import Settings
+from examples.stages import ImagePretraining, PixelPretraining, Stage, Supervised
+from hpcloss import RegionPHPCLoss
+
+SETTINGS = Settings(  # what the comparison's steps share; chosen on the validation subjects
+    features=(8, 8, 16, 32, 64, 8),
+    crop=(64, 80),
+    augmentation="torch",
+    image_batch=8,
+    pixel_batch=4,
+    labelled_batch=4,
+    scratch_lr=1e-2,
+    ramp=0.2,
+    validate_every=200,
+    checkpoint_every=100,
+)
+
+
+@dataclass(frozen=True)
+class Iterations:
+    """Steps of each kind of training. 490 supervised ones cost what 400 of the mean teacher do."""
+
+    images: int = 200
+    pixels: int = 200
+    warm: int = 400
+    second: int = 400
+    supervised: int = 490
+
+
+QUICK = Iterations(images=20, pixels=20, warm=80, second=60, supervised=74)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training in a folder of its own, from the network of the step `start` where there is one."""
+
+    name: str
+    kind: Callable[..., Stage]
+    iterations: int
+    start: "Step | None" = None
+    labels: str = "few"  # or "all": every training slice
+    seconds_of: str | None = None  # instead of iterations: as many as fit into the seconds of this arm's last step
+
+    @property
+    def chain(self) -> "list[Step]":
+        """This step and those before it, first to last."""
+        return [*(self.start.chain if self.start else []), self]
+
+
+def arms(iterations: Iterations, classes: int) -> dict[str, Step]:
+    """Every arm by name, as its last step."""
+    few = warm("warm", iterations)
+    every = warm("warm-all-labels", iterations, labels="all")
+    found = {
+        "supervised": Step("supervised", Supervised, iterations.supervised, few),
+        "all-labels": Step("all-labels", Supervised, iterations.supervised, every, labels="all"),
+    }
+    methods = {  # the second stages that start from the same warm start; a method is one entry
+        "mean-teacher": MeanTeacher,
+        "region-contrast": RegionContrast,
+        "local-contrast": LocalContrast,
+        "pccs": PCCS,
+        "entropy-guided": EntropyGuided,
+        "multiscale": Multiscale,
+    }
+    found |= {name: Step(name, kind, iterations.second, few) for name, kind in methods.items()}
+    found["supervised-seconds"] = Step("supervised-seconds", Supervised, 0, few, seconds_of="mean-teacher")
+    # What the pre-training below is measured against: as many more steps of plain supervised training.
+    longer = Step("warm-longer", Supervised, iterations.warm + iterations.images + iterations.pixels)
+    found["longer-warm+mt"] = Step("longer-warm+mt", MeanTeacher, iterations.second, longer)
+    images = Step("images", ImagePretraining, iterations.images)
+    starts = {"stage1": images}
+    for name, loss in region_losses(classes).items():
+        kind = partial(PixelPretraining, loss=loss)
+        if name == "default":
+            starts["stage2"] = Step("pixels-alone", kind, iterations.pixels)
+        starts[f"stages12-{name}"] = Step(f"pixels-{name}", kind, iterations.pixels, images)
+    for name, start in starts.items():
+        found[f"{name}+mt"] = Step(
+            f"{name}+mt", MeanTeacher, iterations.second, warm(f"warm-{name}", iterations, start=start)
+        )
+    return found
+
+
+def warm(name: str, iterations: Iterations, **options) -> Step:
+    """The converged supervised start of a second stage."""
+    return Step(name, Supervised, iterations.warm, **options)
+
+
+def region_losses(classes: int) -> dict[str, nn.Module]:
+    """Stage 2's losses: every pixel contrast asked about, on samples of the same density."""
+    shared = {"num_classes": classes, "background": None, "reduction": "class"}
+    regions = shared | {"samples_per_class": 32}
+    return {
+        "hardness0": RegionPHPCLoss(16, hardness=0.0, **regions),
+        "default": RegionPHPCLoss(16, **regions),
+        "published": RegionPHPCLoss.published(region_size=16, **regions),
+        "two-granularities": RegionPHPCLoss(16, local_size=8, **regions),
+        "whole-region": RegionPHPCLoss(None, samples_per_class=20 * 32, **shared),  # a slice holds 20 regions of 16
+    }

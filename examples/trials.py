@@ -1,0 +1,124 @@
+"""One seed of the comparison: its labelled slices, and every arm trained and measured on them."""
+
+import dataclasses
+from pathlib import Path
+
+import lightning as L
+import torch
+from filelock import FileLock
+from torch import nn
+
+from examples.data.slices import DataError, Slices
+from examples.data.splits import Split
+from examples.evaluate import predict
+from examples.files import read_json, write_json
+from examples.metrics import volume_table
+from examples.networks import build_network, load_body
+from examples.recipes import Step
+from examples.settings import Settings
+from examples.training import CHECKPOINT, DONE, read_weights, train
+
+TEACHER = "teacher.module."  # what predicts: the averaged weights
+
+
+class Trial:
+    """One folder: a sub-folder per step with its checkpoint, done.json and, for arms, the scores on validation."""
+
+    def __init__(
+        self,
+        slices: Slices,
+        split: Split,
+        settings: Settings,
+        arms: dict[str, Step],
+        seed: int,
+        folder: Path,
+        device: str,
+    ):
+        self.slices, self.split, self.settings, self.arms = slices, split, settings, arms
+        self.seed, self.folder, self.device = seed, folder, device
+        self.remember_split()
+
+    def remember_split(self) -> None:
+        """Writes the split, or checks that it is still the one that this seed was started with."""
+        path, ids = self.folder / "split.json", self.split.ids(self.slices)
+        if not path.is_file():
+            write_json(path, ids)
+        elif read_json(path) != ids:
+            raise DataError(f"{path}: the data has changed since this run was started")
+
+    def train(self, arm: str, lr: float, name: str | None = None) -> dict:
+        """Trains what an arm's chain lacks, its last step at learning rate `lr` (in the folder `name`)."""
+        *before, last = self.arms[arm].chain
+        for step in before:
+            self.fit(step)
+        return self.fit(dataclasses.replace(last, name=name or arm), lr)
+
+    def fit(self, step: Step, lr: float | None = None) -> dict:
+        """Trains one step from the network of the one before it. Arms may share it: one trains it, the others wait."""
+        (self.folder / step.name).mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / step.name / ".lock"):
+            if (self.folder / step.name / DONE).is_file():
+                return read_json(self.folder / step.name / DONE)
+            return self.fit_alone(step, lr)
+
+    def fit_alone(self, step: Step, lr: float | None) -> dict:
+        """`fit` of a step that nobody else is training; prints a line."""
+        L.seed_everything(self.seed, verbose=False)
+        settings = self.settings if lr is None else dataclasses.replace(self.settings, scratch_lr=lr)
+        split = self.split if step.labels == "few" else dataclasses.replace(self.split, labelled=self.split.train)
+        iterations = step.iterations if step.seconds_of is None else self.steps_in(step)
+        stage = step.kind(self.slices, split, settings, iterations, self.seed)
+        stage.number = len(step.chain)  # keeps its random draws apart from those of the steps before it
+        if step.start is not None:
+            self.start_from(stage.network, step.start)
+        done = train(stage, self.folder / step.name, settings, self.device)
+        pace = 1000 * done["seconds"] / done["iterations"]
+        steps = f"{done['iterations']:5d} steps {done['seconds']:7.1f} s  {pace:4.0f} ms a step"
+        print(f"{self.folder.parent.name}  seed {self.seed}  {step.name:28s} {steps}", flush=True)
+        return done
+
+    def start_from(self, network: nn.Module, step: Step) -> None:
+        """The whole averaged network of a step that segments; the body of one that does not."""
+        checkpoint = self.folder / step.name / CHECKPOINT
+        if whole := read_weights(checkpoint, TEACHER):
+            network.load_state_dict(whole)
+        else:
+            load_body(network, read_weights(checkpoint, "network."))
+
+    def steps_in(self, step: Step) -> int:
+        """How many supervised steps fit into the measured seconds of another arm's last step; decided once."""
+        path = self.folder / step.name / "plan.json"
+        if not path.is_file():
+            paths = [self.folder / name / DONE for name in (str(step.seconds_of), "supervised")]
+            for needed in paths:
+                if not needed.is_file():
+                    raise DataError(f"{needed}: {step.name} is measured by it; train that arm too")
+            theirs, ours = map(read_json, paths)
+            steps = max(1, round(ours["iterations"] * theirs["seconds"] / max(ours["seconds"], 1e-3)))
+            write_json(path, {"iterations": steps, "seconds": theirs["seconds"]})
+        return read_json(path)["iterations"]
+
+    def network(self, arm: str) -> nn.Module:
+        """A trained arm's network."""
+        network = build_network(self.slices.channels, len(self.slices.classes), self.settings.features)
+        network.load_state_dict(read_weights(self.folder / arm / CHECKPOINT, TEACHER))
+        return network.to(torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"))
+
+    def scores(self, arm: str, part: str) -> dict:
+        """Dice and HD95 on a part's volumes; those on validation are kept, those on test are for the caller to keep."""
+        path = self.folder / arm / "validation.json"
+        if part == "val" and path.is_file():
+            return read_json(path)
+        positions = getattr(self.split, part)
+        table = volume_table(predict(self.network(arm), self.slices.images[positions]), self.slices, positions)
+        if part == "val":
+            write_json(path, table)
+        return table
+
+    def cost(self, arm: str) -> dict:
+        """Iterations and seconds of an arm's whole chain, shared steps included, and of each of its steps."""
+        *before, _ = self.arms[arm].chain
+        done = {name: read_json(self.folder / name / DONE) for name in [*(step.name for step in before), arm]}
+        steps = {name: {key: entry[key] for key in ("iterations", "seconds")} for name, entry in done.items()}
+        total = {key: round(sum(entry[key] for entry in steps.values()), 2) for key in ("iterations", "seconds")}
+        return total | {"steps": steps}
