@@ -76,7 +76,7 @@ class Arms:
         for name, body in PROBES.items():
             path = self.folder / name / PROBE
             if not path.is_file():
-                network = initial_network(self.slices, self.seed)
+                network = initial_network(self.slices, self.settings, self.seed)
                 if body is not None:
                     load_body(network, read_weights(self.folder / body / CHECKPOINT, "network."))
                 network = network.to(self.place)
@@ -94,7 +94,7 @@ class Arms:
                 found[name] = read_checkpoint(self.folder / name / PROBE)
         networks = {}
         for name, state in found.items():
-            networks[name] = initial_network(self.slices, self.seed)
+            networks[name] = initial_network(self.slices, self.settings, self.seed)
             networks[name].load_state_dict(state)
         return networks
 

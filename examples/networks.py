@@ -7,9 +7,6 @@ import torch
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
-from examples.settings import Settings
-
-FEATURES = Settings.features
 BOTTLENECK = "down_4"
 DECODER = ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
 LAST = DECODER[-1]  # its output is what the pixel losses and the linear head see
@@ -18,7 +15,7 @@ STRIDE = 16  # sides of an input must be multiples of it
 SMALLEST = 32  # and at least this: InstanceNorm needs more than one pixel at the bottleneck
 
 
-def build_network(in_channels: int, classes: int, features: tuple[int, ...] = FEATURES, dims: int = 2) -> BasicUNet:
+def build_network(in_channels: int, classes: int, features: tuple[int, ...], dims: int = 2) -> BasicUNet:
     """A small U-Net with InstanceNorm; the last decoder block has features[5] channels at full resolution."""
     return BasicUNet(
         spatial_dims=dims,

@@ -14,7 +14,7 @@ from examples.arms import Arms
 from examples.data.slices import Slices
 from examples.evaluate import Maps, segment
 from examples.files import write_json, write_text
-from examples.networks import FEATURES, LAST, load_body
+from examples.networks import LAST, load_body
 from examples.results import BASELINES, PROBE_GAIN, SHUFFLED_LOSS, TITLES, collect
 from examples.settings import Settings
 from examples.stages import initial_network
@@ -101,7 +101,7 @@ def planes(maps: Maps, truth: Maps) -> list[np.ndarray]:
 def pixel_embeddings(arms: Arms, images: Tensor) -> Tensor:
     """What stage 2's loss sees: unit embeddings [N, D, H, W] behind the projection head."""
     checkpoint = arms.folder / "stage2" / CHECKPOINT
-    projector = ProjectionHead(FEATURES[5], arms.settings.embedding_dim)
+    projector = ProjectionHead(arms.settings.features[5], arms.settings.embedding_dim)
     projector.load_state_dict(read_weights(checkpoint, "projector."))
     return F.normalize(projector.eval()(body_features(arms, "stage2", images)), dim=1)
 
@@ -109,7 +109,7 @@ def pixel_embeddings(arms: Arms, images: Tensor) -> Tensor:
 @torch.no_grad()
 def body_features(arms: Arms, stage: str, images: Tensor) -> Tensor:
     """The last decoder block's output of a stage's network."""
-    network = initial_network(arms.slices, arms.seed).eval()
+    network = initial_network(arms.slices, arms.settings, arms.seed).eval()
     load_body(network, read_weights(arms.folder / stage / CHECKPOINT, "network."))
     _, features = FeatureTap(network, LAST)(images)
     return features

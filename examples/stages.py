@@ -262,7 +262,7 @@ def shuffled(labels: Maps, seed: int) -> Maps:
     return torch.stack(mixed) if isinstance(labels, Tensor) else mixed
 
 
-def initial_network(slices: Slices, seed: int) -> nn.Module:
+def initial_network(slices: Slices, settings: Settings, seed: int) -> nn.Module:
     """The network before any training, the same for every arm of a seed."""
     torch.manual_seed(seed)
-    return build_network(slices.channels, len(slices.classes), dims=len(slices.size))
+    return build_network(slices.channels, len(slices.classes), settings.features, len(slices.size))

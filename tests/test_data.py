@@ -178,7 +178,9 @@ def test_msd_with_channels_last_size_and_spacing(tmp_path):
     for path in (tmp_path / "imagesTr").iterdir():
         image = nib.load(path)
         save(path, np.stack([image.get_fdata(dtype=np.float32)] * 2, -1))
+    assert read_folder(tmp_path).source["spacing_mm"]["case_003"] == [1.0, 1.0, 3.0]
     slices = read_folder(tmp_path, size=(32, 48), spacing=2.0)
+    assert slices.source["spacing_mm"] == {f"case_{number:03d}": [2.0, 2.0, 3.0] for number in range(6)}
     assert slices.images.shape == (18, 2, 32, 48)
     assert (slices.labels > 0).any() and slices.labels.max() <= 2
 
@@ -188,6 +190,7 @@ def test_acdc_layout(tmp_path):
     assert slices.classes[1:] == ("right ventricle", "myocardium", "left ventricle")
     assert {s for s, part in slices.parts.items() if part == "test"} == {"patient005", "patient006"}
     assert len(slices) == 6 * 2 * 3 and slices.ids[0] == "patient001_frame01/000"
+    assert slices.source["spacing_mm"]["patient006_frame09"] == [1.5, 1.5, 10.0]
     assert read_folder(tmp_path / "training").parts.keys() == {f"patient{n:03d}" for n in range(1, 5)}
 
 

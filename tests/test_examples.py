@@ -430,7 +430,7 @@ def test_swapped_halves():
 
 
 def test_feature_swap_ends_with_its_block_and_leaves_equal_flows_alone():
-    network = build_network(1, 3).eval()
+    network = build_network(1, 3, Settings.features).eval()
     image = torch.randn(1, 1, 32, 32)
     plain = network(torch.cat([image, image]))
     with feature_swap(network):
@@ -442,7 +442,7 @@ def test_feature_swap_ends_with_its_block_and_leaves_equal_flows_alone():
 
 
 def test_load_body_takes_all_but_the_head_and_is_strict():
-    first, second = build_network(1, 3), build_network(1, 3)
+    first, second = build_network(1, 3, Settings.features), build_network(1, 3, Settings.features)
     load_body(second, first.state_dict())
     for (name, ours), theirs in zip(second.state_dict().items(), first.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs) != (name.startswith(HEAD)), name
@@ -460,7 +460,7 @@ def test_dice_is_per_subject_and_ignores_absent_classes():
 
 
 def test_dice_table_has_zones_and_no_nan(slices):
-    network = build_network(1, 3).train()
+    network = build_network(1, 3, Settings.features).train()
     table = dice_table(network, slices, slices.of_part("val"))
     assert set(table) == {"all"} and set(table["all"]) == {"Anterior", "Posterior", "mean"}
     assert network.training and predict(network, slices.images[:2]).dtype == torch.uint8

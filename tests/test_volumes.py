@@ -145,7 +145,7 @@ def test_a_window_slides_over_whole_volumes(volumes):
 
 def test_one_window_is_the_network_itself(volumes):
     torch.manual_seed(0)
-    network = build_network(1, 3, dims=3).eval()
+    network = build_network(1, 3, Settings.features, 3).eval()
     (found,) = predict_volumes(network, volumes.images[:1], PATCH)
     with torch.no_grad():
         assert torch.equal(found, network(volumes.images[0][None])[0].argmax(0).to(torch.uint8))

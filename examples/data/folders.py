@@ -49,12 +49,12 @@ def read_folder(folder: Path, size: tuple[int, int] | None = None, spacing: floa
     """
     layout, volumes, source = read_cases(folder, size or (LARGEST, LARGEST), spacing)
     if size is None:
-        longest = np.max([image.shape[1:3] for image, _ in volumes], 0)
+        longest = np.max([volume.image.shape[1:3] for volume in volumes], 0)
         size = tuple(int(np.clip(-(-side // STRIDE) * STRIDE, SMALLEST, LARGEST)) for side in longest)
     resize_label = ResizeWithPadOrCrop((*size, -1))
-    single = all(image.shape[3] == 1 for image, _ in volumes)  # pictures, not planes of a body: none is like another
+    single = all(volume.image.shape[3] == 1 for volume in volumes)  # pictures: none is like another
     images, labels, subjects, ids, planes = [], [], [], [], []
-    for number, (case, (image, label)) in enumerate(zip(layout.cases, volumes, strict=True)):
+    for number, (case, (image, label, _)) in enumerate(zip(layout.cases, volumes, strict=True)):
         fill = float(image.min())
         images.append(ResizeWithPadOrCrop((*size, -1), constant_values=fill)(image).permute(3, 0, 1, 2))
         labels.append(resize_label(label)[0].permute(2, 0, 1).to(torch.uint8))
@@ -78,11 +78,11 @@ def read_folder(folder: Path, size: tuple[int, int] | None = None, spacing: floa
 def read_volumes(folder: Path, patch: tuple[int, int, int], spacing: float | None = None) -> Volumes:
     """Reads a folder into whole volumes, padded where they are smaller than the patch. Raises DataError."""
     layout, volumes, source = read_cases(folder, (LARGEST, LARGEST), spacing)
-    if all(image.shape[3] == 1 for image, _ in volumes):
+    if all(volume.image.shape[3] == 1 for volume in volumes):
         raise DataError(f"{folder}: holds pictures, no volumes; leave --volumes out")
     return Volumes(
-        images=[pad(image, patch, float(image.min())) for image, _ in volumes],
-        labels=[pad(label, patch, 0)[0].to(torch.uint8) for _, label in volumes],
+        images=[pad(volume.image, patch, float(volume.image.min())) for volume in volumes],
+        labels=[pad(volume.label, patch, 0)[0].to(torch.uint8) for volume in volumes],
         subjects=[case.subject for case in layout.cases],
         ids=[case.name for case in layout.cases],
         planes=torch.arange(len(volumes)),
@@ -107,14 +107,17 @@ def read_cases(folder: Path, size: tuple[int, int], spacing: float | None) -> tu
         spacing = max(1.0, *(side / limit for side, limit in zip(layout.largest, size, strict=True)))
     spacing = layout.spacing if spacing is None else spacing
     volumes = [layout.read(case, spacing) for case in layout.cases]
-    for case, (image, _) in zip(layout.cases, volumes, strict=True):
-        if len(image) != len(volumes[0][0]):
-            first = layout.cases[0].files[0].name
-            raise DataError(f"{case.files[0]}: has {len(image)} channels, {first} has {len(volumes[0][0])}")
+    for case, volume in zip(layout.cases, volumes, strict=True):
+        if len(volume.image) != len(volumes[0].image):
+            first, channels = layout.cases[0].files[0].name, len(volumes[0].image)
+            raise DataError(f"{case.files[0]}: has {len(volume.image)} channels, {first} has {channels}")
     source = {"layout": layout.name, "folder": folder.name, "spacing": spacing, "cases": len(layout.cases)}
+    spacings = {case.name: list(v.spacing) for case, v in zip(layout.cases, volumes, strict=True) if v.spacing}
+    if spacings:
+        source["spacing_mm"] = spacings
     if not layout.classes:
-        values = label_values(folder, layout.cases, [label for _, label in volumes])
-        volumes = [(image, torch.searchsorted(values, label.contiguous()).float()) for image, label in volumes]
+        values = label_values(folder, layout.cases, [volume.label for volume in volumes])
+        volumes = [v._replace(label=torch.searchsorted(values, v.label.contiguous()).float()) for v in volumes]
         source["label_values"] = [int(value) for value in values]
         names = ("background", *(f"class {value}" for value in source["label_values"][1:]))
         layout = replace(layout, classes=names)

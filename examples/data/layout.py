@@ -7,6 +7,7 @@ one slice. Files that store rows from the top (.h5, PNG) are turned into that.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,13 @@ from torch import Tensor
 
 from examples.data.slices import PARTS, DataError
 
-Volume = tuple[Tensor, Tensor]  # image [C, X, Y, Z], normalised, and label [1, X, Y, Z] as stored, both float32
+
+class Volume(NamedTuple):
+    """Image [C, X, Y, Z], normalised, and label [1, X, Y, Z] as stored, both float32; mm along the axes if known."""
+
+    image: Tensor
+    label: Tensor
+    spacing: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,12 @@ def from_rows(array: Tensor) -> Tensor:
 def rescaled(image: Tensor, label: Tensor, spacing: float | None) -> Volume:
     """Both with pixels `spacing` times as large: the image averaged, the label by nearest neighbour."""
     if spacing is None or spacing == 1:
-        return image, label
+        return Volume(image, label)
     size = [max(1, round(side / spacing)) for side in image.shape[1:3]]
     image, label = image.permute(3, 0, 1, 2), label.permute(3, 0, 1, 2)  # slices as a batch
     image = F.interpolate(image, size, mode="bilinear", antialias=True)
-    return image.permute(1, 2, 3, 0), F.interpolate(label, size, mode="nearest-exact").permute(1, 2, 3, 0)
+    label = F.interpolate(label, size, mode="nearest-exact")
+    return Volume(image.permute(1, 2, 3, 0), label.permute(1, 2, 3, 0))
 
 
 def read_lists(folder: Path, **files: str) -> dict[str, list[str]]:

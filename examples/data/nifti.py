@@ -76,6 +76,7 @@ def read_nifti(case: Case, spacing: float | None, num_classes: int, reorient: bo
     steps: list = [Orientationd(keys, axcodes="RAS", labels=None)] if reorient else []
     if spacing is not None:
         steps.append(Spacingd(keys, pixdim=(spacing, spacing, 0.0), mode=("bilinear", "nearest")))
-    steps.append(EnsureTyped(keys, track_meta=False))
     volume = Compose(steps)(volume)
-    return NormalizeIntensity(channel_wise=True)(volume["image"].float()), volume["label"].float()
+    mm = tuple(round(float(side), 4) for side in volume["image"].pixdim)
+    volume = EnsureTyped(keys, track_meta=False)(volume)
+    return Volume(NormalizeIntensity(channel_wise=True)(volume["image"].float()), volume["label"].float(), mm)
