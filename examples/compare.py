@@ -92,6 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.labels |= {f"slices{n}": (n, 1) for n in (() if cases else options.labelled_slices or (3,))}
     given = Iterations(*options.iterations) if options.iterations else Iterations()
     options.iterations = QUICK if options.quick else given
+    if options.iterations.warm <= options.iterations.images + options.iterations.pixels:
+        parser.error(f"--iterations: pre-training is part of the warm start, got {options.iterations}")
     options.settings = dataclasses.replace(
         SETTINGS, crop=tuple(options.crop), checkpoint_every=options.checkpoint_every
     )

@@ -290,6 +290,11 @@ def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_l
         raise ValueError(f"{name} must be on {like.device}, got {vectors.device}")
 
 
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
     """Labels of any integer dtype, or whole-number floats, as int64 on the device."""
     labels = plain(labels)
@@ -305,6 +310,7 @@ def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
 
 def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
     """Labels of vectors [N, D], from [N] or [N, 1] of any integer dtype or whole-number floats, as int64."""
+    _check_tensor(name, labels)
     if labels.shape not in ((vectors.shape[0],), (vectors.shape[0], 1)):
         raise ValueError(f"{name} must have shape [{vectors.shape[0]}], got {tuple(labels.shape)}")
     return _integers(name, labels.reshape(-1), vectors.device)
@@ -312,6 +318,7 @@ def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
 
 def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
     """Labels [B, *S] of a feature map [B, D, *S], from [B, *S'] or [B, 1, *S'] of any resolution."""
+    _check_tensor(name, labels)
     if not features.is_floating_point():
         raise TypeError(f"features must be floating point, got {features.dtype}")
     if features.dim() < 3:
@@ -359,7 +366,8 @@ def check_probs(features: Tensor, probs: Tensor) -> None:
     """Raise TypeError or ValueError unless `probs` are floating [B, C, *S] for features [B, D, *S]."""
     if not probs.is_floating_point():
         raise TypeError(f"probs must be floating point, got {probs.dtype}")
-    if probs.dim() != features.dim() or probs.shape[:1] + probs.shape[2:] != features.shape[:1] + features.shape[2:]:
+    fits = probs.dim() == features.dim() and probs.shape[1] > 0
+    if not fits or probs.shape[:1] + probs.shape[2:] != features.shape[:1] + features.shape[2:]:
         raise ValueError(
             f"probs must have shape [B, C, *S] for features {tuple(features.shape)}, got {tuple(probs.shape)}"
         )

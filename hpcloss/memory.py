@@ -140,7 +140,9 @@ class EmbeddingQueue(nn.Module):
     def guard(self, loss: Tensor) -> Tensor:
         """The same loss, whose backward pass says so if the slots are no longer those it was computed from."""
         # A compiled graph is told by autograd itself, in its own words.
-        return loss if torch.compiler.is_compiling() else _Unchanged.apply(loss, self.embeddings)
+        if torch.compiler.is_compiling() or not loss.requires_grad:
+            return loss
+        return _Unchanged.apply(loss, self.embeddings)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, size={self.size}, dim={self.dim}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
+    check_classes_and_ignored,
     check_probs,
     check_sinkhorn,
     check_vectors,
@@ -63,6 +64,7 @@ def layer_prototypes(
     """
     num_classes, num_layers = count("num_classes", num_classes), count("num_layers", num_layers)
     ignored = integers("ignore_index", ignore_index)
+    check_classes_and_ignored(num_classes, ignored)
     if layers.shape != labels.shape:
         raise ValueError(f"layers must have shape {tuple(labels.shape)}, as labels, got {tuple(layers.shape)}")
     labels, layers = labels_of_map(features, labels), labels_of_map(features, layers)
@@ -147,21 +149,23 @@ class PrototypeBank(nn.Module):
             raise ValueError(f"embeddings must have shape [N, {dim}], got {tuple(embeddings.shape)}")
         labels = labels_of_vectors("labels", embeddings, labels)
         sound = embeddings.isfinite().all(1)
-        rows = unit(torch.where(sound[:, None], embeddings, 0.0).to(self.prototypes.dtype))
+        # Rows that the dtype of the bank cannot hold, it can once they are of unit length.
+        dtype = torch.promote_types(self.prototypes.dtype, statistics_dtype(embeddings.dtype))
+        held, rows = self.prototypes.to(dtype), unit(torch.where(sound[:, None], embeddings, 0.0).to(dtype))
         classes = torch.arange(num_classes, device=labels.device)
         member = (labels == classes[:, None]) & sound  # [C, N]
         with torch.autocast(rows.device.type, enabled=False):
-            scores = torch.einsum("nd,ckd->cnk", rows, self.prototypes)
-            share = sinkhorn(scores, member).to(rows.dtype)
+            scores = torch.einsum("nd,ckd->cnk", rows, held)
+            share = sinkhorn(scores, member)
             # Prototypes that are not there yet resemble nothing: a class starts with its rows dealt in turn.
             turn = (member.cumsum(1) - 1)[..., None] % per_class == torch.arange(per_class, device=labels.device)
-            dealt = (turn & member[..., None]).to(rows.dtype)
+            dealt = (turn & member[..., None]).to(dtype)
             share = torch.where(self.filled.all(1)[:, None, None], share, dealt)
             mean = unit(torch.einsum("cnk,nd->ckd", share, rows))
         seen = (mean != 0).any(-1)
         # One that is still zero takes the direction of its first mean.
-        moved = unit(self.momentum * self.prototypes + (1 - self.momentum) * mean)
-        self.prototypes.copy_(torch.where(seen[..., None], moved, self.prototypes))
+        moved = unit(self.momentum * held + (1 - self.momentum) * mean)
+        self.prototypes.copy_(torch.where(seen[..., None], moved, held))
         self.filled.logical_or_(seen)
 
     def extra_repr(self) -> str:

@@ -26,7 +26,7 @@ from examples.recipes import Iterations, arms  # noqa: E402
 from examples.warps import Warps, strong_view, weak_view  # noqa: E402
 
 ROOT = Path(compare.__file__).parents[1]
-TINY = Iterations(images=2, pixels=2, warm=2, second=2, supervised=3)
+TINY = Iterations(images=2, pixels=2, warm=6, second=2, supervised=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -352,9 +352,9 @@ def test_the_learning_rate_is_tuned_then_used(folder, tmp_path, monkeypatch, cap
 def test_other_settings_do_not_go_on_in_one_folder(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert compare.main(arguments(folder, out, "--methods", "supervised")) == 0
-    changed = dataclasses.replace(TINY, warm=4)
+    changed = dataclasses.replace(TINY, warm=8)
     assert compare.main(arguments(folder, out, "--methods", "supervised", "--resume", iterations=changed)) == 2
-    assert "was started with iterations of warm = 2, now 4" in capsys.readouterr().err
+    assert "was started with iterations of warm = 6, now 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--seeds", "0"], ["--methods", "none"], ["--methods", "supervised-seconds"]])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends import resolve
-from hpcloss.checks import IGNORED, check_local_options, integers, labels_of_map, labels_of_vectors
+from hpcloss.checks import IGNORED, check_local_options, count, integers, labels_of_map, labels_of_vectors
 from hpcloss.functional.arithmetic import inverse_temperature, reduce
 from hpcloss.functional.contrast import Contrast
 from hpcloss.pack import Rows, pack
@@ -37,7 +37,7 @@ def local_contrast_loss(
         temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,
         ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
-    labels = labels_of_map(features, labels)
+    labels, num_classes = labels_of_map(features, labels), count("num_classes", num_classes)
     if partner is not None:
         partner = labels_of_vectors("partner", features, partner)
     backend = resolve(backend, features)
@@ -52,7 +52,7 @@ def local_contrast_loss(
     keys, key_offsets = _keys(means, present, partner if flat.numel() else None, backend)
 
     if samples_per_class is not None and flat.numel():
-        most = min(samples_per_class, math.prod(spatial))
+        most = min(count("samples_per_class", samples_per_class), math.prod(spatial))
         order, offsets = sample(order, offsets, most, num_pixels=flat.numel())
     whole = samples_per_class is None
     rows = pack(features, order, offsets[-1:], normalize=True, permutation=whole, backend=backend)

@@ -13,6 +13,7 @@ from hpcloss.checks import (
     IGNORED,
     VECTORS_IGNORED,
     check_assignment_options,
+    check_classes_and_ignored,
     check_prototype_options,
     check_vectors,
     integers,
@@ -87,7 +88,7 @@ def prototype_assignment_loss(
     labels = labels_of_map(features, labels)
     if not prototypes.is_floating_point():
         raise TypeError(f"prototypes must be floating point, got {prototypes.dtype}")
-    if prototypes.dim() != 3 or prototypes.shape[2] != features.shape[1]:
+    if prototypes.dim() != 3 or prototypes.shape[2] != features.shape[1] or not prototypes.shape[0]:
         raise ValueError(f"prototypes must have shape [C, K, {features.shape[1]}], got {tuple(prototypes.shape)}")
     teacher = features if teacher_features is None else teacher_features
     if teacher.shape != features.shape:
@@ -95,8 +96,8 @@ def prototype_assignment_loss(
             f"teacher_features must have shape {tuple(features.shape)}, as features, got {tuple(teacher.shape)}"
         )
     backend = resolve(backend, features)
-    num_classes, per_class, dim = prototypes.shape
-    flat, ignored = labels.reshape(-1), integers("ignore_index", ignore_index)
+    num_classes, flat, ignored = prototypes.shape[0], labels.reshape(-1), integers("ignore_index", ignore_index)
+    check_classes_and_ignored(num_classes, ignored)
     order, offsets, _ = class_sort(flat, ignore_index=ignored, num_classes=num_classes)
     rows = pack(features, order, offsets[-1:], normalize=True, permutation=True, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, True)
