@@ -67,7 +67,7 @@ def layer_prototypes(
     check_classes_and_ignored(num_classes, ignored)
     if layers.shape != labels.shape:
         raise ValueError(f"layers must have shape {tuple(labels.shape)}, as labels, got {tuple(layers.shape)}")
-    labels, layers = labels_of_map(features, labels), labels_of_map(features, layers)
+    labels, layers = labels_of_map(features, labels), labels_of_map(features, layers, "layers")
     if probs is not None:
         check_probs(features, probs)
     backend = resolve(backend, features)

@@ -41,7 +41,7 @@ class EntropyGuidedContrastLoss(Loss):
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and (except for "all") a
     negative. No counted anchor: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters, TypeError
-    for dtypes; never for data. Differentiating twice raises.
+    for dtypes, NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
     """
 
     def __init__(

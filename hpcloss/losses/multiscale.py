@@ -37,8 +37,8 @@ class MultiscaleContrastLoss(Loss):
         backend: "auto", "blockwise" or "triton".
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and a negative. No counted
-    anchor: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes; never for
-    data. Differentiating twice raises.
+    anchor: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
+    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
     """
 
     def __init__(

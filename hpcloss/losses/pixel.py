@@ -18,7 +18,8 @@ class PixelContrastLoss(Loss):
         L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
     l_ij = s_ij / temperature, s_ij the cosine; P(i) and N(i) are the other drawn pixels with the label of i and with
-    another one, and the embeddings of a queue alike. Anchors and keys are the same sample.
+    another one, and the embeddings of a queue alike. Anchors and keys are the same sample; in the authors' code those of
+    the queue alone, where there is one.
 
     Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021; ContrastiveSeg); also that
     of UGPCL (Wang et al., IJCAI 2022), who ignore the pixels of uncertain pseudo-labels (give them an ignored label)
@@ -42,7 +43,8 @@ class PixelContrastLoss(Loss):
         backend: "auto", "blockwise" or "triton".
 
     An anchor counts if it has a positive and a negative. No counted anchor: 0, joined to the graph. Raises ValueError
-    for shapes and hyper-parameters, TypeError for dtypes; never for data. Differentiating twice raises.
+    for shapes and hyper-parameters, TypeError for dtypes, NotImplementedError for a backend that cannot run; never for
+    data. Differentiating twice raises.
     """
 
     def __init__(

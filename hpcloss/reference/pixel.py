@@ -27,7 +27,8 @@ def pixel_contrast_loss(
         L_i = -1/|P(i)| Σ_{j in P(i)} log( e^{l_ij} / ( e^{l_ij} + Σ_{n in N(i)} e^{l_in} ) )
 
     Wang et al., ICCV 2021 (arXiv 2101.11939); the other positives are not in the denominator. P(i), N(i): the pixels of
-    the batch, without i, and the rows of the bank, of the label of i and of another one. Counted: at least one of each.
+    the batch, without i, and the rows of the bank (in the authors' code these alone, where there are any), of the label
+    of i and of another one. Counted: at least one of each.
     Sampling is not done here: to leave pixels out is to ignore them.
 
     features [B, D, *S]; labels [B, *S'] or [B, 1, *S'], those outside [0, num_classes) are ignored; bank [M, D] as
