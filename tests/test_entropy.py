@@ -315,7 +315,7 @@ def test_bad_inputs_raise():
     x, probs = rows(2, 5, 8, 6), probabilities((2, 5, 8, 6))
     with pytest.raises(TypeError, match="probs must be floating point, got torch.int64"):
         fast(x, probs.long())
-    for wrong in (probs[:1], probs[..., :5], probs[:, :, 0]):
+    for wrong in (probs[:1], probs[..., :5], probs[:, :, 0], probs[:, :0]):
         with pytest.raises(ValueError, match=r"probs must have shape \[B, C, \*S\] for features \(2, 5, 8, 6\), got"):
             fast(x, wrong)
     with pytest.raises(ValueError, match=r"labels must have shape \[B, \*S\]"):

@@ -201,6 +201,17 @@ def test_samples_are_pixels_of_the_whole(k):
     assert_exact(fast(x, labels, partner, samples_per_class=k), some.sum() / drawn.sum())
 
 
+def test_numbers_of_other_kinds():
+    """A 0-dim tensor is what NumPy's integers are to Python: an index, not an int."""
+    labels, x = choice([0, 1, 2, 255], 2, 6, 7), rows(2, 4, 6, 7)
+    numbers = {"num_classes": 3, "samples_per_class": 2, "background": 0}
+    values = []
+    for options in (numbers, {name: torch.tensor(number) for name, number in numbers.items()}):
+        torch.manual_seed(0)
+        values.append(hpcloss.local_contrast_loss(x, labels, **options))
+    assert values[0] > 0 and torch.equal(*values)
+
+
 def test_poisoned_pixels_reach_nothing():
     labels, x, partner = choice([0, 1, 2, 255], 2, 6, 7), rows(2, 4, 6, 7), torch.tensor([1, 0])
     out = (labels == 255) | (labels == 0)  # background pixels take no part either

@@ -281,6 +281,15 @@ def test_nothing_reads_device_data():
     assert queue.embeddings.shape == (3, 4, 5)
 
 
+def test_inference():
+    """Tensors made there know no version, and without a backward pass nothing has to be guarded."""
+    x, y = rows(2, 5, 4, 3, dtype=torch.float32), choice([0, 1, 2, 255], 2, 4, 3)
+    expected = hpcloss.pixel_contrast_loss(x, y, queue=filled(), num_classes=3, samples_per_class=None)
+    with torch.inference_mode():
+        value = hpcloss.pixel_contrast_loss(x, y, queue=filled(), num_classes=3, samples_per_class=None)
+    assert torch.equal(value, expected)
+
+
 def test_errors():
     for options, message in (
         ((0, 4, 5), "num_classes must be at least 1, got 0"),
@@ -295,6 +304,8 @@ def test_errors():
         queue.enqueue(x[:, :4], y)
     with pytest.raises(ValueError, match=r"labels must have shape \[6\], got \(5,\)"):
         queue.enqueue(x, y[:5])
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        queue.enqueue(x, y.tolist())
     with pytest.raises(TypeError, match="embeddings must be floating point, got torch.int64"):
         queue.enqueue(x.long(), y)
     with pytest.raises(ValueError, match="samples_per_class must be at least 1, got 0"):

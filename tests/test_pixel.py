@@ -473,6 +473,8 @@ def test_bad_inputs():
     ):
         with pytest.raises(ValueError, match=message):
             call(x, y, predictions)
+    with pytest.raises(TypeError, match="predictions must be a tensor, got EmbeddingQueue"):
+        call(x, y, hpcloss.EmbeddingQueue(3, 2, 4))
     with pytest.raises(TypeError, match="queue must be an EmbeddingQueue, got Tensor"):
         call(x, y, None, x)
     for queue in (hpcloss.EmbeddingQueue(4, 2, 4), hpcloss.EmbeddingQueue(3, 2, 5)):

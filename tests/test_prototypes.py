@@ -92,6 +92,8 @@ def test_layer_prototypes_of_other_layouts():
     ({"layers": torch.zeros(2, 3, 5)}, ValueError, r"layers must have shape \(2, 3, 4\), as labels, got \(2, 3, 5\)"),
     ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
     ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+    ({"num_classes": 300}, ValueError, "num_classes=300 has a class 255, which ignore_index removes"),
+    ({"layers": torch.full((2, 3, 4), 0.5)}, ValueError, "layers must be whole numbers, got 0.5"),
     ({"probs": torch.zeros(2, 3, 4)}, ValueError, "probs must have shape"),
     ({"probs": torch.zeros(2, 3, 3, 4).long()}, TypeError, "probs must be floating point, got torch.int64"),
 ])  # fmt: skip
@@ -199,6 +201,24 @@ def test_bank_without_data_stays_as_it_is():
     clean.update(x, torch.ones(6))
     poisoned.update(torch.cat([x, torch.full((1, 4), math.inf)]), torch.ones(7))
     torch.testing.assert_close(poisoned.prototypes, clean.prototypes)
+
+
+@pytest.mark.parametrize("of_bank,of_rows,factor", [
+    (torch.float32, torch.float64, 1e100), (torch.float16, torch.float32, 1e5), (torch.float16, torch.float16, 1e4),
+])  # fmt: skip
+def test_bank_of_rows_its_dtype_cannot_hold(of_bank, of_rows, factor):
+    """Once not finite, a prototype would stay so; only the direction of a row counts."""
+    x, labels = rows(1000, 4, dtype=of_rows) + 1, torch.zeros(1000)
+    plain, scaled = PrototypeBank(1, 4, momentum=0.5).to(of_bank), PrototypeBank(1, 4, momentum=0.5).to(of_bank)
+    for half in (slice(0, 500), slice(500, 1000)):
+        plain.update(x[half], labels[half])
+        scaled.update(x[half] * factor, labels[half])
+    expected = F.normalize(x.double(), dim=1)
+    expected = sum(F.normalize(expected[half].mean(0), dim=0) for half in (slice(0, 500), slice(500, 1000)))
+    for bank in (plain, scaled):
+        assert bank.prototypes.dtype == of_bank
+        tolerance = 4 * torch.finfo(of_bank).eps
+        torch.testing.assert_close(bank.prototypes[0, 0].double(), F.normalize(expected, dim=0), rtol=0, atol=tolerance)
 
 
 def test_bank_in_state_dict_and_without_gradient():
@@ -546,6 +566,8 @@ def test_assignment_in_lower_precision(dtype):
 @pytest.mark.parametrize("change,error,message", [
     ({"prototypes": torch.ones(3, 4)}, ValueError, r"prototypes must have shape \[C, K, 4\], got \(3, 4\)"),
     ({"prototypes": torch.ones(3, 2, 5)}, ValueError, r"prototypes must have shape \[C, K, 4\], got \(3, 2, 5\)"),
+    ({"prototypes": torch.ones(0, 2, 4)}, ValueError, r"prototypes must have shape \[C, K, 4\], got \(0, 2, 4\)"),
+    ({"prototypes": torch.ones(300, 2, 4)}, ValueError, "num_classes=300 has a class 255, which ignore_index removes"),
     ({"prototypes": torch.ones(3, 2, 4).long()}, TypeError, "prototypes must be floating point"),
     ({"teacher_features": torch.ones(2, 4, 3, 3)}, ValueError, "teacher_features must have shape"),
     ({"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),

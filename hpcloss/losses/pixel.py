@@ -18,8 +18,8 @@ class PixelContrastLoss(Loss):
         L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
     l_ij = s_ij / temperature, s_ij the cosine; P(i) and N(i) are the other drawn pixels with the label of i and with
-    another one, and the embeddings of a queue alike. Anchors and keys are the same sample; in the authors' code those of
-    the queue alone, where there is one.
+    another one, and the embeddings of a queue alike (the authors' code takes those of the queue alone, where there is
+    one). Anchors and keys are the same sample.
 
     Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021; ContrastiveSeg); also that
     of UGPCL (Wang et al., IJCAI 2022), who ignore the pixels of uncertain pseudo-labels (give them an ignored label)

@@ -81,9 +81,9 @@ class PrototypeAssignmentLoss(Loss):
         backend: "auto", "blockwise" or "triton".
 
     A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not there; a pixel counts if its
-    class has a prototype. No pixel counted: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters,
-    TypeError for dtypes, NotImplementedError for a backend that cannot run; never for data. Differentiating twice
-    raises.
+    class has a prototype. No pixel counted: 0, joined to the graph. The assignment holds a number for each pixel and
+    prototype, N C K of them. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
+    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
     """
 
     def __init__(
