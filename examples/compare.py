@@ -12,7 +12,9 @@ arms. Choices are made on validation; --final reads test and refuses to do so tw
 import argparse
 import dataclasses
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -180,9 +182,16 @@ def work_through(jobs: list[tuple]) -> None:
 
 
 def one_thread() -> None:
-    """At the start of a worker process."""
+    """At the start of a worker process, which is not to outlive the run: a killed one would leave it waiting."""
+    threading.Thread(target=end_with_the_run, daemon=True).start()
     torch.set_num_threads(1)
     quiet()
+
+
+def end_with_the_run() -> None:
+    """Waits for the process that started this one to end, then ends this one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def train_arm(options: argparse.Namespace, label: str, seed: int, arm: str, rate: float) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -303,6 +304,39 @@ def test_every_arm_runs_and_the_test_part_is_read_once(folder, tmp_path, capsys)
 
 
 METHODS = ("--methods", "supervised", "mean-teacher")
+
+
+WORKER = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from examples.compare import one_thread
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=one_thread) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_workers_do_not_outlive_a_killed_run(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment)
+    worker = int(run.stdout.readline())
+    os.kill(worker, 0)  # is there
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the worker is still there")
 
 
 def test_a_killed_comparison_resumes_and_ends_with_the_same_weights(folder, tmp_path):
