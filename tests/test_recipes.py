@@ -1,39 +1,29 @@
 """The code of docs/recipes.md: each recipe against its equation written densely, and against arithmetic written out."""
 
-import functools
 import math
-import re
 
 import pytest
 import torch
-from cases import ROOT, assert_same, choice, integers, rows, value_and_grads
+from cases import assert_same, choice, integers, rows, value_and_grads
+from documents import blocks, names_of
 from numerics import assert_exact
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE | re.DOTALL)
+PAGE = "docs/recipes.md"
 NAMES = ("balanced_loss", "confident_negatives_loss", "lifted_boundary_loss")
 IGNORED = (-100, -1, 255)
 e, log = math.exp, math.log
 
 
-@functools.cache
-def page():
-    """Every code block, run one after the other."""
-    names: dict = {}
-    for block in BLOCKS:
-        exec(compile(block, "docs/recipes.md", "exec"), names)
-    return names
-
-
 def recipe(name):
-    return page()[name]
+    return names_of(PAGE)[name]
 
 
 def test_the_page_runs():
     """A block of inputs, then of each loss its code and a call; the last call ends in a finite loss with gradients."""
-    assert len(BLOCKS) == 1 + 2 * len(NAMES) and all(callable(recipe(name)) for name in NAMES)
-    assert page()["loss"] > 0 and page()["loss"].isfinite()
+    assert len(blocks(PAGE)) == 1 + 2 * len(NAMES) and all(callable(recipe(name)) for name in NAMES)
+    assert recipe("loss") > 0 and recipe("loss").isfinite()
     for name in ("features", "view1", "view2", "other"):
-        grad = page()[name].grad
+        grad = recipe(name).grad
         assert grad.isfinite().all() and grad.abs().sum() > 0
 
 
