@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PARITY := .venv-parity
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python $(INSTALL)
 # Two workers, one thread each: losses are tested one call at a time, and two cores are what a small machine has.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all bench check format clean
+.PHONY: demo test test-all parity bench check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.three_stage --data builtin --out demo --resume
@@ -21,6 +23,10 @@ test-all: test
 	$(PYTEST) tests -n 2 -m slow
 	$(BIN)/python tests/mutations.py
 
+# hpcloss.compat against the libraries themselves, which get an environment of their own.
+parity: $(PARITY)/installed
+	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest tests/parity_with_peers.py
+
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
@@ -34,7 +40,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PARITY) build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # torch first and alone: nothing that comes after may choose another build of it.
 $(VENV)/torch: constraints.txt
@@ -44,4 +50,11 @@ $(VENV)/torch: constraints.txt
 
 $(VENV)/installed: $(VENV)/torch setup.py $(wildcard csrc/*)
 	$(PIP) -e ".[test,dev,examples]"
+	touch $@
+
+# Without their dependencies: those would choose another build of torch.
+$(PARITY)/installed: constraints.txt
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python $(INSTALL) torch pytest scipy scikit-learn tqdm
+	$(PARITY)/bin/python $(INSTALL) --no-deps pytorch-metric-learning lightly info-nce-pytorch monai
 	touch $@

@@ -277,10 +277,12 @@ def check_backend(backend: str) -> None:
 
 def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_length: bool = False) -> None:
     """Raise TypeError or ValueError unless `vectors` are floating [N, D] and fit the argument `like`, if given."""
+    if not isinstance(vectors, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(vectors).__name__}{_elsewhere(name, None)}")
     if not vectors.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {vectors.dtype}")
+        raise TypeError(f"{name} must be floating point, got {vectors.dtype}{_elsewhere(name, vectors.dim())}")
     if vectors.dim() != 2:
-        raise ValueError(f"{name} must have shape [N, D], got {tuple(vectors.shape)}")
+        raise ValueError(f"{name} must have shape [N, D], got {tuple(vectors.shape)}{_elsewhere(name, vectors.dim())}")
     if like is None:
         return
     if vectors.shape[1] != like.shape[1] or (same_length and vectors.shape[0] != like.shape[0]):
@@ -288,6 +290,20 @@ def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_l
         raise ValueError(f"{name} must have shape {expected}, got {tuple(vectors.shape)}")
     if vectors.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {vectors.device}")
+
+
+# The class for a call in the shape of another library: by argument and number of dimensions, None for no tensor.
+_ELSEWHERE = {
+    ("embeddings", 3): "views [N, views, D] are taken by hpcloss.compat.supcontrast.SupConLoss",
+    ("keys", None): "the pairs of a miner are taken by hpcloss.compat.pml.SupConLoss",
+    ("view2", 1): "embeddings and labels are taken by hpcloss.compat.pml.NTXentLoss",
+    ("negatives", 3): "negatives of a query's own are taken by hpcloss.compat.infonce.InfoNCE(negative_mode='paired')",
+    ("negatives", 0): "a logit_scale is taken by hpcloss.compat.open_clip.ClipLoss",
+}
+
+
+def _elsewhere(name: str, dims: int | None) -> str:
+    return f"; {_ELSEWHERE[name, dims]}" if (name, dims) in _ELSEWHERE else ""
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -312,7 +328,9 @@ def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
     """Labels of vectors [N, D], from [N] or [N, 1] of any integer dtype or whole-number floats, as int64."""
     _check_tensor(name, labels)
     if labels.shape not in ((vectors.shape[0],), (vectors.shape[0], 1)):
-        raise ValueError(f"{name} must have shape [{vectors.shape[0]}], got {tuple(labels.shape)}")
+        square = labels.shape == (vectors.shape[0], vectors.shape[0])
+        other = "; a mask of pairs is taken by hpcloss.compat.supcontrast.SupConLoss" if square else ""
+        raise ValueError(f"{name} must have shape [{vectors.shape[0]}], got {tuple(labels.shape)}{other}")
     return _integers(name, labels.reshape(-1), vectors.device)
 
 

@@ -178,14 +178,15 @@ def _regions(
 
 
 def partition_against(
-    labels: Tensor, key_labels: Tensor, *, ignore_index: tuple[int, ...] = ()
+    labels: Tensor, key_labels: Tensor, key_regions: Tensor | None = None, *, ignore_index: tuple[int, ...] = ()
 ) -> tuple[Pairs, Tensor]:
     """Anchors with `labels` [N] against other keys with `key_labels` [M]; keys of one class become one interval.
 
-    Returns the `Pairs` (rows in ascending order, ignored anchors meet no key) and the order [M] in which to pack the
-    keys: sorted by label, ignored keys last. Anchors are in no way among the keys, so nothing is "self".
+    key_regions [M]: keys outside region 0 are removed. Returns the `Pairs` (rows in ascending order, ignored anchors
+    meet no key) and the order [M] in which to pack the keys: sorted by label, ignored keys last. Anchors are in no way
+    among the keys, so nothing is "self".
     """
-    keys = partition(key_labels, ignore_index=ignore_index)
+    keys = partition(key_labels, key_regions, ignore_index=ignore_index)
     anchors = partition(labels, ignore_index=ignore_index)
     live = keys.key_end[-1:]
     # A dead tail that compares greater than every label keeps the search inside the live keys.

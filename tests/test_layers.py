@@ -22,9 +22,10 @@ LAYERS = [
     {"sampling"},
     {"backends"},
     {"pack", "pairs", "segments"},
-    {"memory", "prototypes"},
+    {"memory", "prototypes", "distributed"},
     {"functional"},
     {"losses"},
+    {"compat"},
 ]
 INSIDE_A_LAYER = {("pairs", "pack"), ("segments", "pack")}  # `Rows` is what all speak of
 APART = {"heads"}  # imports nothing of the package

@@ -97,6 +97,7 @@ ELSEWHERE = {
     "backend",
     "learnable",
     "memory_bank",
+    "gather",
 }
 
 

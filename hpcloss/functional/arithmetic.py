@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from hpcloss.distributed import gather_labels, gather_values, total
 from hpcloss.pack import Rows
 from hpcloss.sorting import segment_bounds
 
@@ -23,18 +24,36 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(empty, -math.inf, merged)
 
 
-def reduce(loss: Tensor, counted: Tensor, reduction: str, group: Tensor | None = None) -> Tensor:
+def reduce(
+    loss: Tensor, counted: Tensor, reduction: str, group: Tensor | None = None, *, gather: bool = False
+) -> Tensor:
     """Weighted sum of the losses [N] of counted anchors; weights come from integer counts: deterministic.
 
-    group [N]: where the reduction is a mean of the means of groups.
+    group [N]: where the reduction is a mean of the means of groups. gather: over the anchors of all ranks.
     """
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
-    if group is None:
-        return loss.sum() / counted.sum().clamp(min=1)
-    return (loss * group_weight(group, counted).to(loss.dtype)).sum()
+    if group is not None and gather:
+        everyone = gather_labels(group, counted)
+        weight = group_weight(everyone.labels, everyone.regions == 1)[everyone.own]
+        return total((loss * weight.to(loss.dtype)).sum())
+    if group is not None:
+        return (loss * group_weight(group, counted).to(loss.dtype)).sum()
+    summed = sum_of(loss, gather)
+    return summed if reduction == "sum" else summed / sum_of(counted, gather).clamp(min=1)
+
+
+def sum_of(values: Tensor, gather: bool) -> Tensor:
+    """The sum of values [N], of those of all ranks with `gather`."""
+    return total(values.sum()) if gather else values.sum()
+
+
+def softmax(exponents: Tensor, counted: Tensor, gather: bool) -> Tensor:
+    """Softmax over the counted anchors [N], of all ranks with `gather`; finite, and meaning nothing, where none is."""
+    exponents = torch.where(counted, exponents, -math.inf)
+    everyone, own = gather_values(exponents, -math.inf) if gather else (exponents, None)
+    weights = torch.softmax(torch.where((everyone != -math.inf).any(), everyone, 0.0), 0)
+    return weights if own is None else weights[own]
 
 
 def group_weight(ids: Tensor, counted: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from hpcloss.checks import (
     integers,
     labels_of_map,
 )
+from hpcloss.distributed import gather_keys, gather_labels, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce
 from hpcloss.functional.contrast import Contrast
 from hpcloss.ops import plain, statistics_dtype
@@ -41,6 +42,7 @@ def entropy_guided_contrast_loss(
     samples_per_class: int | None = None,
     ignore_index: int | Sequence[int] = IGNORED,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of high-entropy pixels with low-entropy ones; equations and arguments in `EntropyGuidedContrastLoss`."""
@@ -54,7 +56,7 @@ def entropy_guided_contrast_loss(
     ignored = integers("ignore_index", ignore_index)
     num_classes, flat = probs.shape[1], labels.reshape(-1)
     check_classes_and_ignored(num_classes, ignored)
-    backend = resolve(backend, features)
+    backend, gather = resolve(backend, features), has_peers(gather)
     high = _has_high_entropy(probs.detach(), ~is_ignored(labels, ignored, num_classes), threshold)
     # Sorted by (entropy, class): the low-entropy pixels are the first C segments, the others the last C.
     order, offsets, _ = class_sort(flat, high.long(), 2, ignore_index=ignored, num_classes=num_classes)
@@ -69,17 +71,27 @@ def entropy_guided_contrast_loss(
         loss, counted = recipe(pairs, keys)
         if reduction == "none":
             return loss.new_zeros(flat.numel()).index_add(0, order, loss).view(labels.shape)
-        return reduce(loss, counted, reduction, flat[order] if reduction == "class" else None)
+        return reduce(loss, counted, reduction, flat[order] if reduction == "class" else None, gather=gather)
 
-    if entropy_classes:
-        return reduced(from_offsets(order, offsets, 2 * num_classes, False), rows.detach() if detach_keys else None)
     # Views, as compilers want no tensor twice among the arguments of a primitive.
     keys = rows.detach() if detach_keys else Rows(rows.data.view_as(rows.data), rows.companion.view_as(rows.companion))
-    of_low, of_high = offsets[: num_classes + 1], offsets[num_classes:]
-    loss = reduced(from_offsets_against(order, of_high, of_low, num_classes), keys)
+    if gather:  # the segment of each row, 2 C for the dead
+        segment = torch.searchsorted(offsets[1:], torch.arange(order.numel(), device=order.device), right=True)
+    if entropy_classes:
+        pairs = from_offsets(order, offsets, 2 * num_classes, False)
+        if gather:
+            return reduced(*gather_keys(keys, pairs, segment))
+        return reduced(pairs, keys if detach_keys else None)
+    key_offsets = offsets
+    if gather:
+        everyone = gather_labels(segment)
+        key_order, key_offsets, _ = class_sort(everyone.labels, num_classes=2 * num_classes)
+        keys = everyone.keys(keys, key_order)
+    (of_low, of_high), (low, high) = [(at[: num_classes + 1], at[num_classes:]) for at in (offsets, key_offsets)]
+    loss = reduced(from_offsets_against(order, of_high, low, num_classes), keys)
     if not symmetric:
         return loss
-    return (loss + reduced(from_offsets_against(order, of_low, of_high, num_classes), keys)) / 2
+    return (loss + reduced(from_offsets_against(order, of_low, high, num_classes), keys)) / 2
 
 
 def _has_high_entropy(probs: Tensor, valid: Tensor, threshold: float | str) -> Tensor:

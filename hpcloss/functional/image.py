@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from hpcloss.checks import check_vector_options, check_vectors, labels_of_vectors
-from hpcloss.functional.arithmetic import inverse_temperature, merge, reduce, softplus
-from hpcloss.functional.supcon import two_views
+from hpcloss.distributed import has_peers
+from hpcloss.functional.arithmetic import inverse_temperature, merge, reduce, softmax, softplus, sum_of
+from hpcloss.functional.supcon import images, two_views
 from hpcloss.pack import pack
 from hpcloss.pairs import pair_lse, pair_mean
 from hpcloss.partition import partition_against
@@ -30,6 +29,7 @@ def ihpc_loss(
     bank_groups: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Image-level hard-positive contrast of two views; equations and arguments in `IHPCLoss`.
@@ -40,11 +40,11 @@ def ihpc_loss(
     """
     check_vector_options(temperature, reduction, hardness=hardness, beta=beta)
     check_vectors("view1", view1)
-    images = torch.arange(view1.shape[0], device=view1.device)
-    owner = images if groups is None else labels_of_vectors("groups", view1, groups)
-    rows, by_group, own, backend = two_views(view1, view2, owner, normalize, backend)
+    gather = has_peers(gather)
+    owner = images(view1, gather) if groups is None else labels_of_vectors("groups", view1, groups)
+    rows, keys, by_group, own, backend = two_views(view1, view2, owner, normalize, backend, gather)
     scale, bound = inverse_temperature(temperature, rows, normalize)
-    negative = pair_lse(rows, by_group, "negatives", scale, scale_bound=bound, backend=backend)
+    negative = pair_lse(rows, by_group, "negatives", scale, keys=keys, scale_bound=bound, backend=backend)
     negatives = by_group.counts()[1]
     if bank is not None:
         check_vectors("bank", bank, like=view1)
@@ -58,16 +58,14 @@ def ihpc_loss(
         old = pair_lse(rows, bank_pairs, "negatives", scale, keys=bank_rows, scale_bound=bound, backend=backend)
         negative = merge(negative, old)
         negatives = negatives + bank_pairs.counts()[1]
-    positive, _ = pair_mean(rows, own, "logit", scale, backend=backend)
+    positive, _ = pair_mean(rows, own, "logit", scale, keys=keys, backend=backend)
     counted = negatives > 0
     factor = 1.0 if beta is None else 1 - beta
     loss = softplus(negative - factor * positive)
     if beta is None and hardness:
-        exponent = torch.where(counted, -hardness * positive.detach() / scale.detach(), -math.inf)
-        # Softmax over no anchor at all is NaN; `where` below drops it, but only if it is finite.
-        exponent = torch.where(counted.any(), exponent, 0.0)
-        loss = loss * (torch.softmax(exponent, 0) * counted.sum())
+        exponent = -hardness * positive.detach() / scale.detach()
+        loss = loss * (softmax(exponent, counted, gather) * sum_of(counted, gather))
     loss = torch.where(counted, loss, 0.0)
     if reduction == "none":
         return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
-    return reduce(loss, counted, reduction)
+    return reduce(loss, counted, reduction, gather=gather)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hpcloss.backends import resolve
 from hpcloss.checks import IGNORED, check_local_options, count, integers, labels_of_map, labels_of_vectors
+from hpcloss.distributed import has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce
 from hpcloss.functional.contrast import Contrast
 from hpcloss.pack import Rows, pack
@@ -30,6 +31,7 @@ def local_contrast_loss(
     background: int | None = 0,
     ignore_index: int | Sequence[int] = IGNORED,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of pixels with class means of their image and its partner; see `LocalContrastLoss`."""
@@ -40,7 +42,7 @@ def local_contrast_loss(
     labels, num_classes = labels_of_map(features, labels), count("num_classes", num_classes)
     if partner is not None:
         partner = labels_of_vectors("partner", features, partner)
-    backend = resolve(backend, features)
+    backend, gather = resolve(backend, features), has_peers(gather)
     flat, spatial = labels.reshape(-1), tuple(labels.shape[1:])
     # Background pixels are neither anchors nor part of a key: to this loss they are ignored.
     away = integers("ignore_index", ignore_index) + (() if background is None else integers("background", background))
@@ -61,7 +63,7 @@ def local_contrast_loss(
     loss, counted = Contrast(rows, "all", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
     if reduction == "none":
         return loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
-    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None)
+    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None, gather=gather)
 
 
 def _keys(means: Tensor, present: Tensor, partner: Tensor | None, backend: str) -> tuple[Rows, Tensor]:

@@ -17,6 +17,7 @@ from hpcloss.checks import (
     integers,
     labels_of_map,
 )
+from hpcloss.distributed import gather_keys, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce
 from hpcloss.functional.contrast import Contrast
 from hpcloss.pack import Rows, pack
@@ -39,6 +40,7 @@ def multiscale_contrast_loss(
     num_classes: int | None = None,
     samples_per_class: int | None = 64,
     ignore_index: int | Sequence[int] = IGNORED,
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Patch-level and pixel-level contrast of two branches; equations and arguments in `MultiscaleContrastLoss`."""
@@ -56,13 +58,15 @@ def multiscale_contrast_loss(
             raise ValueError("labels need num_classes, got None")
         classes, pixels = count("num_classes", num_classes), labels_of_map(features1, labels)
     ignored = integers("ignore_index", ignore_index) if labels is not None else ()
-    backend = resolve(backend, features1)
+    backend, gather = resolve(backend, features1), has_peers(gather)
     features, pixels = torch.cat([features1, features2]), torch.cat([pixels, pixels])
 
-    def contrast(rows: Rows, pairs: Pairs, keys: Rows | None = None) -> Tensor:
+    def contrast(rows: Rows, pairs: Pairs, keys: Rows | None = None, labels: Tensor | None = None) -> Tensor:
+        if labels is not None and gather:
+            pairs, keys = gather_keys(rows, pairs, labels.reshape(-1)[pairs.order])
         scale, bound = inverse_temperature(temperature, rows, True)
         loss, counted = Contrast(rows, "own", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
-        return reduce(loss, counted, "mean")
+        return reduce(loss, counted, "mean", gather=gather)
 
     scales = []
     for size in check_sizes("patch_size", patch_size):
@@ -72,7 +76,7 @@ def multiscale_contrast_loss(
             majority = torch.where(present, votes.argmax(1), -1)
             order, offsets, _ = class_sort(majority, num_classes=classes)
             rows = pack(patches, order, offsets[-1:], normalize=True, permutation=True, backend=backend)
-            scales.append(contrast(rows, from_offsets(order, offsets, classes, False)))
+            scales.append(contrast(rows, from_offsets(order, offsets, classes, False), labels=majority))
             continue
         pairs = _same_patch(present[: len(present) // 2], max(features1.shape[0], 1))
         branch1, branch2 = [
@@ -88,7 +92,7 @@ def multiscale_contrast_loss(
         most = min(count("samples_per_class", samples_per_class), pixels.numel())
         order, offsets = sample(order, offsets, most, num_pixels=pixels.numel())
     rows = pack(features, order, offsets[-1:], normalize=True, permutation=samples_per_class is None, backend=backend)
-    return loss + pixel_weight * contrast(rows, from_offsets(order, offsets, classes, False))
+    return loss + pixel_weight * contrast(rows, from_offsets(order, offsets, classes, False), labels=pixels)
 
 
 def _patches(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hpcloss.backends import resolve
 from hpcloss.checks import IGNORED, check_label_values, check_pixel_options, count, integers, labels_of_map
+from hpcloss.distributed import gather_keys, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, merge, reduce
 from hpcloss.memory import EmbeddingQueue
 from hpcloss.pack import pack
@@ -31,6 +32,7 @@ def pixel_contrast_loss(
     ignore_index: int | Sequence[int] = IGNORED,
     normalize: bool = True,
     reduction: str = "mean",
+    gather: bool = False,
     check_labels: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -45,16 +47,19 @@ def pixel_contrast_loss(
     samples_per_class = samples_per_class and count("samples_per_class", samples_per_class)
     if check_labels:
         check_label_values(labels, ignored, num_classes)
-    backend = resolve(backend, features)
+    backend, gather = resolve(backend, features), has_peers(gather)
     flat = labels.reshape(-1)
     pairs = _plan(labels, wrong, num_classes, samples_per_class, background, ignored)
     whole = samples_per_class is None
     rows = pack(features, pairs.order, pairs.live(), normalize=normalize, permutation=whole, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, normalize)
+    keys = None
+    if gather:
+        pairs, keys = gather_keys(rows, pairs, flat[pairs.order])
     positives, negatives = pairs.counts()
-    lse = pair_lse(rows, pairs, "negatives", scale, scale_bound=bound, backend=backend)
+    lse = pair_lse(rows, pairs, "negatives", scale, keys=keys, scale_bound=bound, backend=backend)
     if queue is None:
-        loss, _ = pair_mean(rows, pairs, "own", scale, stat=lse, scale_bound=bound, backend=backend)
+        loss, _ = pair_mean(rows, pairs, "own", scale, keys=keys, stat=lse, scale_bound=bound, backend=backend)
     else:
         _check_queue(queue, features, num_classes)
         bank = queue.bank(pairs, flat[pairs.order], rows.data.dtype, ignored)
@@ -63,7 +68,7 @@ def pixel_contrast_loss(
         )
         lse = merge(lse, old)
         # No bound: the sum over both may be larger than one over the keys of either.
-        loss, _ = pair_mean(rows, pairs, "own", scale, stat=lse, backend=backend)
+        loss, _ = pair_mean(rows, pairs, "own", scale, keys=keys, stat=lse, backend=backend)
         mean_of_old, _ = pair_mean(rows, bank.pairs, "own", scale, keys=bank.keys, stat=lse, backend=backend)
         # Masses of uniform weights are logarithms of counts.
         share = bank.positives.to(loss.dtype) / (positives + bank.positives).clamp(min=1)
@@ -72,7 +77,7 @@ def pixel_contrast_loss(
     counted = torch.minimum(positives, negatives) > 0  # others are 0: no mean, or log(1 + 0)
     if reduction == "none":
         return loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
-    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None)
+    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None, gather=gather)
 
 
 def _plan(
@@ -99,7 +104,10 @@ def _plan(
 
 def _check_queue(queue: EmbeddingQueue, features: Tensor, num_classes: int) -> None:
     if not isinstance(queue, EmbeddingQueue):
-        raise TypeError(f"queue must be an EmbeddingQueue, got {type(queue).__name__}")
+        raise TypeError(
+            f"queue must be an EmbeddingQueue, got {type(queue).__name__}; a tensor [C, K, D] is taken by"
+            " hpcloss.compat.contrastiveseg.PixelContrastLoss"
+        )
     expected, got = (num_classes, features.shape[1]), (queue.num_classes, queue.dim)
     if got != expected:
         raise ValueError(f"queue must have (num_classes, dim) = {expected}, got {got}")

@@ -20,7 +20,8 @@ from hpcloss.checks import (
     labels_of_map,
     labels_of_vectors,
 )
-from hpcloss.functional.arithmetic import inverse_temperature, reduce
+from hpcloss.distributed import gather_keys, has_peers
+from hpcloss.functional.arithmetic import inverse_temperature, reduce, softmax, sum_of
 from hpcloss.functional.contrast import Contrast
 from hpcloss.ops import plain
 from hpcloss.pack import pack
@@ -39,6 +40,7 @@ def prototype_contrast_loss(
     detach_weights: bool = False,
     ignore_index: int | Sequence[int] = VECTORS_IGNORED,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of prototypes, uncertain ones weighing more; equation and arguments in `PrototypeContrastLoss`."""
@@ -47,27 +49,28 @@ def prototype_contrast_loss(
     labels = labels_of_vectors("labels", prototypes, labels)
     if probs is not None and (probs.dim() != 2 or probs.shape[0] != prototypes.shape[0]):
         raise ValueError(f"probs must have shape [{prototypes.shape[0]}, C], got {tuple(probs.shape)}")
-    backend = resolve(backend, prototypes)
+    backend, gather = resolve(backend, prototypes), has_peers(gather)
     pairs = partition(labels, ignore_index=integers("ignore_index", ignore_index))
     rows = pack(prototypes, pairs.order, pairs.live(), normalize=True, permutation=True, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, True)
     if hardness is None:
         hardness = -1 / float(temperature)
-    loss, counted = Contrast(rows, "own", hardness, 0.0, scale, bound, detach_weights, backend)(pairs)
+    keys = None
+    if gather:
+        pairs, keys = gather_keys(rows, pairs, labels[pairs.order])
+    loss, counted = Contrast(rows, "own", hardness, 0.0, scale, bound, detach_weights, backend)(pairs, keys)
     if probs is not None:
-        loss = loss * _uncertainty(plain(probs).index_select(0, pairs.order).to(loss.dtype), counted) * counted.sum()
+        entropy = _entropy(plain(probs).index_select(0, pairs.order).to(loss.dtype), counted)
+        loss = loss * softmax(entropy, counted, gather) * sum_of(counted, gather)
     if reduction == "none":
         return loss.new_zeros(loss.numel()).index_add(0, pairs.order, loss)
-    return reduce(loss, counted, reduction)
+    return reduce(loss, counted, reduction, gather=gather)
 
 
-def _uncertainty(probs: Tensor, counted: Tensor) -> Tensor:
-    """Softmax over the counted prototypes of the entropy of their probabilities [N]; 0 log 0 = 0."""
+def _entropy(probs: Tensor, counted: Tensor) -> Tensor:
+    """Entropy of the probabilities of counted prototypes [N]; 0 log 0 = 0."""
     probs = torch.where(counted[:, None], probs, 0.0)
-    entropy = -(probs * torch.where(probs > 0, probs, 1.0).log()).sum(1)
-    # Softmax over nothing at all is NaN.
-    exponent = torch.where(counted.any(), torch.where(counted, entropy, -math.inf), 0.0)
-    return torch.softmax(exponent, 0)
+    return -(probs * torch.where(probs > 0, probs, 1.0).log()).sum(1)
 
 
 def prototype_assignment_loss(
@@ -81,6 +84,7 @@ def prototype_assignment_loss(
     epsilon: float = 0.05,
     ignore_index: int | Sequence[int] = IGNORED,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Classification by prototypes, balanced within a class; equation, arguments in `PrototypeAssignmentLoss`."""
@@ -95,7 +99,7 @@ def prototype_assignment_loss(
         raise ValueError(
             f"teacher_features must have shape {tuple(features.shape)}, as features, got {tuple(teacher.shape)}"
         )
-    backend = resolve(backend, features)
+    backend, gather = resolve(backend, features), has_peers(gather)
     num_classes, flat, ignored = prototypes.shape[0], labels.reshape(-1), integers("ignore_index", ignore_index)
     check_classes_and_ignored(num_classes, ignored)
     order, offsets, _ = class_sort(flat, ignore_index=ignored, num_classes=num_classes)
@@ -127,4 +131,4 @@ def prototype_assignment_loss(
     loss = torch.where(counted, torch.where(counted, every, 0.0) - mean, 0.0)
     if reduction == "none":
         return loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
-    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None)
+    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None, gather=gather)

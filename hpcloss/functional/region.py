@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hpcloss.backends import resolve
 from hpcloss.checks import IGNORED, check_label_values, check_region_options, count, integers, labels_of_map
-from hpcloss.functional.arithmetic import inverse_temperature, reduce
+from hpcloss.distributed import agree, distinct, gather_keys, gather_labels, has_peers
+from hpcloss.functional.arithmetic import inverse_temperature, reduce, sum_of
 from hpcloss.functional.contrast import Contrast
-from hpcloss.pack import pack
+from hpcloss.pack import Rows, pack
 from hpcloss.pairs import pair_lse, pair_mean
 from hpcloss.partition import Pairs, against_cells, class_sort, from_offsets, partition
 from hpcloss.regions import Grid, cells_of_regions, choose_regions, region_shape
@@ -39,6 +40,7 @@ def region_phpc_loss(
     detach_weights: bool = True,
     normalize: bool = True,
     reduction: str = "mean",
+    gather: bool = False,
     check_labels: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
@@ -59,31 +61,38 @@ def region_phpc_loss(
     max_regions = max_regions and count("max_regions", max_regions)
     if check_labels:
         check_label_values(labels, ignored, num_classes)
-    backend = resolve(backend, features)
+    backend, gather = resolve(backend, features), has_peers(gather)
+    pooled = gather and not per_image  # regions that reach across ranks
     size = region_shape(region_size, features.shape[2:])
     flat = labels.reshape(-1)
     pairs, region_ids, outside = _plan(
-        labels, size, num_classes, samples_per_class, max_regions, background, ignored, per_image
+        labels, size, num_classes, samples_per_class, max_regions, background, ignored, per_image, pooled
     )
     whole = samples_per_class is None and pairs.order.numel() == flat.numel()
     rows = pack(features, pairs.order, pairs.live(), normalize=normalize, permutation=whole, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, normalize)
-    recipe = Contrast(rows, denominator, hardness, discount, scale, bound, detach_weights, backend)
-    loss, counted = recipe(pairs)
+    recipe, keys = Contrast(rows, denominator, hardness, discount, scale, bound, detach_weights, backend), None
+    if pooled:
+        pairs, keys = gather_keys(rows, pairs, flat[pairs.order])
+    loss, counted = recipe(pairs, keys)
     if local_size is not None:
         local = region_shape(local_size, features.shape[2:], "local_size")
         loss = loss + _local_contrast(
-            recipe, pairs, features, flat, region_ids, size, local, per_image, background, normalize
+            recipe, pairs, features, flat, region_ids, size, local, per_image, background, normalize, pooled
         )
 
     if reduction == "none":
         result = loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
     else:
-        group = {"class": lambda: flat[pairs.order], "region": pairs.region}.get(reduction)
-        result = reduce(loss, counted, reduction, group and group())
+        group = None
+        if reduction == "class":
+            group = flat[pairs.order]
+        elif reduction == "region":
+            group = distinct(pairs.region()) if gather and per_image else pairs.region()
+        result = reduce(loss, counted, reduction, group, gather=gather)
     if not return_stats:
         return result
-    return result, _stats(recipe, pairs, counted, outside)
+    return result, _stats(recipe, pairs, keys, counted, outside, gather)
 
 
 def region_supcon_loss(
@@ -100,6 +109,7 @@ def region_supcon_loss(
     per_image: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
+    gather: bool = False,
     check_labels: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
@@ -108,7 +118,7 @@ def region_supcon_loss(
     return region_phpc_loss(
         features, labels, region_size, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class,
         max_regions=max_regions, denominator="all", background=background, ignore_index=ignore_index,
-        per_image=per_image, normalize=normalize, reduction=reduction, check_labels=check_labels,
+        per_image=per_image, normalize=normalize, reduction=reduction, gather=gather, check_labels=check_labels,
         return_stats=return_stats, backend=backend,
     )  # fmt: skip
 
@@ -122,11 +132,13 @@ def _plan(
     background: int | None,
     ignored: tuple[int, ...],
     per_image: bool,
+    pooled: bool,
 ) -> tuple[Pairs, Tensor | None, Tensor | None]:
     """Which pairs of a label map [B, *S] count; the number in the grid of each region [R], None where regions are the
     grid's; and with `num_classes` how many labels are no class and not ignored [].
 
-    Shapes are static: of the regions chosen and the pixels sampled only the most there can be is known.
+    pooled: over ranks, which then draw the same regions. Shapes are static: of the regions chosen and the pixels
+    sampled only the most there can be is known.
     """
     grid = Grid(labels.shape[0], tuple(labels.shape[1:]), size, per_image)
     flat, num_regions = labels.reshape(-1), grid.num_regions()
@@ -137,7 +149,9 @@ def _plan(
     if max_regions is not None and max_regions < num_regions:
         alive = ~is_ignored(flat, ignored, num_classes)
         anchor = alive if background is None else alive & (flat != background)
-        regions, region_ids = choose_regions(grid.ids(labels.device), num_regions, flat, alive, anchor, max_regions)
+        regions, region_ids = choose_regions(
+            grid.ids(labels.device), num_regions, flat, alive, anchor, max_regions, agree if pooled else None
+        )
         num_regions = max_regions
     live = num_regions * region_pixels  # the rows that may not be dead, if there are so many
     if num_classes is None:
@@ -164,17 +178,24 @@ def _local_contrast(
     per_image: bool,
     background: int | None,
     normalize: bool,
+    pooled: bool,
 ) -> Tensor:
     """Mean over the small cells of its region of each anchor's contrast against that cell alone [N]."""
     batch, spatial = features.shape[0], features.shape[2:]
     grid = Grid(batch, tuple(spatial), local, per_image)
     cells, num_cells = grid.ids(features.device), grid.num_regions()
     alive = torch.arange(pairs.order.numel(), device=features.device) < pairs.live()
-    # Only pixels that are rows take part: the others (ignored, not sampled, region not chosen) get no cell.
-    pixels = torch.where(alive, pairs.order.long(), labels.numel())
-    taken = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=features.device).scatter_(0, pixels, True)[:-1]
-    keys = partition(labels, torch.where(taken, cells, num_cells), num_cells, background=background)
-    key_rows = pack(features, keys.order, keys.live(), normalize=normalize, backend=recipe.backend)
+    if pooled:
+        everyone = gather_labels(labels[pairs.order], torch.where(alive, cells[pairs.order], -1), num_cells)
+        keys = partition(everyone.labels, everyone.regions, num_cells, background=background)
+        key_rows = everyone.keys(recipe.rows, keys.order)
+        pairs, labels = pairs.replace(order=everyone.own), everyone.labels
+    else:
+        # Only pixels that are rows take part: the others (ignored, not sampled, region not chosen) get no cell.
+        pixels = torch.where(alive, pairs.order.long(), labels.numel())
+        taken = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=features.device).scatter_(0, pixels, True)[:-1]
+        keys = partition(labels, torch.where(taken, cells, num_cells), num_cells, background=background)
+        key_rows = pack(features, keys.order, keys.live(), normalize=normalize, backend=recipe.backend)
     multiplicity = math.prod([large // small for large, small in zip(size, local)])
     total = torch.zeros_like(recipe.rows.data[:, 0], dtype=recipe.scale.dtype)
     cells_met = torch.zeros_like(total)
@@ -187,35 +208,38 @@ def _local_contrast(
     return total / cells_met.clamp(min=1)
 
 
-def _stats(recipe: Contrast, pairs: Pairs, counted: Tensor, outside: Tensor | None) -> dict[str, Tensor]:
-    """What a trainer logs, as 0-dim tensors without gradient; means over the counted anchors."""
+def _stats(
+    recipe: Contrast, pairs: Pairs, keys: Rows | None, counted: Tensor, outside: Tensor | None, gather: bool
+) -> dict[str, Tensor]:
+    """What a trainer logs, as 0-dim tensors without gradient; means over the counted anchors, of all ranks with
+    `gather`."""
     with torch.no_grad():
         rows, backend = recipe.rows.detach(), recipe.backend
         unit_scale = torch.ones_like(recipe.scale)
         positives, negatives = pairs.counts()
         region = pairs.region()
         whole_region = pairs.replace(pos_start=pairs.key_start[region], pos_end=pairs.key_end[region])
-        positive_mean, _ = pair_mean(rows, pairs, "logit", unit_scale, backend=backend)
-        others_mean, _ = pair_mean(rows, whole_region, "logit", unit_scale, backend=backend)
+        positive_mean, _ = pair_mean(rows, pairs, "logit", unit_scale, keys=keys, backend=backend)
+        others_mean, _ = pair_mean(rows, whole_region, "logit", unit_scale, keys=keys, backend=backend)
         others_sum = others_mean * (positives + negatives)
         negative_mean = (others_sum - positive_mean * positives) / negatives.clamp(min=1)
         effective = torch.ones_like(positive_mean)
         if recipe.hardness:
             # 1 / sum of squared weights, over the number of positives.
             mass, double_mass = (
-                pair_lse(rows, pairs, "positives", -factor * recipe.hardness * unit_scale, backend=backend)
+                pair_lse(rows, pairs, "positives", -factor * recipe.hardness * unit_scale, keys=keys, backend=backend)
                 for factor in (1, 2)
             )
             effective = torch.where(counted, torch.exp(2 * mass - double_mass) / positives.clamp(min=1), 0.0)
-        weight = counted.to(positive_mean.dtype) / counted.sum().clamp(min=1)
-        anchors = pairs.is_anchor().sum()
+        number, anchors = sum_of(counted, gather), sum_of(pairs.is_anchor(), gather)
+        weight = counted.to(positive_mean.dtype) / number.clamp(min=1)
 
         def average(values: Tensor) -> Tensor:
-            return (weight * values).sum()
+            return sum_of(weight * values, gather)
 
-        stats = {} if outside is None else {"labels_outside": outside}
+        stats = {} if outside is None else {"labels_outside": sum_of(outside, gather)}
         return stats | {
-            "counted_anchors": counted.sum() / anchors.clamp(min=1),
+            "counted_anchors": number / anchors.clamp(min=1),
             "positives_per_anchor": average(positives),
             "positive_similarity": average(positive_mean),
             "negative_similarity": average(negative_mean),

@@ -17,6 +17,7 @@ from hpcloss.checks import (
     integers,
     labels_of_vectors,
 )
+from hpcloss.distributed import distinct, gather_keys, gather_labels, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce, softplus
 from hpcloss.pack import Rows, pack
 from hpcloss.pairs import pair_lse, pair_lse_both, pair_mean
@@ -34,6 +35,7 @@ def supcon_loss(
     ignore_index: int | Sequence[int] = VECTORS_IGNORED,
     normalize: bool = True,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Supervised contrast of vectors; equations and arguments in `SupConLoss`."""
@@ -41,18 +43,26 @@ def supcon_loss(
     check_vectors("embeddings", embeddings)
     labels = labels_of_vectors("labels", embeddings, labels)
     ignored = integers("ignore_index", ignore_index)
-    backend = resolve(backend, embeddings)
+    backend, gather = resolve(backend, embeddings), has_peers(gather)
     key_rows = None
+    if keys is not None:
+        check_vectors("keys", keys, like=embeddings)
     if (keys is None) != (key_labels is None):
         raise ValueError("keys and key_labels go together, got only one of them")
     if keys is not None and key_labels is not None:
-        check_vectors("keys", keys, like=embeddings)
         key_labels = labels_of_vectors("key_labels", keys, key_labels)
         pairs, key_order = partition_against(labels, key_labels, ignore_index=ignored)
         key_rows = pack(keys, key_order, pairs.key_end, normalize=normalize, backend=backend)
+        if gather:
+            alive = torch.arange(key_order.numel(), device=labels.device) < pairs.key_end
+            everyone = gather_labels(key_labels[key_order], alive.long() - 1)
+            pairs, key_order = partition_against(labels, everyone.labels, everyone.regions, ignore_index=ignored)
+            key_rows = everyone.keys(key_rows, key_order)
     else:
         pairs = partition(labels, ignore_index=ignored)
     rows = pack(embeddings, pairs.order, pairs.live(), normalize=normalize, backend=backend)
+    if gather and keys is None:
+        pairs, key_rows = gather_keys(rows, pairs, labels[pairs.order])
     scale, bound = inverse_temperature(temperature, rows, normalize)
     positives, _ = pairs.counts()
     counted = positives > 0
@@ -66,7 +76,7 @@ def supcon_loss(
     loss = torch.where(counted, loss, 0.0)
     if reduction == "none":
         return loss.new_zeros(labels.numel()).index_add(0, pairs.order, loss)
-    return reduce(loss, counted, reduction, labels[pairs.order] if reduction == "class" else None)
+    return reduce(loss, counted, reduction, labels[pairs.order] if reduction == "class" else None, gather=gather)
 
 
 def ntxent_loss(
@@ -76,19 +86,20 @@ def ntxent_loss(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of two views; equation and arguments in `NTXentLoss`."""
     check_vector_options(temperature, reduction)
     check_vectors("view1", view1)
-    images = torch.arange(view1.shape[0], device=view1.device)
-    rows, by_image, own, backend = two_views(view1, view2, images, normalize, backend)
+    gather = has_peers(gather)
+    rows, keys, by_image, own, backend = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
     scale, bound = inverse_temperature(temperature, rows, normalize)
-    lse = pair_lse(rows, own, "others", scale, scale_bound=bound, backend=backend)
-    loss = lse - pair_mean(rows, own, "logit", scale, backend=backend)[0]
+    lse = pair_lse(rows, own, "others", scale, keys=keys, scale_bound=bound, backend=backend)
+    loss = lse - pair_mean(rows, own, "logit", scale, keys=keys, backend=backend)[0]
     if reduction == "none":
         return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
-    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, gather=gather)
 
 
 def infonce_loss(
@@ -100,6 +111,7 @@ def infonce_loss(
     symmetric: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of each query with its positive key; equations and arguments in `InfoNCELoss`."""
@@ -108,25 +120,35 @@ def infonce_loss(
     check_vector_options(temperature, reduction)
     check_vectors("query", query)
     check_vectors("positive", positive, like=query, same_length=True)
-    backend = resolve(backend, query)
+    backend, gather = resolve(backend, query), has_peers(gather)
     pairs = one_to_one(query.shape[0], query.device)
     rows = pack(query, pairs.order, normalize=normalize, backend=backend)
     keys = pack(positive, pairs.order, normalize=normalize, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, normalize)
     own, _ = pair_mean(rows, pairs, "logit", scale, keys=keys, backend=backend)
-    if symmetric:
+    if symmetric and gather:
+        whole, all_keys = gather_others(pairs, keys)
+        _, all_rows = gather_others(pairs, rows)
+        of_query = pair_lse(rows, whole, "every", scale, keys=all_keys, scale_bound=bound, backend=backend)
+        of_key = pair_lse(keys, whole, "every", scale, keys=all_rows, scale_bound=bound, backend=backend)
+        loss = (of_query + of_key) / 2 - own
+    elif symmetric:
         of_query, of_key = pair_lse_both(rows, keys, pairs, scale, scale_bound=bound, backend=backend)
         loss = (of_query + of_key) / 2 - own
     elif negatives is None:
+        if gather:
+            pairs, keys = gather_others(pairs, keys)
         loss = pair_lse(rows, pairs, "every", scale, keys=keys, scale_bound=bound, backend=backend) - own
     else:
         check_vectors("negatives", negatives, like=query)
         order = torch.arange(negatives.shape[0], device=query.device)
         others = pack(negatives, order, normalize=normalize, backend=backend)
         whole = pairs.replace(key_end=torch.full_like(pairs.key_end, negatives.shape[0]))
+        if gather:
+            whole, others = gather_others(pairs, others)
         lse = pair_lse(rows, whole, "every", scale, keys=others, scale_bound=bound, backend=backend)
         loss = softplus(lse - own)
-    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, gather=gather)
 
 
 def hard_negative_nce_loss(
@@ -138,20 +160,21 @@ def hard_negative_nce_loss(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    gather: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of two views with hard negatives; equation and arguments in `HardNegativeNCELoss`."""
     check_vector_options(temperature, reduction)
     check_hard_negatives(beta, tau_plus)
     check_vectors("view1", view1)
-    images = torch.arange(view1.shape[0], device=view1.device)
-    rows, by_image, own, backend = two_views(view1, view2, images, normalize, backend)
+    gather = has_peers(gather)
+    rows, keys, by_image, own, backend = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
     scale, bound = inverse_temperature(temperature, rows, normalize)
-    positive = pair_mean(rows, own, "logit", scale, backend=backend)[0]
+    positive = pair_mean(rows, own, "logit", scale, keys=keys, backend=backend)[0]
 
     def lse(factor: float) -> Tensor:
         most = None if bound is None else factor * bound
-        return pair_lse(rows, by_image, "negatives", factor * scale, scale_bound=most, backend=backend)
+        return pair_lse(rows, by_image, "negatives", factor * scale, keys=keys, scale_bound=most, backend=backend)
 
     negatives = by_image.counts()[1]
     counted, log_count = negatives > 0, negatives.clamp(min=1).to(positive.dtype).log()
@@ -168,18 +191,35 @@ def hard_negative_nce_loss(
     loss = torch.where(counted, softplus(negative - positive), 0.0)
     if reduction == "none":
         return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
-    return reduce(loss, counted, reduction)
+    return reduce(loss, counted, reduction, gather=gather)
+
+
+def images(views: Tensor, gather: bool) -> Tensor:
+    """A number for each image of a batch [N], on all ranks with `gather`."""
+    number = torch.arange(views.shape[0], device=views.device)
+    return distinct(number) if gather else number
+
+
+def gather_others(pairs: Pairs, keys: Rows) -> tuple[Pairs, Rows]:
+    """The anchors of `pairs` against the keys of all ranks, all of which they meet; of positives nothing is said."""
+    number = torch.arange(keys.data.shape[0], device=keys.data.device)
+    everyone = partition(torch.zeros_like(number))
+    met, all_keys = gather_keys(keys, everyone, torch.zeros_like(number))
+    return pairs.replace(key_start=met.key_start, key_end=met.key_end), all_keys
 
 
 def two_views(
-    view1: Tensor, view2: Tensor, groups: Tensor, normalize: bool, backend: str
-) -> tuple[Rows, Pairs, Pairs, str]:
-    """The rows of both views, sorted by group; pairs by group, and the same with the other view as only positive."""
+    view1: Tensor, view2: Tensor, groups: Tensor, normalize: bool, backend: str, gather: bool
+) -> tuple[Rows, Rows | None, Pairs, Pairs, str]:
+    """The rows of both views, sorted by group, and the keys where they are not these; pairs by group, and the same with
+    the other view as only positive."""
     check_vectors("view2", view2, like=view1, same_length=True)
     backend = resolve(backend, view1)
     by_group = partition(groups.repeat(2))
     order, count = by_group.order.long(), view1.shape[0]
     row_of = torch.empty_like(order).scatter_(0, order, torch.arange(2 * count, device=order.device))
-    own = paired(by_group, row_of[(order + count) % max(2 * count, 1)])
-    rows = pack(torch.cat([view1, view2]), by_group.order, normalize=normalize, backend=backend)
-    return rows, by_group, own, backend
+    rows, keys = pack(torch.cat([view1, view2]), by_group.order, normalize=normalize, backend=backend), None
+    if gather:
+        by_group, keys = gather_keys(rows, by_group, groups.repeat(2)[order])
+    own = paired(by_group, by_group.self_pos[row_of[(order + count) % max(2 * count, 1)]])
+    return rows, keys, by_group, own, backend

@@ -37,6 +37,7 @@ class EntropyGuidedContrastLoss(Loss):
         ignore_index: label or labels of pixels that take no part; labels outside [0, C) take none either.
         reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 where
             not counted).
+        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         backend: "auto", "blockwise" or "triton".
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and (except for "all") a
@@ -56,12 +57,13 @@ class EntropyGuidedContrastLoss(Loss):
         samples_per_class: int | None = None,
         ignore_index: int | Sequence[int] = IGNORED,
         reduction: str = "mean",
+        gather: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
             symmetric=symmetric, detach_keys=detach_keys, samples_per_class=samples_per_class,
-            ignore_index=ignore_index, reduction=reduction, backend=backend,
+            ignore_index=ignore_index, reduction=reduction, gather=gather, backend=backend,
         )  # fmt: skip
         check_entropy_options(
             temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,

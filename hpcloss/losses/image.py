@@ -31,6 +31,7 @@ class IHPCLoss(Loss):
             loss from what is wrapped, or pass broadcast_buffers=False.
         normalize: L2-normalise the rows.
         reduction: "mean", "sum" or "none" ([2N], view1 first; the mean of them is the loss).
+        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         backend: "auto", "blockwise" or "triton".
     """
 
@@ -47,6 +48,7 @@ class IHPCLoss(Loss):
         memory_bank: tuple[int, int] | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
@@ -55,6 +57,7 @@ class IHPCLoss(Loss):
             beta=None,
             normalize=normalize,
             reduction=reduction,
+            gather=gather,
             backend=backend,
         )
         check_vector_options(temperature, reduction, hardness=hardness)

@@ -39,6 +39,7 @@ class PixelContrastLoss(Loss):
             a queue are unit rows in any case.
         reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 where
             not drawn or not counted).
+        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_labels: raise for labels outside [0, num_classes) that are not ignored (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
@@ -57,13 +58,14 @@ class PixelContrastLoss(Loss):
         ignore_index: int | Sequence[int] = IGNORED,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
         check_labels: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, num_classes=num_classes, samples_per_class=samples_per_class,
             background=background, ignore_index=ignore_index, normalize=normalize, reduction=reduction,
-            check_labels=check_labels, backend=backend,
+            gather=gather, check_labels=check_labels, backend=backend,
         )  # fmt: skip
         check_pixel_options(
             temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,

@@ -31,6 +31,7 @@ class PrototypeContrastLoss(Loss):
         detach_weights: weights w are constants to the gradient. As published they are not.
         ignore_index: label or labels of rows that take no part, such as prototypes without pixels.
         reduction: "mean" (above), "sum" (times the number of counted prototypes n) or "none" ([M]: n u_i L_i).
+        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         backend: "auto", "blockwise" or "triton".
 
     A prototype counts if it has a positive and a negative. None counted: 0, joined to the graph. Raises ValueError for
@@ -46,11 +47,12 @@ class PrototypeContrastLoss(Loss):
         detach_weights: bool = False,
         ignore_index: int | Sequence[int] = VECTORS_IGNORED,
         reduction: str = "mean",
+        gather: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, hardness=hardness, detach_weights=detach_weights, ignore_index=ignore_index,
-            reduction=reduction, backend=backend,
+            reduction=reduction, gather=gather, backend=backend,
         )  # fmt: skip
         check_prototype_options(temperature, hardness, reduction)
 
@@ -78,6 +80,8 @@ class PrototypeAssignmentLoss(Loss):
         iterations, epsilon: of `sinkhorn`.
         ignore_index: label or labels of pixels that take no part; nor do those outside [0, C).
         reduction: "mean" over counted pixels, "class" (mean of class means), "sum", or "none" (a map [B, *S]).
+        gather: reduce over the pixels of every rank of a distributed run, each of which balances the assignment of its
+            own; see `hpcloss.distributed`.
         backend: "auto", "blockwise" or "triton".
 
     A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not there; a pixel counts if its
@@ -94,11 +98,12 @@ class PrototypeAssignmentLoss(Loss):
         epsilon: float = 0.05,
         ignore_index: int | Sequence[int] = IGNORED,
         reduction: str = "mean",
+        gather: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, iterations=iterations, epsilon=epsilon, ignore_index=ignore_index,
-            reduction=reduction, backend=backend,
+            reduction=reduction, gather=gather, backend=backend,
         )  # fmt: skip
         check_assignment_options(temperature, iterations, epsilon, reduction)
 

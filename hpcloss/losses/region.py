@@ -43,6 +43,7 @@ class RegionPHPCLoss(Loss):
         normalize: L2-normalise features; rows of norm up to 1e-12 become zero and get no gradient.
         reduction: "mean" over counted anchors, "class" (mean of class means), "region" (mean of region means, as the
             papers), "sum", or "none" (a map [B, *S], 0 where not counted).
+        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_labels: raise for labels outside [0, num_classes) that are not ignored (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
@@ -70,6 +71,7 @@ class RegionPHPCLoss(Loss):
         detach_weights: bool = True,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
         check_labels: bool = False,
         backend: str = "auto",
     ):
@@ -78,12 +80,12 @@ class RegionPHPCLoss(Loss):
             samples_per_class=samples_per_class, max_regions=max_regions, local_size=local_size,
             denominator=denominator, discount=0.0, background=background, ignore_index=ignore_index,
             per_image=per_image, detach_weights=detach_weights, normalize=normalize, reduction=reduction,
-            check_labels=check_labels, backend=backend,
+            gather=gather, check_labels=check_labels, backend=backend,
         )  # fmt: skip
         self._check()
 
     def _check(self) -> None:
-        unchecked = ("per_image", "detach_weights", "normalize", "check_labels", "backend")
+        unchecked = ("per_image", "detach_weights", "normalize", "gather", "check_labels", "backend")
         check_region_options(**{name: value for name, value in self.options.items() if name not in unchecked})
 
     @classmethod
@@ -138,6 +140,7 @@ class RegionSupConLoss(Loss):
         per_image: bool = False,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
         check_labels: bool = False,
         backend: str = "auto",
     ):
@@ -145,7 +148,7 @@ class RegionSupConLoss(Loss):
             region_size=region_size, temperature=temperature, num_classes=num_classes,
             samples_per_class=samples_per_class, max_regions=max_regions, background=background,
             ignore_index=ignore_index, per_image=per_image, normalize=normalize, reduction=reduction,
-            check_labels=check_labels, backend=backend,
+            gather=gather, check_labels=check_labels, backend=backend,
         )  # fmt: skip
         check_region_options(
             region_size, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class,

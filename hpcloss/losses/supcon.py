@@ -28,6 +28,7 @@ class SupConLoss(Loss):
         ignore_index: label or labels of rows that take no part, as anchors or keys.
         normalize: L2-normalise the rows.
         reduction: "mean" over counted anchors, "class" (mean of class means), "sum" or "none" ([N], 0 if not counted).
+        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         backend: "auto", "blockwise" or "triton".
     """
 
@@ -39,11 +40,12 @@ class SupConLoss(Loss):
         ignore_index: int | Sequence[int] = VECTORS_IGNORED,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, form=form, ignore_index=ignore_index, normalize=normalize, reduction=reduction,
-            backend=backend,
+            gather=gather, backend=backend,
         )  # fmt: skip
         check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
 
@@ -53,7 +55,7 @@ class SupConLoss(Loss):
         """embeddings [N, D], labels [N]; optionally keys [M, D], key_labels [M] in place of the embeddings.
 
         Keys are other vectors (a queue, another encoder's): no key counts as an anchor itself, so do not repeat the
-        embeddings among them.
+        embeddings among them. With `gather` those of every rank are joined: pass a rank's own part.
         """
         return supcon_loss(embeddings, labels, keys, key_labels, **self.options)
 
@@ -65,8 +67,8 @@ class NTXentLoss(Loss):
 
     Chen et al., "A simple framework for contrastive learning of visual representations" (ICML 2020), eq. 1.
 
-    Args: temperature, normalize and backend as in `SupConLoss`; reduction "mean" over 2N rows, "sum" or "none" ([2N],
-    the rows of view1 first).
+    Args: temperature, normalize, gather and backend as in `SupConLoss`; reduction "mean" over 2N rows, "sum" or "none"
+    ([2N], the rows of view1 first).
     """
 
     def __init__(
@@ -75,9 +77,12 @@ class NTXentLoss(Loss):
         *,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
         backend: str = "auto",
     ):
-        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+        super().__init__(
+            temperature=temperature, normalize=normalize, reduction=reduction, gather=gather, backend=backend
+        )
         check_vector_options(temperature, reduction)
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
@@ -100,7 +105,8 @@ class HardNegativeNCELoss(Loss):
         beta: how much similar negatives weigh; 0 weighs all alike.
         tau_plus: probability that a negative is of the row's own class, in [0, 1); 0 leaves the discount, and the
             lowest value, which is that of unit rows, out.
-        normalize, backend: as in `SupConLoss`. reduction: "mean" over 2N rows, "sum" or "none" ([2N], view1 first).
+        normalize, gather, backend: as in `SupConLoss`. reduction: "mean" over 2N rows, "sum" or "none" ([2N], view1
+            first).
 
     A single image has no negative and loss 0.
     """
@@ -113,6 +119,7 @@ class HardNegativeNCELoss(Loss):
         *,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
@@ -121,6 +128,7 @@ class HardNegativeNCELoss(Loss):
             tau_plus=tau_plus,
             normalize=normalize,
             reduction=reduction,
+            gather=gather,
             backend=backend,
         )
         check_vector_options(temperature, reduction)
@@ -146,7 +154,7 @@ class InfoNCELoss(Loss):
         learnable: make log(1 / temperature) a parameter of the module, `log_scale`, that starts at `temperature`
             (CLIP's parametrisation, without its clamp).
         symmetric: each positive looks for its query as well (CLIP); ValueError with negatives.
-        normalize, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
+        normalize, gather, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
     """
 
     def __init__(
@@ -157,11 +165,14 @@ class InfoNCELoss(Loss):
         symmetric: bool = False,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
         backend: str = "auto",
     ):
         check_vector_options(temperature, reduction)
         fixed = {} if learnable else {"temperature": temperature}
-        super().__init__(**fixed, symmetric=symmetric, normalize=normalize, reduction=reduction, backend=backend)
+        super().__init__(
+            **fixed, symmetric=symmetric, normalize=normalize, reduction=reduction, gather=gather, backend=backend
+        )
         self.learnable = learnable
         if learnable:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature))))

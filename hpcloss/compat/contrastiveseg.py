@@ -1,0 +1,134 @@
+"""ContrastiveSeg's `PixelContrastLoss`: sampled pixels of a batch, against each other or against a memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpcloss.backends import resolve
+from hpcloss.checks import check_vector_options, count, labels_of_map
+from hpcloss.functional.arithmetic import inverse_temperature, reduce
+from hpcloss.functional.contrast import Contrast
+from hpcloss.ops import statistics_dtype
+from hpcloss.pack import pack
+from hpcloss.partition import class_sort, partition, partition_against
+from hpcloss.regions import Grid, region_shape
+from hpcloss.sampling import sample
+
+
+class PixelContrastLoss(nn.Module):
+    r"""Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021), as ContrastiveSeg
+    calls it.
+
+        L = T / T_base · mean_i 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
+
+    l_ij = <x_i, x_j> / T; rows are taken as they are, not normalised. Of each class of each image the same number of
+    pixels is drawn, max_samples / number of such classes in the batch, at most max_views; half of them wrongly
+    predicted ones, as far as there are any. An anchor counts if it has a positive and a negative.
+
+    Args:
+        configer: has `get` and `exists`, as theirs; what it says of `contrast` (temperature, base_temperature,
+            max_samples, max_views), of the ignored label and of the number of classes holds in place of what follows.
+        ignore_label: label of pixels that take no part; other negative labels take none either.
+        num_classes: None to look for the largest label in each call, which waits for the device.
+        legacy_sampling: leave out, as they do, classes of at most max_views pixels in an image; else those of fewer
+            pixels than are drawn are taken whole.
+    """
+
+    def __init__(
+        self,
+        configer: Any = None,
+        *,
+        temperature: float | Tensor = 0.07,
+        base_temperature: float = 0.07,
+        max_samples: int = 1024,
+        max_views: int = 100,
+        ignore_label: int = -1,
+        num_classes: int | None = None,
+        legacy_sampling: bool = False,
+    ):
+        super().__init__()
+        if configer is not None:
+            temperature, base_temperature, max_samples, max_views = [
+                configer.get("contrast", name)
+                for name in ("temperature", "base_temperature", "max_samples", "max_views")
+            ]
+            if configer.exists("loss", "params"):
+                ignore_label = configer.get("loss", "params").get("ce_ignore_index", ignore_label)
+            if configer.exists("data", "num_classes"):
+                num_classes = configer.get("data", "num_classes")
+        check_vector_options(temperature, "mean")
+        self.temperature = temperature
+        self.base_temperature = base_temperature
+        self.max_samples = count("max_samples", max_samples)
+        self.max_views = count("max_views", max_views)
+        self.ignore_label = ignore_label
+        self.num_classes = None if num_classes is None else count("num_classes", num_classes)
+        self.legacy_sampling = legacy_sampling
+
+    def forward(
+        self,
+        feats: Tensor,
+        labels: Tensor | None = None,
+        predict: Tensor | None = None,
+        queue: Tensor | None = None,
+    ) -> Tensor:
+        """feats [B, D, *S]; labels [B, *S] and predict [B, *S], predicted classes, of any resolution.
+
+        queue [C, K, D]: embeddings of past pixels of each class, which are then the only keys, without gradient.
+        Without labels: 0, joined to the graph.
+        """
+        if labels is None:
+            return feats.reshape(-1)[:0].sum().to(statistics_dtype(feats.dtype))
+        labels = labels_of_map(feats, labels)
+        wrong = torch.zeros_like(labels, dtype=torch.bool)
+        if predict is not None:
+            wrong = labels_of_map(feats, predict, "predict") != labels
+        num_classes = self.num_classes
+        if num_classes is None:
+            used = torch.where(labels == self.ignore_label, 0, labels)
+            num_classes = max(int(used.max()) + 1, 1) if used.numel() else 1
+        pixels, classes = self._draw(labels, wrong, num_classes)
+        backend, key_order, keys = resolve("auto", feats), None, None
+        if queue is None:
+            pairs = partition(classes, ignore_index=(-1,))
+        else:
+            if queue.dim() != 3 or queue.shape[2] != feats.shape[1]:
+                raise ValueError(f"queue must have shape [C, K, {feats.shape[1]}], got {tuple(queue.shape)}")
+            key_classes = torch.arange(len(queue), device=feats.device).repeat_interleave(queue.shape[1])
+            pairs, key_order = partition_against(classes, key_classes, ignore_index=(-1,))
+        # All that is drawn stands in front, and it is no more than this.
+        pairs = pairs.head(max(self.max_samples, len(labels) * num_classes))
+        rows = pack(feats, pixels[pairs.order], pairs.live(), normalize=False, backend=backend)
+        if queue is not None and key_order is not None:
+            old = queue.detach().to(rows.data).flatten(0, 1)
+            keys = pack(old, key_order, normalize=False, backend=backend)
+        scale, bound = inverse_temperature(self.temperature, rows, False)
+        loss, counted = Contrast(rows, "own", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
+        return reduce(loss, counted, "mean") * (self.temperature / self.base_temperature)
+
+    def _draw(self, labels: Tensor, wrong: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Pixels [K], flat indices, and the class of each, -1 for one that was not drawn after all."""
+        flat, spatial = labels.reshape(-1), tuple(labels.shape[1:])
+        if not flat.numel():
+            return flat, flat
+        kinds = torch.where(flat == self.ignore_label, -1, 2 * flat + ~wrong.reshape(-1))
+        images = Grid(len(labels), spatial, region_shape(None, spatial), per_image=True)
+        order, offsets, _ = class_sort(kinds, images, num_classes=2 * num_classes)
+        hard, easy = offsets.long().diff().view(-1, 2).unbind(1)
+        present = hard + easy > (self.max_views if self.legacy_sampling else 0)
+        each = (self.max_samples // present.sum().clamp(min=1)).clamp(1, self.max_views)
+        each = torch.where(present, torch.minimum(hard + easy, each), 0)
+        # Half of them hard, and more of one kind where the other has too few.
+        from_hard = torch.minimum(hard, torch.maximum(each // 2, each - easy))
+        wanted = torch.stack([from_hard, each - from_hard], 1).reshape(-1)
+        # How many are wanted depends on the data, so as many as may be are drawn and the rest is left out by lot.
+        drawn, ends = sample(order, offsets, min(self.max_views, flat.numel()), num_pixels=flat.numel())
+        place = torch.arange(drawn.numel(), device=drawn.device)
+        kind = torch.searchsorted(ends[1:].contiguous(), place, right=True)
+        lot = torch.sort(kind + torch.rand(kind.shape, dtype=torch.float32, device=kind.device).double()).indices
+        rank = torch.empty_like(lot).scatter_(0, lot, place) - ends[kind]
+        kept = rank < torch.nn.functional.pad(wanted, (0, 1))[kind]
+        return drawn, torch.where(kept, flat[drawn], -1)

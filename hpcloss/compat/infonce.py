@@ -1,0 +1,78 @@
+"""info-nce-pytorch's `InfoNCE` and `info_nce`: queries, their positive keys, shared or own negative keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpcloss.checks import check_vector_options, check_vectors
+from hpcloss.functional.arithmetic import reduce, softplus
+from hpcloss.functional.supcon import infonce_loss
+from hpcloss.ops import NORM_EPS, statistics_dtype
+
+
+class InfoNCE(nn.Module):
+    """van den Oord et al., "Representation learning with contrastive predictive coding" (2018), of cosines.
+
+    Args:
+        temperature: positive number, or a 0-dim tensor. reduction: "mean", "sum" or "none" ([N]).
+        negative_mode: "unpaired" (all queries share the negative keys) or "paired" (each query has its own).
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, reduction: str = "mean", negative_mode: str = "unpaired"):
+        super().__init__()
+        _check_options(temperature, reduction, negative_mode)
+        self.temperature = temperature
+        self.reduction = reduction
+        self.negative_mode = negative_mode
+
+    def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
+        """As `info_nce`."""
+        return info_nce(query, positive_key, negative_keys, self.temperature, self.reduction, self.negative_mode)
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+) -> Tensor:
+    """Cross-entropy of each query [N, D] choosing its positive key [N, D] among that and its negative keys.
+
+    negative_keys: [M, D] if unpaired, [N, M, D] if paired; None: the positive keys of the other queries.
+    ValueError for other shapes and options.
+    """
+    _check_options(temperature, reduction, negative_mode)
+    if negative_keys is None or negative_mode == "unpaired":
+        return infonce_loss(query, positive_key, negative_keys, temperature, reduction=reduction)
+    if negative_keys.dim() != 3 or len(negative_keys) != len(query) or negative_keys.shape[2] != query.shape[-1]:
+        raise ValueError(
+            f"paired negative_keys must have shape [N, M, D] for a query of {tuple(query.shape)},"
+            f" got {tuple(negative_keys.shape)}"
+        )
+    check_vectors("query", query)
+    check_vectors("positive_key", positive_key, like=query, same_length=True)
+    # One row against keys that no other row meets is no matrix to stream: logits are the D-th part of the keys.
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = statistics_dtype(query.dtype)
+        rows = _unit(query.to(dtype))
+        own = (rows * _unit(positive_key.to(dtype))).sum(1) / temperature
+        keys = negative_keys.to(dtype)
+        norm = keys.norm(dim=2)
+        cosine = torch.where(norm > NORM_EPS, (keys @ rows[:, :, None]).squeeze(2) / norm.clamp(min=NORM_EPS), 0.0)
+        loss = softplus(torch.logsumexp(cosine / temperature, 1) - own)
+    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows [N, D] of length 1; one without a direction becomes zero and gets no gradient, as in `pack`."""
+    norm = x.norm(dim=1, keepdim=True)
+    return torch.where(norm > NORM_EPS, x / norm.clamp(min=NORM_EPS), 0.0)
+
+
+def _check_options(temperature: float | Tensor, reduction: str, negative_mode: str) -> None:
+    check_vector_options(temperature, reduction)
+    if negative_mode not in ("unpaired", "paired"):
+        raise ValueError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")

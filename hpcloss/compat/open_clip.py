@@ -1,0 +1,56 @@
+"""open_clip's `ClipLoss`: images and texts look for each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpcloss.functional.supcon import infonce_loss
+from hpcloss.ops import statistics_dtype
+
+
+class ClipLoss(nn.Module):
+    """Radford et al., "Learning transferable visual models from natural language supervision" (2021), fig. 3.
+
+    Args: open_clip's; NotImplementedError where world_size is not 1. The other four say how keys of other processes are
+    gathered and have no effect without them.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        super().__init__()
+        if world_size != 1:
+            raise NotImplementedError(
+                f"world_size={world_size}: keys are not gathered from other processes yet, use world_size=1"
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """image_features, text_features [N, D], taken as they are; logit_scale multiplies their products.
+
+        A logit_bias moves all logits of a softmax alike: no change of the loss, a zero gradient. With output_dict the
+        loss is the entry "contrastive_loss".
+        """
+        dtype, device = statistics_dtype(image_features.dtype), image_features.device
+        scale = torch.as_tensor(logit_scale, dtype=dtype, device=device)
+        loss = infonce_loss(image_features, text_features, None, 1 / scale, symmetric=True, normalize=False)
+        if isinstance(logit_bias, Tensor):
+            loss = loss + 0 * logit_bias.to(loss).sum()
+        return {"contrastive_loss": loss} if output_dict else loss

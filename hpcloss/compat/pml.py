@@ -1,0 +1,276 @@
+"""pytorch-metric-learning's `SupConLoss` and `NTXentLoss`: labels or miners' pairs, and reference embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hpcloss.backends import resolve
+from hpcloss.checks import check_vector_options, check_vectors, labels_of_vectors
+from hpcloss.functional.arithmetic import inverse_temperature, softplus
+from hpcloss.ops import differentiable_once, statistics_dtype
+from hpcloss.pack import Rows, pack
+from hpcloss.pairs import pair_lse, pair_mean
+from hpcloss.partition import Pairs, partition, partition_against
+from hpcloss.sorting import changes
+
+CHUNK = 1 << 20  # numbers of each side that are in memory at once where pairs are named one by one
+
+
+class Named(NamedTuple):
+    """Pairs that are named one by one, each [K]."""
+
+    anchors: Tensor
+    keys: Tensor
+    logits: Tensor
+
+
+class PairLoss(nn.Module):
+    """What both losses share: options, and which pairs count.
+
+    Args:
+        temperature: positive number, or a 0-dim tensor.
+        distance: None, or the library's CosineSimilarity or DotProductSimilarity; NotImplementedError for others.
+        reducer: None (the default of the loss), or a reducer of the library.
+        embedding_regularizer, embedding_reg_weight: adds `embedding_regularizer(embeddings) * embedding_reg_weight`.
+        collect_stats: without effect.
+    """
+
+    kind: str  # what the losses belong to, in the words of the library's reducers
+
+    def __init__(
+        self,
+        temperature: float | Tensor,
+        *,
+        distance: Any = None,
+        reducer: Any = None,
+        embedding_regularizer: Any = None,
+        embedding_reg_weight: float = 1,
+        collect_stats: bool | None = None,
+    ):
+        super().__init__()
+        check_vector_options(temperature, "mean")
+        self.temperature = temperature
+        self.distance = distance
+        self.reducer = reducer
+        self.embedding_regularizer = embedding_regularizer
+        self.embedding_reg_weight = embedding_reg_weight
+        self.normalize = _normalizes(distance)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """embeddings [N, D] with labels [N]; or indices_tuple, pairs (anchors, positives, anchors, negatives) or
+        triplets (anchors, positives, negatives) as miners give them.
+
+        Positives and negatives are rows of ref_emb [M, D] with ref_labels [M], by default of the embeddings. A row is
+        not its own key then, nor where ref_labels are the object `labels` or not given.
+        """
+        check_vectors("embeddings", embeddings)
+        if ref_emb is not None:
+            check_vectors("ref_emb", ref_emb, like=embeddings)
+        if indices_tuple is not None:
+            losses, indices = self._of_named(*self._named(embeddings, indices_tuple, ref_emb), len(embeddings))
+        elif labels is not None:
+            losses, indices = self._of_labels(*self._sorted(embeddings, labels, ref_emb, ref_labels))
+        else:
+            raise ValueError("labels and indices_tuple cannot both be None")
+        if losses.dim() == 0:
+            loss = losses
+        elif self.reducer is None:
+            loss = self._reduce(losses)
+        else:
+            info = {"losses": losses, "indices": indices, "reduction_type": self.kind}
+            loss = self.reducer({"loss": info}, embeddings, labels)
+        if self.embedding_regularizer is not None:
+            loss = loss + self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+        return loss
+
+    def _sorted(
+        self, embeddings: Tensor, labels: Any, ref_emb: Tensor | None, ref_labels: Any
+    ) -> tuple[Rows, Rows | None, Pairs]:
+        """The rows by label, the keys if they are others, and which pairs count."""
+        given, labels = labels, labels_of_vectors("labels", embeddings, torch.as_tensor(labels))
+        if ref_emb is None:
+            pairs = partition(labels)
+            return self._pack(embeddings, pairs.order), None, pairs
+        if ref_labels is None or ref_labels is given:
+            check_vectors("ref_emb", ref_emb, like=embeddings, same_length=True)
+            pairs = partition(labels)
+            key_order = pairs.order
+        else:
+            ref_labels = labels_of_vectors("ref_labels", ref_emb, torch.as_tensor(ref_labels))
+            pairs, key_order = partition_against(labels, ref_labels)
+        return self._pack(embeddings, pairs.order), self._pack(ref_emb, key_order), pairs
+
+    def _named(self, embeddings: Tensor, indices: Sequence[Tensor], ref_emb: Tensor | None) -> tuple[Named, Named, int]:
+        """The positive pairs, the negative ones, and the number of keys."""
+        if len(indices) not in (3, 4):
+            raise ValueError(f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(indices)}")
+        of_positive, positive, *rest = [index.to(embeddings.device).long() for index in indices]
+        of_negative, negative = rest if len(rest) == 2 else (of_positive, *rest)
+        rows = self._pack(embeddings, torch.arange(len(embeddings), device=embeddings.device))
+        if ref_emb is None:
+            # Views, as compilers want no tensor twice among the arguments.
+            keys = Rows(rows.data.view_as(rows.data), rows.companion.view_as(rows.companion))
+        else:
+            keys = self._pack(ref_emb, torch.arange(len(ref_emb), device=ref_emb.device))
+        scale, _ = inverse_temperature(self.temperature, rows, self.normalize)
+        both = [
+            Named(a, k, scale * _PairDots.apply(rows.data, rows.companion, keys.data, keys.companion, a, k))
+            for a, k in ((of_positive, positive), (of_negative, negative))
+        ]
+        return both[0], both[1], len(keys.data)
+
+    def _pack(self, vectors: Tensor, order: Tensor) -> Rows:
+        return pack(vectors, order, normalize=self.normalize, permutation=True, backend=resolve("auto", vectors))
+
+    # Losses and what each belongs to, or one number where they are not kept one by one.
+
+    def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def _of_named(self, positive: Named, negative: Named, num_keys: int, num_anchors: int) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def _reduce(self, losses: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class SupConLoss(PairLoss):
+    r"""Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), as pytorch-metric-learning calls it.
+
+        L_i = log Σ_{k∈P(i)∪N(i)} e^{l_ik} - 1/|P(i)| Σ_{p∈P(i)} l_ip,      mean over the anchors with L_i > 0
+
+    l: cosine / temperature. 0 where the batch has no positive pair or no negative one, or one of each at most. The
+    arguments are those of `PairLoss`; a reducer is called with the losses of anchors.
+    """
+
+    kind = "element"
+
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Any):
+        super().__init__(temperature, **options)
+
+    def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
+        scale, bound = inverse_temperature(self.temperature, rows, self.normalize)
+        backend = resolve("auto", rows.data)
+        lse = pair_lse(rows, pairs, "others", scale, keys=keys, scale_bound=bound, backend=backend)
+        mean, _ = pair_mean(rows, pairs, "logit", scale, keys=keys, backend=backend)
+        positives, negatives = pairs.counts()
+        counted = (positives > 0) & _is_contrast(positives.sum(), negatives.sum())
+        loss = torch.where(counted, lse - mean, 0.0)
+        return torch.zeros_like(loss).index_add(0, pairs.order, loss), torch.arange(len(loss), device=loss.device)
+
+    def _of_named(self, positive: Named, negative: Named, num_keys: int, num_anchors: int) -> tuple[Tensor, Any]:
+        anchors, keys, logits = [torch.cat(both) for both in zip(positive, negative)]
+        # A pair that is named twice counts once: the first of equal ones, which is a positive if one of them is.
+        pair, order = torch.sort(anchors * num_keys + keys, stable=True)
+        first, anchors, logits = changes(pair), anchors[order], logits[order]
+        lse = _segment_lse(torch.where(first, logits, -math.inf), anchors, num_anchors)
+        positives = first & (order < len(positive.keys))
+        zeros = torch.zeros_like(lse)
+        number = zeros.index_add(0, anchors, positives.to(lse.dtype))
+        mean = zeros.index_add(0, anchors, torch.where(positives, logits, 0.0)) / number.clamp(min=1)
+        counted = (number > 0) & _is_contrast(len(positive.keys), len(negative.keys))
+        return torch.where(counted, lse - mean, 0.0), torch.arange(num_anchors, device=lse.device)
+
+    def _reduce(self, losses: Tensor) -> Tensor:
+        return losses.clamp(min=0).sum() / (losses > 0).sum().clamp(min=1)
+
+
+class NTXentLoss(PairLoss):
+    r"""Chen et al. (ICML 2020) for any number of positives, as pytorch-metric-learning calls it.
+
+        L = 1/pairs Σ_i Σ_{p∈P(i)} [ log( e^{l_ip} + Σ_{n∈N(i)} e^{l_in} ) - l_ip ]
+
+    l: cosine / temperature. 0 where the batch has no positive pair or no negative one, or one of each at most. The
+    arguments are those of `PairLoss`; a reducer other than MeanReducer needs the loss of each pair, which exists for
+    an indices_tuple alone (NotImplementedError for labels).
+    """
+
+    kind = "pos_pair"
+
+    def __init__(self, temperature: float | Tensor = 0.07, **options: Any):
+        super().__init__(temperature, **options)
+
+    def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
+        if self.reducer is not None and type(self.reducer).__name__ != "MeanReducer":
+            raise NotImplementedError(
+                f"reducer {type(self.reducer).__name__} needs the loss of each pair, which labels do not give; use"
+                " MeanReducer or an indices_tuple"
+            )
+        scale, bound = inverse_temperature(self.temperature, rows, self.normalize)
+        backend = resolve("auto", rows.data)
+        stat = pair_lse(rows, pairs, "negatives", scale, keys=keys, scale_bound=bound, backend=backend)
+        mean, _ = pair_mean(rows, pairs, "own", scale, keys=keys, stat=stat, scale_bound=bound, backend=backend)
+        positives, negatives = [count.to(mean.dtype) for count in pairs.counts()]
+        share = positives / positives.sum().clamp(min=1)
+        return torch.where(_is_contrast(positives.sum(), negatives.sum()), (share * mean).sum(), 0.0), None
+
+    def _of_named(self, positive: Named, negative: Named, num_keys: int, num_anchors: int) -> tuple[Tensor, Any]:
+        stat = _segment_lse(negative.logits, negative.anchors, num_anchors)[positive.anchors]
+        loss = softplus(stat - positive.logits)
+        active = _is_contrast(len(positive.keys), len(negative.keys))
+        return loss if active else 0 * loss, (positive.anchors, positive.keys)
+
+    def _reduce(self, losses: Tensor) -> Tensor:
+        return losses.sum() / max(losses.numel(), 1)
+
+
+def _normalizes(distance: Any) -> bool:
+    """Whether a distance of the library, known by its name, takes cosines or products of the rows as they are."""
+    name = type(distance).__name__
+    if distance is None:
+        return True
+    if name in ("CosineSimilarity", "DotProductSimilarity") and distance.p == 2 and distance.power == 1:
+        return bool(distance.normalize_embeddings)
+    raise NotImplementedError(
+        f"distance must be CosineSimilarity or DotProductSimilarity, with p=2 and power=1, got {distance!r}"
+    )
+
+
+def _is_contrast(positives: Any, negatives: Any) -> Any:
+    """Whether these numbers of pairs make a loss; one pair of each kind does not."""
+    return (positives > 0) & (negatives > 0) & ((positives > 1) | (negatives > 1))
+
+
+def _segment_lse(logits: Tensor, segment: Tensor, count: int) -> Tensor:
+    """Log-sum-exp of the logits [K] of each of `count` segments; -inf, without gradient, for an empty one."""
+    top = logits.new_full((count,), -math.inf).scatter_reduce(0, segment, logits.detach(), "amax")
+    top = torch.where(top == -math.inf, 0.0, top)
+    total = torch.zeros_like(top).index_add(0, segment, (logits - top[segment]).exp())
+    return torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, -math.inf)
+
+
+class _PairDots(torch.autograd.Function):
+    """<row of anchors[k], row of keys[k]> [K], by pieces: K rows of each side would be D times the result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, grad_rows: Tensor, keys: Tensor, grad_keys: Tensor, of: Tensor, with_: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows, keys, of, with_)
+        dtype = statistics_dtype(rows.dtype)
+        size = max(CHUNK // max(rows.shape[1], 1), 1)
+        dots = [(rows[a].to(dtype) * keys[k].to(dtype)).sum(1) for a, k in zip(of.split(size), with_.split(size))]
+        return torch.cat(dots)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, keys, of, with_ = ctx.saved_tensors
+        d_rows, d_keys = torch.zeros_like(rows, dtype=grad.dtype), torch.zeros_like(keys, dtype=grad.dtype)
+        size = max(CHUNK // max(rows.shape[1], 1), 1)
+        for a, k, g in zip(of.split(size), with_.split(size), grad.split(size)):
+            d_rows.index_add_(0, a, g[:, None] * keys[k].to(grad.dtype))
+            d_keys.index_add_(0, k, g[:, None] * rows[a].to(grad.dtype))
+        return None, d_rows, None, d_keys, None, None

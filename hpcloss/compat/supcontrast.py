@@ -1,0 +1,78 @@
+"""SupContrast's `SupConLoss`: views of images, with labels, a mask of positives, or neither."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpcloss.backends import resolve
+from hpcloss.checks import check_vector_options
+from hpcloss.functional.arithmetic import inverse_temperature
+from hpcloss.functional.supcon import supcon_loss
+from hpcloss.ops import statistics_dtype
+from hpcloss.pack import pack
+from hpcloss.pairs import pair_lse
+from hpcloss.partition import partition
+
+
+class SupConLoss(nn.Module):
+    r"""Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), L_out, as SupContrast calls it.
+
+        L = T / T_base · 1/n Σ_i -1/|P(i)| Σ_{p∈P(i)} [ l_ip - log Σ_{j≠i} e^{l_ij} ],      l = <x_i, x_j> / T
+
+    over all n anchors: one without a positive adds 0 and is counted. Rows are taken as they are, not normalised.
+
+    Args:
+        temperature: T, positive number or 0-dim tensor. base_temperature: T_base.
+        contrast_mode: "all" (every view is an anchor) or "one" (the first view alone; all are keys).
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07):
+        super().__init__()
+        check_vector_options(temperature, "mean")
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """features [N, views, ...]; labels [N], or mask [N, N] whose entry (i, j) is how much image j is a positive of
+        i, symmetric or not; with neither, the views of an image are each other's positives (SimCLR)."""
+        if features.dim() < 3:
+            raise ValueError(f"features must have shape [N, views, ...], got {tuple(features.shape)}")
+        if labels is not None and mask is not None:
+            raise ValueError("Cannot define both `labels` and `mask`")
+        if self.contrast_mode not in ("all", "one"):
+            raise ValueError(f"Unknown mode: {self.contrast_mode}")
+        images, views = features.shape[:2]
+        rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
+        if mask is None:
+            if labels is None:
+                labels = torch.arange(images, device=features.device)
+            elif labels.numel() != images:
+                raise ValueError(f"Num of labels does not match num of features: {labels.numel()} and {images}")
+            labels = labels.reshape(-1).repeat(views)
+            loss = supcon_loss(
+                rows, labels, None, None, self.temperature, ignore_index=(), normalize=False, reduction="none"
+            )
+        else:
+            loss = self._masked(rows, mask, images, views)
+        anchors = loss if self.contrast_mode == "all" else loss[:images]
+        return anchors.sum() / max(anchors.numel(), 1) * (self.temperature / self.base_temperature)
+
+    def _masked(self, rows: Tensor, mask: Tensor, images: int, views: int) -> Tensor:
+        """Loss of each row: the sum over positives is linear, so that it needs the mask of images alone."""
+        if mask.shape != (images, images):
+            raise ValueError(f"mask must have shape {(images, images)}, got {tuple(mask.shape)}")
+        backend = resolve("auto", rows)
+        pairs = partition(torch.zeros(len(rows), dtype=torch.int64, device=rows.device))  # leaves the order as it is
+        packed = pack(rows, pairs.order, normalize=False, permutation=True, backend=backend)
+        scale, _ = inverse_temperature(self.temperature, packed, False)
+        lse = pair_lse(packed, pairs, "others", scale, backend=backend)
+        with torch.autocast(rows.device.type, enabled=False):
+            x = rows.to(statistics_dtype(rows.dtype)).view(views, images, -1)
+            mask = mask.to(x)
+            own = mask.diagonal()
+            positive = (x * (mask @ x.sum(0))).sum(2) - own * x.square().sum(2)
+            weight = (views * mask.sum(1) - own).repeat(views)
+        logit = scale * positive.reshape(-1) - torch.where(weight == 0, 0.0, lse) * weight
+        return -logit / torch.where(weight < 1e-6, 1.0, weight)

@@ -1,0 +1,218 @@
+"""hpcloss.compat against the libraries themselves, where a package of them exists (`make parity`, its own environment).
+
+pytest does not collect this file by itself: the libraries are no part of what the tests need.
+"""
+
+import functools
+import importlib.abc
+import importlib.machinery
+import inspect
+import sys
+import types
+
+import pytest
+import torch
+from cases import assert_same, integers, rows
+from numerics import assert_exact
+from peer_formulas import draw_infonce, draw_pml, draw_two_views, unit
+
+from hpcloss.compat import infonce, lightly, monai, pml
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CASES = 200
+
+
+class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules without content: what lightly imports for its other parts, and what would bring another torch."""
+
+    NAMES = ("torchvision", "pytorch_lightning", "hydra", "omegaconf", "PIL", "timm")
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.NAMES:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = lambda name: _class(name)
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def _class(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (torch.nn.Module,), {})
+
+
+sys.meta_path.append(Stubs())
+from info_nce import InfoNCE, info_nce  # noqa: E402
+from lightly.loss import NTXentLoss  # noqa: E402
+from monai.losses import ContrastiveLoss  # noqa: E402
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers  # noqa: E402
+
+
+def with_reference(loss):
+    """(embeddings, ref_emb) as the tensors whose gradients are compared; the library's 0 does not know ref_emb."""
+    return lambda x, ref=None, **rest: loss(x, ref_emb=ref, **rest) + (0 if ref is None else 0 * ref.sum())
+
+
+def as_it_is(loss):
+    return loss
+
+
+# drawing, ours, theirs, how both are called
+PEERS = {
+    "pml SupConLoss": (draw_pml, pml.SupConLoss, losses.SupConLoss, with_reference),
+    "pml NTXentLoss": (draw_pml, pml.NTXentLoss, losses.NTXentLoss, with_reference),
+    "lightly": (draw_two_views, lightly.NTXentLoss, NTXentLoss, as_it_is),
+    "monai": (draw_two_views, monai.ContrastiveLoss, ContrastiveLoss, as_it_is),
+    "infonce": (draw_infonce, infonce.InfoNCE, InfoNCE, as_it_is),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_value_and_gradient(peer):
+    draw, ours, theirs, calling = PEERS[peer]
+    for seed in range(CASES):
+        case = draw(seed)
+        both = [calling(build(**case.options)) for build in (ours, theirs)]
+        try:
+            assert_same(*[functools.partial(loss, **case.rest) for loss in both], *case.inputs)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {case.options}, {sorted(case.rest)}") from error
+
+
+def parameters(function):
+    """Names and defaults of what a caller may pass by position."""
+    found = inspect.signature(function).parameters.values()
+    return [(p.name, p.default) for p in found if p.kind == p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_signatures(peer):
+    _, ours, theirs, _ = PEERS[peer]
+    assert parameters(ours.__init__) == parameters(theirs.__init__)
+    assert parameters(ours.forward) == parameters(theirs.forward)
+    assert parameters(infonce.info_nce) == parameters(info_nce)
+
+
+def test_lightly_bank():
+    """Value, gradient and bank over two rounds of it; the same seed starts the same bank."""
+    both = []
+    for build in (lightly.NTXentLoss, NTXentLoss):
+        torch.manual_seed(0)
+        both.append(build(0.1, memory_bank_size=(12, 5)).double())
+    ours, theirs = both[0].memory_bank.embeddings[0], both[1].memory_bank.bank
+    assert (ours - theirs).abs().max() < 4 * torch.finfo(torch.float32).eps  # made in float32
+    theirs.copy_(unit(theirs))
+    ours.copy_(theirs)
+    for step in range(8):
+        x, y = rows(4, 5, seed=step), rows(4, 5, seed=100 + step)
+        if step == 5:  # nothing to train: the bank stays
+            assert_exact(both[0](x, y), both[1](x, y))
+        else:
+            values = [loss(x.requires_grad_(), y.requires_grad_()) for loss in both]
+            assert_exact(*[value.detach() for value in values])
+            for ours, theirs in zip(*[torch.autograd.grad(value, (x, y)) for value in values], strict=True):
+                assert_exact(ours, theirs)
+        assert_exact(both[0].memory_bank.embeddings[0], both[1].memory_bank.bank)
+
+
+@pytest.mark.parametrize("miner", ["MultiSimilarityMiner", "TripletMarginMiner", "BatchHardMiner"])
+@pytest.mark.parametrize(("ours", "theirs"), [(pml.SupConLoss, losses.SupConLoss), (pml.NTXentLoss, losses.NTXentLoss)])
+def test_pml_miners(miner, ours, theirs):
+    x, labels = rows(40, 8), integers(4, 40)
+    indices = getattr(miners, miner)()(x, labels)
+    assert len(indices[0]) > 10
+    assert_same(lambda x: ours()(x, labels, indices), lambda x: theirs()(x, labels, indices), x)
+
+
+PARTS = [
+    {"distance": distances.DotProductSimilarity(normalize_embeddings=False), "temperature": 3.0},
+    {"distance": distances.CosineSimilarity()},
+    {"embedding_regularizer": regularizers.LpRegularizer(), "embedding_reg_weight": 0.3},
+    {"reducer": reducers.MeanReducer()},
+    {"reducer": reducers.SumReducer()},
+    {"reducer": reducers.ThresholdReducer(low=1.0)},
+]
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [*PARTS, {"reducer": reducers.ClassWeightedReducer(WEIGHTS)}])
+def test_pml_parts_by_labels(options):
+    labels = integers(4, 40)
+    ours, theirs = pml.SupConLoss(**options), losses.SupConLoss(**options)
+    assert_same(lambda x: ours(x, labels), lambda x: theirs(x, labels), rows(40, 8))
+
+
+@pytest.mark.parametrize("options", PARTS)
+def test_pml_parts_by_pairs(options):
+    labels = integers(4, 40)
+    indices = (*torch.where(labels[:, None] == labels), *torch.where(labels[:, None] != labels))
+    ours, theirs = pml.NTXentLoss(**options), losses.NTXentLoss(**options)
+    assert_same(lambda x: ours(x, None, indices), lambda x: theirs(x, None, indices), rows(40, 8))
+
+
+def curve(loss, by_labels):
+    """200 steps of a small network in float32."""
+    torch.manual_seed(1)
+    network = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    values = []
+    for step in range(200):
+        labels = integers(5, 32, seed=step)
+        x = rows(32, 16, seed=step, dtype=torch.float32) + 2 * torch.nn.functional.one_hot(labels, 16)
+        x, y = network(x), network(x + 0.1 * rows(32, 16, seed=1000 + step, dtype=torch.float32))
+        value = loss(x, labels) if by_labels else loss(x, y)
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        values.append(value.item())
+    return torch.tensor(values)
+
+
+TRAINED = {**{name: (ours, theirs, {}) for name, (_, ours, theirs, _) in PEERS.items()}}
+TRAINED["lightly bank"] = (lightly.NTXentLoss, NTXentLoss, {"memory_bank_size": (128, 8)})
+
+
+@pytest.mark.parametrize("peer", TRAINED)
+def test_training(peer):
+    """One import changed, the same loss curve to 1e-5."""
+    *both, options = TRAINED[peer]
+    curves = []
+    for build in both:
+        torch.manual_seed(0)
+        curves.append(curve(build(**options), peer.startswith("pml")))
+    assert (curves[0] - curves[1]).abs().max() < 1e-5
+    assert curves[1][-20:].mean() < 0.9 * curves[1][:20].mean()  # it has learnt
+
+
+X, Y, LABELS = rows(4, 3), rows(4, 3, seed=1), torch.tensor([0, 0, 1, 1])
+REFUSED = {
+    "pml, neither labels nor pairs": (pml.SupConLoss(), losses.SupConLoss(), (X,)),
+    "pml, too few labels": (pml.NTXentLoss(), losses.NTXentLoss(), (X, LABELS[:3])),
+    "pml, 3-D": (pml.SupConLoss(), losses.SupConLoss(), (X[:, None], LABELS)),
+    "monai, 3-D": (monai.ContrastiveLoss(), ContrastiveLoss(), (X[None], Y[None])),
+    "monai, shapes": (monai.ContrastiveLoss(), ContrastiveLoss(), (X, Y[:3])),
+    "infonce, 3-D": (infonce.InfoNCE(), InfoNCE(), (X[None], Y)),
+    "infonce, numbers": (infonce.InfoNCE(), InfoNCE(), (X, Y[:3])),
+    "infonce, channels": (infonce.InfoNCE(), InfoNCE(), (X, Y[:, :2])),
+    "infonce, unpaired": (infonce.InfoNCE(), InfoNCE(), (X, Y, Y[None])),
+    "infonce, paired": (infonce.InfoNCE(negative_mode="paired"), InfoNCE(negative_mode="paired"), (X, Y, Y)),
+    "infonce, reduction": (lambda *x: infonce.InfoNCE(reduction="all")(*x), InfoNCE(reduction="all"), (X, Y)),
+    "lightly, temperature": (lambda: lightly.NTXentLoss(1e-9), lambda: NTXentLoss(1e-9), ()),
+    "lightly, bank": (lambda: lightly.NTXentLoss(0.5, 5), lambda: NTXentLoss(0.5, 5), ()),
+    "lightly, negative": (lambda: lightly.NTXentLoss(0.5, (-1, 2)), lambda: NTXentLoss(0.5, (-1, 2)), ()),
+    "lightly, three": (lambda: lightly.NTXentLoss(0.5, (1, 2, 3)), lambda: NTXentLoss(0.5, (1, 2, 3)), ()),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_both_refuse(case):
+    *both, arguments = REFUSED[case]
+    for loss in both:
+        with pytest.raises(ValueError):
+            loss(*arguments)
