@@ -285,8 +285,8 @@ def test_every_arm_runs_and_the_test_part_is_read_once(folder, tmp_path, capsys)
         chain = arms(TINY, 3)[name].chain
         assert len(entry["steps"]) == len(chain) and entry["seconds"] > 0
         assert entry["validation"]["dice"]["all"]["mean"] is not None
-    assert run["arms"]["stages12-default+mt"]["iterations"] == 2 + 2 + 2 + 2
-    assert run["arms"]["supervised"]["iterations"] == 2 + 3
+    assert run["arms"]["stages12-default+mt"]["iterations"] == TINY.warm + TINY.second
+    assert run["arms"]["supervised"]["iterations"] == TINY.warm + TINY.supervised
     shared = [path.name for path in (out / "cases2" / "seed0").iterdir() if path.name == "images"]
     assert shared == ["images"], "arms that share a pre-training train it once"
     report = (out / "report.md").read_text()

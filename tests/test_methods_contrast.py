@@ -129,6 +129,18 @@ def test_it_trains_and_resumes_to_the_same_weights(kind, slices, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("iterations", range(1, 13))
+def test_any_number_of_steps_has_a_schedule(iterations, slices):
+    found = make(RegionContrast, slices, iterations).configure_optimizers()
+    optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(iterations):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < rate <= SETTINGS.scratch_lr for rate in rates)
+
+
 def test_the_second_decoder_starts_as_the_first(slices, tmp_path):
     """Also where the network's weights came after it was made: on the start of the training, not of a resumed one."""
     quiet()
