@@ -30,8 +30,7 @@ SETTINGS = Settings(
 
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory):
-    read = read_folder(write_msd(tmp_path_factory.mktemp("msd"), cases=8))
-    return replace(read, images=read.images.as_subclass(torch.Tensor), labels=read.labels.as_subclass(torch.Tensor))
+    return read_folder(write_msd(tmp_path_factory.mktemp("msd"), cases=8))
 
 
 def make(kind, slices, iterations=9):

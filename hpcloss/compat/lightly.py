@@ -37,7 +37,9 @@ class NTXentLoss(nn.Module):
         if not isinstance(temperature, Tensor) and temperature < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         if gather_distributed:
-            raise NotImplementedError("gather_distributed=True: keys are not gathered from other processes yet")
+            raise NotImplementedError(
+                "gather_distributed=True: keys are not gathered here; use hpcloss.NTXentLoss(gather=True)"
+            )
         self.temperature = temperature
         self.memory_bank = None
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)

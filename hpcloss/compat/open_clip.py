@@ -27,7 +27,8 @@ class ClipLoss(nn.Module):
         super().__init__()
         if world_size != 1:
             raise NotImplementedError(
-                f"world_size={world_size}: keys are not gathered from other processes yet, use world_size=1"
+                f"world_size={world_size}: keys are not gathered here;"
+                " use hpcloss.InfoNCELoss(symmetric=True, gather=True)"
             )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
