@@ -6,7 +6,8 @@ PARITY := .venv-parity
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 # Two workers, one thread each: losses are tested one call at a time, and two cores are what a small machine has.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A test that hangs says where, and fails alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout-method thread
 
 .PHONY: demo test test-all parity bench check format clean
 
@@ -15,12 +16,12 @@ demo: $(VENV)/installed
 
 # The second run is that of the GPU kernels, on the CPU in Triton's interpreter.
 test: $(VENV)/installed
-	$(PYTEST) tests -n 2
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2
+	$(PYTEST) tests -n 2 --timeout 240
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2 --timeout 240
 
 # Also every shipped tile shape on every GPU target, and every planted kernel mutation.
 test-all: test
-	$(PYTEST) tests -n 2 -m slow
+	$(PYTEST) tests -n 2 -m slow --timeout 5400
 	$(BIN)/python tests/mutations.py
 
 # hpcloss.compat against the libraries themselves, which get an environment of their own.

@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "hpcloss/__init__.py").read_text(), re.MULTILINE).group(1)
 
 EXAMPLES = ["monai", "lightning>=2.6", "nibabel", "nilearn", "h5py", "pillow", "scipy", "matplotlib", "tensorboard"]
-TEST = ["triton; platform_system == 'Linux'", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy"]
+TEST = ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "numpy"]
+TEST += ["triton; platform_system == 'Linux'"]
 TEST += ["setuptools>=70.1"]  # the tests build the package, with what is installed
 DEV = ["ruff", "mypy"]
 

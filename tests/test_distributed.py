@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hpcloss
 from hpcloss import distributed
+from hpcloss.heads import FeatureTap
 
 SECONDS = 100  # what no check may take: a rank that waits for another one hangs
 CHANNELS, DIM = 5, 4
@@ -514,6 +515,27 @@ def check_modules():
 
 def test_module(worlds):
     worlds(2).run(check_modules)
+
+
+def check_tapped():
+    """hpcloss.heads.FeatureTap under DistributedDataParallel: gradients through the output and through the features."""
+    mine, x = slice(dist.get_rank(), dist.get_rank() + 1), rows(2, 3, 4, 4, seed=7)
+    gradients, world = [], dist.get_world_size()
+    for wrap, part, factor in ((lambda net: net, slice(None), 1), (DistributedDataParallel, mine, world)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 1)).double()
+        model = wrap(FeatureTap(net, "0"))
+        for _ in range(2):
+            output, features = model(x[part])
+            (factor * (output.square().sum() + features.square().sum())).backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    assert all(name.startswith("module.model.") for name in model.state_dict())
+    for got, expected in zip(*gradients):
+        torch.testing.assert_close(got, expected, rtol=VALUE, atol=VALUE)
+
+
+def test_tapped_network(worlds):
+    worlds(2).run(check_tapped)
 
 
 def check_no_grad():

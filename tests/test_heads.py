@@ -259,22 +259,6 @@ def test_replicas_in_threads(x):
         assert torch.equal(found[number], tapped.model[0](x + number))
 
 
-def test_distributed(x, tmp_path):
-    plain, tapped = FeatureTap(network(), "decoder.up"), FeatureTap(network(), "decoder.up")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(tapped)
-        for step in range(2):
-            for model in (plain, parallel):
-                output, features = model(x + step)
-                (output.square().sum() + features.square().sum()).backward()
-        assert next(iter(parallel.state_dict())).startswith("module.model.encoder.0.")
-    finally:
-        torch.distributed.destroy_process_group()
-    for got, expected in zip(tapped.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad)
-
-
 def test_compiles_in_one_graph(x):
     torch._dynamo.reset()
     tapped = FeatureTap(network().eval(), "decoder.up")
