@@ -8,8 +8,10 @@ PIP := $(BIN)/python $(INSTALL)
 # Two workers, one thread each: losses are tested one call at a time, and two cores are what a small machine has.
 # A test that hangs says where, and fails alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout-method thread
+WHEEL := .venv-wheel
+OF_THE_WHEEL := tests/test_modules.py tests/test_reference.py tests/test_native.py tests/test_sampling.py
 
-.PHONY: demo test test-all parity bench check format clean
+.PHONY: demo test test-all wheel parity bench check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.three_stage --data builtin --out demo --resume
@@ -23,6 +25,18 @@ test: $(VENV)/installed
 test-all: test
 	$(PYTEST) tests -n 2 -m slow --timeout 5400
 	$(BIN)/python tests/mutations.py
+
+# What a release uploads, installed beside torch alone, and tests of it: `pytest` does not see the sources, `python -m` would.
+wheel: $(VENV)/installed
+	rm -rf dist $(WHEEL)
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python $(INSTALL) torch
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check --no-index --find-links dist hpcloss
+	$(WHEEL)/bin/python $(INSTALL) pytest pytest-timeout hypothesis numpy
+	$(WHEEL)/bin/python -I -c "import hpcloss; print(hpcloss.__file__); print(hpcloss.info())"
+	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest --override-ini pythonpath= --timeout 240 $(OF_THE_WHEEL)
 
 # hpcloss.compat against the libraries themselves, which get an environment of their own.
 parity: $(PARITY)/installed
@@ -41,7 +55,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PARITY) build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PARITY) $(WHEEL) build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # torch first and alone: nothing that comes after may choose another build of it.
 $(VENV)/torch: constraints.txt

@@ -25,7 +25,7 @@ EXAMPLES = ["monai", "lightning>=2.6", "nibabel", "nilearn", "h5py", "pillow", "
 TEST = ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "numpy"]
 TEST += ["triton; platform_system == 'Linux'"]
 TEST += ["setuptools>=70.1"]  # the tests build the package, with what is installed
-DEV = ["ruff", "mypy"]
+DEV = ["ruff", "mypy", "build", "twine"]
 
 WINDOWS, LINUX = sys.platform == "win32", sys.platform.startswith("linux")
 LIBRARY = "libhpcloss" + (".dll" if WINDOWS else ".dylib" if sys.platform == "darwin" else ".so")

@@ -15,6 +15,7 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glo
 EVERY = ["README.md", "examples/README.md", "hpcloss/DESIGN.md", *PAGES]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch's own compiler
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_code_of_a_page_runs(page, capsys):
     """Pages state what comes out as assertions."""
