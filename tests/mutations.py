@@ -1,9 +1,9 @@
-"""Planted mistakes in the kernels and in the native library, each of which the tests must notice:
+"""Planted mistakes in the kernels, the native library and the losses, each of which the tests must notice:
 `python tests/mutations.py [words]`.
 
 Every mistake is made in a copy of the package and the tests, where the tests that should see it run: those of Triton's
-kernels in its interpreter, those of the CUDA sources on the CPU, those of the C++ sources after a build. A mistake that
-survives, and a selection of tests that fails without one, make the script fail.
+kernels in its interpreter, those of the CUDA sources on the CPU, those of the C++ sources after a build, those of a
+loss as they are. A mistake that survives, and a selection of tests that fails without one, make the script fail.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ LIMIT = 300  # seconds; a kernel that never ends is noticed too
 
 class Mutation(NamedTuple):
     name: str
-    file: str
+    file: str  # in the folder of the kernels, in csrc/, or a path from the root
     old: str  # occurs once in the file
     new: str
-    tests: str  # expression of `pytest -k`
+    tests: str  # expression of `pytest -k`; for a path from the root with the file of the tests: "test_pixel: queue"
 
 
 LSE = "test_pair_lse and not both and float32"
@@ -412,16 +412,145 @@ MUTATIONS = [
         "threads do not know what came before them", "partition.cpp",
         "count[static_cast<size_t>(s)] = first;", "count[static_cast<size_t>(s)] = offsets[s];", "int64_indices",
     ),
+    # ------------------------------------------------------------------------------ losses
+    Mutation(
+        "the queue replaces the batch in the denominator", "hpcloss/functional/pixel.py",
+        "lse = merge(lse, old)", "lse = old",
+        "test_pixel: queue",
+    ),
+    Mutation(
+        "batch and queue swap their shares", "hpcloss/functional/pixel.py",
+        "(1 - share) * loss + share * mean_of_old", "share * loss + (1 - share) * mean_of_old",
+        "test_pixel: queue",
+    ),
+    Mutation(
+        "positives of the queue do not make an anchor", "hpcloss/functional/pixel.py",
+        "positives, negatives = positives + bank.positives, negatives + bank.negatives", "pass",
+        "test_pixel: queue",
+    ),
+    Mutation(
+        "right predictions are the hard ones", "hpcloss/functional/pixel.py",
+        '"predictions") != labels', '"predictions") == labels',
+        "test_pixel: not compile",
+    ),
+    Mutation(
+        "of too many embeddings the first remain", "hpcloss/memory.py",
+        "place >= (arrived - self.size)[classes]", "place < self.size",
+        "test_memory: not compile",
+    ),
+    Mutation(
+        "the queue does not wrap around", "hpcloss/memory.py",
+        "self.next.copy_((self.next + arrived) % self.size)",
+        "self.next.copy_((self.next + arrived).clamp(max=self.size - 1))",
+        "test_memory: not compile",
+    ),
+    Mutation(
+        "empty slots are keys", "hpcloss/memory.py",
+        "0.0, -torch.inf).reshape(-1)", "0.0, 0.0).reshape(-1)",
+        "test_pixel: queue",
+    ),
+    Mutation(
+        "background is an anchor", "hpcloss/functional/local.py",
+        '(() if background is None else integers("background", background))', "()",
+        "test_local: not compile",
+    ),
+    Mutation(
+        "an image is its own partner", "hpcloss/functional/local.py",
+        " & (partner != own)", "",
+        "test_local: not compile",
+    ),
+    Mutation(
+        "sure pixels are the anchors", "hpcloss/functional/entropy.py",
+        "return entropy > total / valid", "return entropy < total / valid",
+        "test_entropy: not compile",
+    ),
+    Mutation(
+        "ignored pixels raise the mean entropy", "hpcloss/functional/entropy.py",
+        "torch.where(valid, entropy, 0.0).sum(axes", "entropy.sum(axes",
+        "test_entropy: not compile",
+    ),
+    Mutation(
+        "both directions are added", "hpcloss/functional/entropy.py",
+        "of_low, high, num_classes), keys)) / 2", "of_low, high, num_classes), keys))",
+        "test_entropy: not compile",
+    ),
+    Mutation(
+        "a patch has its rarest class", "hpcloss/functional/multiscale.py",
+        "votes.argmax(1)", "votes.argmin(1)",
+        "test_multiscale: not compile",
+    ),
+    Mutation(
+        "keys of the other branch are trained", "hpcloss/functional/multiscale.py",
+        "contrast(branch1, pairs, branch2.detach())", "contrast(branch1, pairs, branch2)",
+        "test_multiscale: not compile",
+    ),
+    Mutation(
+        "scales are added", "hpcloss/functional/multiscale.py",
+        "torch.stack(scales).mean()", "torch.stack(scales).sum()",
+        "test_multiscale: not compile",
+    ),
+    Mutation(
+        "unlike prototypes weigh more", "hpcloss/functional/prototype.py",
+        "hardness = -1 / float(temperature)", "hardness = 1 / float(temperature)",
+        "test_prototypes: not compile",
+    ),
+    Mutation(
+        "weights of prototypes have a mean of 1 / N", "hpcloss/functional/prototype.py",
+        " * sum_of(counted, gather)", "",
+        "test_prototypes: not compile",
+    ),
+    Mutation(
+        "empty prototypes are assigned", "hpcloss/functional/prototype.py",
+        "scores = torch.where(there[:, None], scores, -math.inf)", "pass",
+        "test_prototypes: not compile",
+    ),
+    Mutation(
+        "the assignment ends with columns", "hpcloss/prototypes.py",
+        "for axis in (-2, -1):", "for axis in (-1, -2):",
+        "test_prototypes: not compile",
+    ),
+    Mutation(
+        "the bank forgets at once", "hpcloss/prototypes.py",
+        "self.momentum * held + (1 - self.momentum) * mean", "(1 - self.momentum) * held + self.momentum * mean",
+        "test_prototypes: not compile",
+    ),
+    Mutation(
+        "layers without pixels have a class", "hpcloss/prototypes.py",
+        "classes = torch.where(rows.offsets.diff()[:total] > 0, classes, ABSENT)", "pass",
+        "test_prototypes: not compile",
+    ),
+    Mutation(
+        "gradients under DDP are a share", "hpcloss/distributed.py",
+        "return (grad * dist.get_world_size(),)", "return (grad,)",
+        "test_distributed: whole_batch and phpc and 2",
+    ),
+    Mutation(
+        "an anchor meets itself among gathered keys", "hpcloss/distributed.py",
+        "self_pos=place,", "self_pos=torch.full_like(place, -1),",
+        "test_distributed: whole_batch and phpc and 2",
+    ),
+    Mutation(
+        "what other ranks send back is dropped", "hpcloss/distributed.py",
+        "*grad.shape[1:]).sum(0)[: ctx.count]", "*grad.shape[1:])[0][: ctx.count]",
+        "test_distributed: whole_batch and phpc and 2",
+    ),
 ]  # fmt: skip
 
 
-def is_native(mutation: Mutation) -> bool:
-    return not mutation.file.endswith(".py")
+def suite(mutation: Mutation) -> str:
+    """Where its tests are: "native", "kernels", or the name of one file."""
+    if "/" in mutation.file:
+        return mutation.tests.split(":")[0]
+    return "kernels" if mutation.file.endswith(".py") else "native"
+
+
+def selection(mutation: Mutation) -> str:
+    return mutation.tests.split(":")[-1].strip()
 
 
 def home(mutation: Mutation) -> Path:
     """Where its file is, from the root of the repository."""
-    return (Path("csrc") if is_native(mutation) else KERNELS) / mutation.file
+    return {"kernels": KERNELS, "native": Path("csrc")}.get(suite(mutation), Path()) / mutation.file
 
 
 def copy(folder: str) -> Path:
@@ -441,15 +570,17 @@ def build(folder: Path) -> Path:
     return library
 
 
-def run(folder: Path, tests: str, native: bool) -> tuple[bool, str]:
+def run(folder: Path, tests: str, suite: str) -> tuple[bool, str]:
     """Whether the selected tests pass in the copy, and what the first failure says."""
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    if native:
+    if suite == "native":
         environment["HPCLOSS_LIBRARY"] = str(build(folder))
         files = [str(folder / f"tests/test_{name}.py") for name in ("partition", "sampling", "native")]
-    else:
+    elif suite == "kernels":
         environment["TRITON_INTERPRET"] = "1"
         files = sorted(str(path) for path in folder.glob("tests/test_kernels*.py"))
+    else:
+        files = [str(folder / f"tests/{suite}.py")]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *files, "-k", tests]
     try:
         result = subprocess.run(
@@ -472,7 +603,7 @@ def attempt(mutation: Mutation) -> tuple[bool, str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = copy(folder) / home(mutation)
         path.write_text(path.read_text().replace(mutation.old, mutation.new))
-        passed, said = run(Path(folder), mutation.tests, is_native(mutation))
+        passed, said = run(Path(folder), selection(mutation), suite(mutation))
     seconds = time.monotonic() - began
     print(f"{'SURVIVED' if passed else 'noticed '} {seconds:5.1f} s  {mutation.file}: {mutation.name}", flush=True)
     return not passed, said, seconds
@@ -488,9 +619,9 @@ def main(words: list[str]) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PROCESSES) as pool:
         unmutated = []
-        for native in sorted({is_native(mutation) for mutation in chosen}):
-            tests = sorted({f"({mutation.tests})" for mutation in chosen if is_native(mutation) == native})
-            unmutated.append(pool.submit(run, copy(f"{folder}/{native}"), " or ".join(tests), native))
+        for name in sorted({suite(mutation) for mutation in chosen}):
+            tests = sorted({f"({selection(mutation)})" for mutation in chosen if suite(mutation) == name})
+            unmutated.append(pool.submit(run, copy(f"{folder}/{name}"), " or ".join(tests), name))
         results = list(pool.map(attempt, chosen))
         wrong = [said for passed, said in (future.result() for future in unmutated) if not passed]
     print(f"\n| file | mistake | noticed by | first failure |\n{'|---' * 4}|")
