@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PARITY := .venv-parity
+PEERS := .venv-peers
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 # Two workers, one thread each: losses are tested one call at a time, and two cores are what a small machine has.
@@ -38,12 +38,18 @@ wheel: $(VENV)/installed
 	$(WHEEL)/bin/python -I -c "import hpcloss; print(hpcloss.__file__); print(hpcloss.info())"
 	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest --override-ini pythonpath= --timeout 240 -n 2 $(OF_THE_WHEEL)
 
-# hpcloss.compat against the libraries themselves, which get an environment of their own.
-parity: $(PARITY)/installed
-	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest tests/parity_with_peers.py
+# 10,000 random configurations of every loss, hostile values, long runs, threads, workers, kills.
+stress: $(VENV)/installed
+	$(PYTEST) tests/stress.py tests/test_stress.py -n 2 --timeout 1200
 
-bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+# hpcloss.compat against the libraries themselves, which get an environment of their own.
+parity: $(PEERS)/installed
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/parity_with_peers.py
+
+# Every row (without `-m ""` the quick ones), then the tables and figures made from them. Wants an idle machine.
+bench: $(PEERS)/installed
+	$(PEERS)/bin/python -m pytest benchmarks --benchmark-only -m "" --results benchmarks/results/cpu.json
+	$(PEERS)/bin/python -m benchmarks.plot
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -55,7 +61,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(WHEEL) build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PEERS) $(WHEEL) build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # torch first and alone: nothing that comes after may choose another build of it.
 $(VENV)/torch: constraints.txt
@@ -63,13 +69,16 @@ $(VENV)/torch: constraints.txt
 	$(PIP) torch
 	touch $@
 
+# nnU-Net without its transformers' timm, which needs a torchvision made for this very torch; before it what it imports.
 $(VENV)/installed: $(VENV)/torch setup.py $(wildcard csrc/*)
-	$(PIP) -e ".[test,dev,examples]"
+	$(PIP) -e ".[test,dev,examples]" simpleitk scikit-image seaborn blosc2 connected-components-3d einops
+	$(PIP) --no-deps nnunetv2 dynamic-network-architectures batchgenerators batchgeneratorsv2 acvl-utils
 	touch $@
 
-# Without their dependencies: those would choose another build of torch.
-$(PARITY)/installed: constraints.txt
-	$(PYTHON) -m venv $(PARITY)
-	$(PARITY)/bin/python $(INSTALL) torch pytest scipy scikit-learn tqdm
-	$(PARITY)/bin/python $(INSTALL) --no-deps pytorch-metric-learning lightly info-nce-pytorch monai
+# The libraries without their dependencies: those would choose another build of torch.
+$(PEERS)/installed: constraints.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(INSTALL) torch
+	$(PEERS)/bin/python $(INSTALL) -e . pytest pytest-benchmark matplotlib scipy scikit-learn tqdm
+	$(PEERS)/bin/python $(INSTALL) --no-deps pytorch-metric-learning lightly info-nce-pytorch monai
 	touch $@

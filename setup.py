@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "hpcloss/__init__.py").read_text(), re.MULTILINE).group(1)
 
 EXAMPLES = ["monai", "lightning>=2.6", "nibabel", "nilearn", "h5py", "pillow", "scipy", "matplotlib", "tensorboard"]
+INTEGRATIONS = ["nnunetv2>=2.8"]
 TEST = ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "numpy"]
 TEST += ["triton; platform_system == 'Linux'"]
 TEST += ["setuptools>=70.1"]  # the tests build the package, with what is installed
@@ -238,5 +239,5 @@ if __name__ == "__main__":
         ],
         cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
         install_requires=["torch>=2.6"],
-        extras_require={"examples": EXAMPLES, "test": TEST, "dev": DEV},
+        extras_require={"examples": EXAMPLES, "integrations": INTEGRATIONS, "test": TEST, "dev": DEV},
     )
