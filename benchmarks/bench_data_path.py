@@ -9,13 +9,15 @@ import cases
 import peers
 import pytest
 import torch
+from fresh import measure
 from measure import Bar, Copies, against, assert_close, busy, in_turns, interleaved, num_threads
-from memory import measure
 
+import hpcloss
 from hpcloss import native
 from hpcloss.pack import pack
-from hpcloss.partition import partition
+from hpcloss.partition import class_sort, from_offsets, partition
 from hpcloss.regions import Grid
+from hpcloss.segments import segment_mean
 
 LABELS = (12, 256, 256)
 CLASSES, SIZE = 4, 16
@@ -154,6 +156,104 @@ def bench_pack(benchmark, report, copies, layout, direction):
 
         seconds, ratio = against(benchmark, scatter, copies, moved * 1.5)  # two reads, one write
     report(seconds, copy_ratio=ratio)
+
+
+IMAGES, SIDE = 8, 64
+
+
+@pytest.fixture(scope="module")
+def segments():
+    """32 768 rows of 128 channels, sorted by (image, class): the map, its labels, order and offsets."""
+    features, labels = cases.region_supcon(IMAGES, SIDE, SIDE).arguments
+    order, offsets, _ = class_sort(labels - 1, Grid(IMAGES, (SIDE, SIDE), (SIDE, SIDE), True), num_classes=CLASSES)
+    return features, labels - 1, order, offsets
+
+
+def _class_means(features, labels):
+    """Mean of each class of each image, in float64 [images * classes, D]."""
+    pixels = features.double().flatten(2).movedim(1, 2)
+    member = torch.nn.functional.one_hot(labels.flatten(1), CLASSES).double()
+    return (member.transpose(1, 2) @ pixels / member.sum(1)[..., None]).flatten(0, 1)
+
+
+@pytest.mark.benchmark(group="segments")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def bench_segment_mean(benchmark, report, copies, segments, direction):
+    """Means of the classes of each image from packed rows, against a copy of the rows."""
+    features, labels, order, offsets = segments
+    rows = pack(features, order, offsets[-1:], normalize=False, permutation=True, backend="blockwise")
+
+    def mean():
+        return segment_mean(rows, offsets, backend="blockwise")
+
+    def scatter():
+        return torch.autograd.grad(means, rows.companion, grad, retain_graph=True)[0]
+
+    means = mean()
+    grad = torch.randn(means.shape, generator=torch.Generator().manual_seed(1))
+    assert_close("means", means, _class_means(features, labels))
+    share = grad.double() / offsets.diff()[:, None]
+    assert_close("gradient", scatter(), share.repeat_interleave(offsets.diff(), 0))
+    moved = features.numel() * features.element_size()  # read, or written
+    seconds, ratio = against(benchmark, mean if direction == "forward" else scatter, copies, moved)
+    report(seconds, copy_ratio=ratio)
+
+
+@pytest.mark.benchmark(group="segments")
+def bench_layer_prototypes(benchmark, report, copies, segments):
+    """Mean feature of each of 8 layers of each class of each image, from the map."""
+    features, labels, _, _ = segments
+    layers = torch.randint(8, labels.shape, generator=torch.Generator().manual_seed(1))
+
+    def prototypes():
+        return hpcloss.layer_prototypes(features.detach(), layers, labels, CLASSES, 8)
+
+    found = prototypes()
+    one = (labels == 2) & (layers == 5)
+    pixels = features.double().movedim(1, -1)
+    wanted = torch.stack([pixels[image][one[image]].mean(0) for image in range(IMAGES)])
+    assert_close("prototypes", found.prototypes.view(IMAGES, CLASSES, 8, -1)[:, 2, 5], wanted)
+    seconds, ratio = against(benchmark, prototypes, copies, features.numel() * features.element_size())
+    report(seconds, copy_ratio=ratio)
+
+
+@pytest.mark.benchmark(group="segments")
+@pytest.mark.parametrize("samples", [10, None], ids=["ten-a-class", "all"])
+def bench_enqueue(benchmark, report, segments, samples):
+    """Normalised pixels of 8 images into a queue of 2000 of each class."""
+    features, labels, order, _ = segments
+    queue = hpcloss.EmbeddingQueue(CLASSES, 2000, features.shape[1])
+
+    def enqueue():
+        queue.enqueue(features, labels, samples_per_class=samples)
+
+    enqueue()
+    rows = torch.nn.functional.normalize(features.detach().double().movedim(1, -1).flatten(0, 2), dim=1)
+    flat = labels.reshape(-1)
+    assert torch.equal(queue.filled, torch.full((CLASSES,), samples or 2000))
+    for label in range(CLASSES):
+        held, own = queue.embeddings[label, : samples or 2000], rows[flat == label]
+        nearest = (held.double() @ own.T).max(1)
+        assert_close("similarity to a pixel of the class", nearest.values, torch.ones(len(held)))
+        assert nearest.indices.unique().numel() == len(held), "a pixel stands in two slots"
+    seconds, _ = in_turns(benchmark, enqueue, {}, rounds=9)
+    report(seconds)
+
+
+@pytest.mark.benchmark(group="plan")
+def bench_sample_positives(benchmark, report, segments):
+    """8 other rows of its class and image for each of 32 768 rows."""
+    _, _, order, offsets = segments
+    pairs = from_offsets(order, offsets, CLASSES, False)
+
+    def draw():
+        return hpcloss.sample_positives(pairs.pos_start, pairs.pos_end, pairs.self_pos, 8)
+
+    drawn, row = draw(), torch.arange(order.numel())[:, None]
+    assert (drawn[:, 1:] > drawn[:, :-1]).all() and (drawn != row).all(), "not 8 others"
+    assert (drawn >= pairs.pos_start[:, None]).all() and (drawn < pairs.pos_end[:, None]).all(), "of another class"
+    seconds, _ = in_turns(benchmark, draw, {}, rounds=9)
+    report(seconds)
 
 
 @pytest.mark.benchmark(group="small N")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-from functools import partial
 
 import cases
-import peers
 import pytest
 import torch
+from fresh import measure
 from measure import (
-    MAX_GIGABYTES,
     ROUNDS,
     Bar,
     Matmuls,
@@ -21,9 +19,7 @@ from measure import (
     busy,
     interleaved,
     speed_up,
-    timed_alone,
 )
-from memory import measure
 from torch import Tensor
 
 from hpcloss import reference, region_phpc_loss, supcon_loss
@@ -31,12 +27,16 @@ from hpcloss import reference, region_phpc_loss, supcon_loss
 ONE_REGION = {"batch": 1, "height": 64, "width": 128}
 SIXTEEN_REGIONS = {"batch": 8, "height": 64, "width": 64, "region_size": 16}
 FOUR_REGIONS = {"batch": 8, "height": 32, "width": 32, "region_size": 16}
-LARGE = 4096  # rows from which a dense competitor is timed fewer times
 
 
 @pytest.fixture(scope="module")
 def matmuls():
     return Matmuls()
+
+
+def slow(*values: object) -> list:
+    """Parameters of `make bench` alone."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 # --------------------------------------------------------------------------------------------------- correctness
@@ -105,7 +105,7 @@ REGION_BARS = {("one", 0.0): 1.6, ("one", 1.0): 1.8, ("sixteen", 0.0): 1.9, ("si
 
 
 @pytest.mark.benchmark(group="against matmuls")
-@pytest.mark.parametrize("background", [False, True], ids=["all-anchors", "one-background"])
+@pytest.mark.parametrize("background", [False, *slow(True)], ids=["all-anchors", "one-background"])
 @pytest.mark.parametrize("hardness", [0.0, 1.0], ids=["hardness0", "hardness1"])
 @pytest.mark.parametrize("regions", ["one", "sixteen"])
 def bench_region_phpc(benchmark, report, matmuls, regions, hardness, background):
@@ -124,7 +124,7 @@ def bench_region_phpc(benchmark, report, matmuls, regions, hardness, background)
 
 @pytest.mark.benchmark(group="two threads")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
-@pytest.mark.parametrize("what", ["supcon", "one-region", "sixteen-regions"])
+@pytest.mark.parametrize("what", ["supcon", *slow("one-region", "sixteen-regions")])
 def bench_two_threads(benchmark, report, what):
     """Speed-up of two threads over one, as a share of that of one large matmul in the same rounds."""
     if what == "supcon":
@@ -139,6 +139,7 @@ def bench_two_threads(benchmark, report, what):
 
 
 @pytest.mark.benchmark(group="large")
+@pytest.mark.slow
 @pytest.mark.parametrize("hardness", [1.0])
 def bench_whole_map(benchmark, report, hardness):
     """A 256 x 256 map, every pixel against every other, no regions and no samples: one run, in its own process."""
@@ -158,7 +159,7 @@ def bench_whole_map(benchmark, report, hardness):
 
 
 @pytest.mark.benchmark(group="block loop")
-@pytest.mark.parametrize("form", ["as-meant", "as-committed"])
+@pytest.mark.parametrize("form", ["as-meant", *slow("as-committed")])
 def bench_published_block_loop(benchmark, report, form):
     """Four blocks of 2048 pixels: the published loop over dense blocks, against this package on the same input.
 
@@ -187,73 +188,16 @@ def bench_published_block_loop(benchmark, report, form):
 
 
 @pytest.mark.benchmark(group="dense PHPC")
-@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("side", [*slow(32), 64])
 def bench_dense_phpc(benchmark, report, side):
     """One region, hardness 1: this package against the dense loss in eager mode."""
     shape = {"batch": 1, "height": side, "width": side}
     ours, eager = cases.region_phpc(**shape), cases.eager_phpc(**shape)
-    assert_same_as(ours, partial(reference.region_phpc_loss, region_size=None))
+    assert_same_as(ours)
     assert_close("eager loss", eager.step(), ours.step())
     seconds, faster = interleaved(benchmark, ours.step, eager.step, rounds=3)
     peak, eager_peak = measure("region_phpc", **shape)["extra_mb"], measure("eager_phpc", **shape)["extra_mb"]
     report(seconds, eager_over_ours=faster, peak_mb=peak, eager_peak_mb=eager_peak)
-
-
-COUNTS = [256, 512, 1024, 2048, 4096, 8192, 16384]
-MEASURED = [1024, 4096, 8192, 16384]  # memory: one process each
-COMPILED = [1024, 4096, 8192]  # building takes seconds a size
-
-
-def _needed_gigabytes(matrices: float, count: int) -> float:
-    """Of a dense competitor that keeps so many fp32 matrices of N x N."""
-    return matrices * 4 * count**2 / 2**30
-
-
-def _sweep(benchmark, report, make: str, count: int, exact, matrices: float = 0.0) -> None:
-    """Time and memory of a competitor at N = count, with its value checked where float64 fits."""
-    needed = _needed_gigabytes(matrices, count)
-    if needed > MAX_GIGABYTES:
-        # A row without a time: the benchmark that times something stands beside it, this one times the refusal.
-        benchmark.pedantic(_needed_gigabytes, args=(matrices, count), rounds=1, iterations=1)
-        report(None, method=make, n=count, note=f"not run, would need about {needed:.1f} GB")
-        return
-    case = cases.CASES[make](count)
-    if count <= 2048:
-        assert_same_as(case, exact)
-    rounds = 20 if count <= 1024 else 5 if count < LARGE else 2
-    seconds = timed_alone(benchmark, case.step, rounds, warm_up=1 if count < LARGE else 0)
-    peak = measure(make, count=count)["extra_mb"] if count in MEASURED else None
-    report(seconds, method=make, n=count, peak_mb=peak)
-
-
-@pytest.mark.benchmark(group="SupCon against N")
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("method", ["supcon", "eager_supcon"])
-def bench_supcon_against_n(benchmark, report, method, count):
-    matrices = 0.0 if method == "supcon" else 5.6  # as measured at N = 4096
-    _sweep(benchmark, report, method, count, reference.supcon_loss, matrices)
-
-
-@pytest.mark.benchmark(group="SupCon against N")
-@pytest.mark.skipif(bool(peers.why_no_compiler()), reason=str(peers.why_no_compiler()))
-@pytest.mark.parametrize("count", COMPILED)
-def bench_compiled_supcon_against_n(benchmark, report, count):
-    _sweep(benchmark, report, "compiled_supcon", count, reference.supcon_loss, matrices=2.0)
-
-
-NO_LINEAR = peers.why_no_linear_cross_entropy()
-INFONCE = [
-    ("infonce", 0.0),
-    ("eager_infonce", 4.0),
-    pytest.param(("linear_cross_entropy", 0.0), marks=pytest.mark.skipif(bool(NO_LINEAR), reason=str(NO_LINEAR))),
-]
-
-
-@pytest.mark.benchmark(group="InfoNCE against N")
-@pytest.mark.parametrize("count", [1024, 4096, 8192])
-@pytest.mark.parametrize("method", INFONCE, ids=["infonce", "eager_infonce", "linear_cross_entropy"])
-def bench_infonce_against_n(benchmark, report, method, count):
-    _sweep(benchmark, report, method[0], count, reference.infonce_loss, matrices=method[1])
 
 
 SMALL_COUNTS = [256, 512, 1024]
@@ -264,7 +208,7 @@ SMALL_COUNTS = [256, 512, 1024]
 def bench_small_supcon(benchmark, report, count):
     """Few rows: never slower than eager by more than 1.2 times."""
     ours, eager = cases.supcon(count), cases.eager_supcon(count)
-    assert_same_as(ours, reference.supcon_loss)
+    assert_same_as(ours)
     seconds, eager_over_ours = interleaved(benchmark, ours.step, eager.step, rounds=30)
     bars = [Bar("time over eager", 1 / eager_over_ours, 1.2)]
     report(seconds, bars, n=count)

@@ -11,8 +11,8 @@ from measure import Matmuls, against, assert_close
 
 from hpcloss import reference
 from hpcloss.pack import Rows, pack
-from hpcloss.pairs import pair_lse, pair_mean
-from hpcloss.partition import Pairs, partition
+from hpcloss.pairs import pair_lse, pair_lse_both, pair_mean
+from hpcloss.partition import Pairs, one_to_one, partition
 
 COUNT, DIM, CLASSES, SCALE = 4096, 128, 4, 10.0
 CHECKED = 1024
@@ -75,7 +75,9 @@ def _time(benchmark, report, matmuls, run, rule: str, direction: str, rows: Rows
 @pytest.mark.benchmark(group="pair_lse")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "online-maximum"])
-@pytest.mark.parametrize("rule", ["negatives", "others"])
+@pytest.mark.parametrize(
+    "rule", ["negatives", "others", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("positives", "every"))]
+)
 def bench_pair_lse(benchmark, report, matmuls, rule, bounded, direction):
     scale = torch.tensor(SCALE)
 
@@ -109,3 +111,56 @@ def bench_pair_mean_own(benchmark, report, matmuls, hardness, direction):
     _check(run, exact)
     _, rows, pairs, labels = _plan(COUNT)
     _time(benchmark, report, matmuls, run, "positives", direction, rows, pairs, labels)
+
+
+@pytest.mark.benchmark(group="pair_mean")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("hardness", [0.0, 1.0], ids=["hardness0", "hardness1"])
+def bench_pair_mean_logit(benchmark, report, matmuls, hardness, direction):
+    """A linear term: with uniform weights a class sum, so that it takes less than the matmuls of its pairs."""
+    scale = torch.tensor(SCALE)
+
+    def run(rows, pairs):
+        return pair_mean(rows, pairs, "logit", scale, hardness=hardness, scale_bound=SCALE)[0]
+
+    def exact(unit, pairs, masks):
+        return reference.pair_mean(unit, unit, masks["positives"], SCALE, hardness, None, "logit")[0]
+
+    _check(run, exact)
+    _, rows, pairs, labels = _plan(COUNT)
+    _time(benchmark, report, matmuls, run, "positives", direction, rows, pairs, labels)
+
+
+@pytest.mark.benchmark(group="pair_lse")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def bench_pair_lse_both(benchmark, report, matmuls, direction):
+    """Rows and columns of one S between two sets of rows: nothing is mirrored, so 2 and 6 products of N x N x D."""
+    scale = torch.tensor(SCALE)
+
+    def packed(count, dtype):
+        maps = [cases.vectors(count, DIM, CLASSES, seed)[0].detach().to(dtype).requires_grad_() for seed in (0, 1)]
+        pairs = one_to_one(count, maps[0].device)
+        return maps, [pack(rows, pairs.order, normalize=True, backend="blockwise") for rows in maps], pairs
+
+    found = []
+    maps, sides, pairs = packed(CHECKED, torch.float32)
+    out = sum(pair_lse_both(*sides, pairs, scale, scale_bound=SCALE))
+    found.append((out, *torch.autograd.grad(out.mean(), maps)))
+    maps, _, _ = packed(CHECKED, torch.float64)
+    query, key = (torch.nn.functional.normalize(rows, dim=1) for rows in maps)
+    logits = SCALE * query @ key.T
+    out = logits.logsumexp(1) + logits.logsumexp(0)
+    found.append((out, *torch.autograd.grad(out.mean(), maps)))
+    for what, actual, wanted in zip(("output", "gradient of rows", "gradient of keys"), *found, strict=True):
+        assert_close(what, actual, wanted)
+
+    _, sides, pairs = packed(COUNT, torch.float32)
+    out, grads = pair_lse_both(*sides, pairs, scale, scale_bound=SCALE), [torch.full((COUNT,), 1 / COUNT)] * 2
+    if direction == "forward":
+        step, work = partial(pair_lse_both, *sides, pairs, scale, scale_bound=SCALE), 2.0
+    else:
+        companions = [side.companion for side in sides]
+        step, work = partial(torch.autograd.grad, out, companions, grads, retain_graph=True), 6.0
+    with torch.set_grad_enabled(direction == "backward"):
+        seconds, ratio = against(benchmark, step, matmuls, work * DIM * COUNT**2)
+    report(seconds, work_ratio=ratio)

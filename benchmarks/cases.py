@@ -7,6 +7,7 @@ operations: each tile's similarities once per pass and used for both of its side
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import peers
@@ -14,19 +15,25 @@ import torch
 from torch import Tensor
 
 import hpcloss
+from hpcloss import reference
 
 
 class Case(NamedTuple):
-    loss: Callable[[], Tensor]
-    leaves: tuple[Tensor, ...]
-    work: float  # operations of the matmuls, forward and backward
-    arguments: tuple[Tensor, ...]  # what the loss is given
+    loss: Callable[..., Tensor]
+    arguments: tuple[Tensor, ...]
+    exact: Callable[..., Tensor] | None  # the same loss, dense, for float64; None: the value is the peer's own
+    work: float = 0.0  # operations of the matmuls, forward and backward
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What gets a gradient."""
+        return tuple(x for x in self.arguments if x.requires_grad)
 
     def step(self) -> Tensor:
         """Forward and backward."""
         for leaf in self.leaves:
             leaf.grad = None
-        loss = self.loss()
+        loss = self.loss(*self.arguments)
         loss.backward()
         return loss
 
@@ -66,37 +73,83 @@ def feature_map(
     return features.requires_grad_(), labels.view(batch, height, width) - int(background)
 
 
-def supcon(count: int, dim: int = 128) -> Case:
-    rows, labels = vectors(count, dim)
-    return Case(lambda: hpcloss.supcon_loss(rows, labels), (rows,), 4.0 * dim * count**2, (rows, labels))
+# ---------------------------------------------------------------------------------------------------- of vectors
 
 
-def eager_supcon(count: int, dim: int = 128) -> Case:
-    case = supcon(count, dim)
-    return case._replace(loss=lambda: peers.eager_supcon(*case.arguments))
+def supcon(count: int, dim: int = 128, classes: int = 4) -> Case:
+    return Case(hpcloss.SupConLoss(), vectors(count, dim, classes), reference.supcon_loss, 4.0 * dim * count**2)
 
 
-def compiled_supcon(count: int, dim: int = 128) -> Case:
-    case = supcon(count, dim)
-    loss = peers.compiled(peers.eager_supcon, *case.arguments)
-    return case._replace(loss=lambda: loss(*case.arguments))
+def eager_supcon(count: int, dim: int = 128, classes: int = 4) -> Case:
+    return supcon(count, dim, classes)._replace(loss=peers.eager_supcon)
+
+
+def compiled_supcon(count: int, dim: int = 128, classes: int = 4) -> Case:
+    case = supcon(count, dim, classes)
+    return case._replace(loss=peers.compiled(peers.eager_supcon, *case.arguments))
+
+
+def pml_supcon(count: int, dim: int = 128, classes: int = 4) -> Case:
+    return supcon(count, dim, classes)._replace(loss=peers.pml().SupConLoss(temperature=0.1))
 
 
 def infonce(count: int, dim: int = 128) -> Case:
-    query, positive = vectors(count, dim)[0], vectors(count, dim, seed=1)[0]
-    loss = hpcloss.infonce_loss
+    views = vectors(count, dim)[0], vectors(count, dim, seed=1)[0]
     # S in either pass and the two gradients: nothing is shared between queries and keys.
-    return Case(lambda: loss(query, positive), (query, positive), 8.0 * dim * count**2, (query, positive))
+    return Case(hpcloss.InfoNCELoss(), views, reference.infonce_loss, 8.0 * dim * count**2)
 
 
 def eager_infonce(count: int, dim: int = 128) -> Case:
-    case = infonce(count, dim)
-    return case._replace(loss=lambda: peers.eager_infonce(*case.arguments))
+    return infonce(count, dim)._replace(loss=peers.eager_infonce)
 
 
 def linear_cross_entropy(count: int, dim: int = 128) -> Case:
-    case = infonce(count, dim)
-    return case._replace(loss=lambda: peers.chunked_infonce(*case.arguments))
+    return infonce(count, dim)._replace(loss=peers.chunked_infonce)
+
+
+def info_nce_pytorch(count: int, dim: int = 128) -> Case:
+    return infonce(count, dim)._replace(loss=peers.info_nce()(temperature=0.1))
+
+
+def ntxent(count: int, dim: int = 128) -> Case:
+    """Two views of count / 2 images, so that count rows meet count rows."""
+    return Case(hpcloss.NTXentLoss(), infonce(count // 2, dim).arguments, reference.ntxent_loss)
+
+
+def lightly_ntxent(count: int, dim: int = 128) -> Case:
+    return ntxent(count, dim)._replace(loss=peers.lightly_ntxent()(temperature=0.5))
+
+
+def monai_contrastive(count: int, dim: int = 128) -> Case:
+    return ntxent(count, dim)._replace(loss=peers.monai_contrastive()(temperature=0.5))
+
+
+def pml_ntxent(count: int, dim: int = 128) -> Case:
+    """Two rows of each label: its denominator of a positive and the negatives is then that of NT-Xent."""
+    image, loss = torch.arange(count // 2).repeat(2), peers.pml().NTXentLoss(temperature=0.5)
+    return ntxent(count, dim)._replace(loss=lambda *views: loss(torch.cat(views), image))
+
+
+def hard_negative_nce(count: int, dim: int = 128) -> Case:
+    return ntxent(count, dim)._replace(loss=hpcloss.HardNegativeNCELoss(), exact=reference.hard_negative_nce_loss)
+
+
+def ihpc(count: int, dim: int = 128) -> Case:
+    return ntxent(count, dim)._replace(loss=hpcloss.IHPCLoss(), exact=reference.ihpc_loss)
+
+
+def prototype_contrast(count: int, dim: int = 128) -> Case:
+    prototypes, labels = vectors(count, dim)
+    arguments = prototypes, labels, _probabilities(count)
+    return Case(hpcloss.PrototypeContrastLoss(), arguments, reference.prototype_contrast_loss)
+
+
+def _probabilities(*shape: int) -> Tensor:
+    """Of four classes [..., 4]."""
+    return torch.randn(*shape, 4, generator=torch.Generator().manual_seed(2)).softmax(-1)
+
+
+# ------------------------------------------------------------------------------------------------------- of maps
 
 
 def region_phpc(
@@ -116,31 +169,29 @@ def region_phpc(
     keys = torch.tensor([label.numel() for _, label in regions])
     anchors = torch.tensor([int((label > 0).sum()) for _, label in regions])
     loss = hpcloss.RegionPHPCLoss(region_size, hardness=hardness)
-    return Case(
-        lambda: loss(features, labels), (features,), reference_work(anchors, keys, dim), (features, labels)
-    )  # fmt: skip
+    exact = partial(reference.region_phpc_loss, region_size=region_size, hardness=hardness)
+    return Case(loss, (features, labels), exact, reference_work(anchors, keys, dim))
 
 
 def published_phpc(batch: int, height: int, width: int, region_size: int = 16, background: bool = False) -> Case:
     case = region_phpc(batch, height, width, region_size, background=background)
-    loss = hpcloss.RegionPHPCLoss.published(beta=0.1, region_size=region_size, reduction="region")
-    return case._replace(loss=lambda: loss(*case.arguments))
+    form = {"region_size": region_size, "reduction": "region"}
+    exact = partial(reference.region_phpc_loss, hardness=0.0, discount=0.1, **form)
+    return case._replace(loss=hpcloss.RegionPHPCLoss.published(beta=0.1, **form), exact=exact)
 
 
 def eager_phpc(batch: int, height: int, width: int, hardness: float = 1.0, background: bool = False) -> Case:
     case = region_phpc(batch, height, width, None, hardness, background)
-    features, labels = case.arguments
-    dim = features.shape[1]
     return case._replace(
-        loss=lambda: peers.eager_phpc(
-            features.permute(0, 2, 3, 1).reshape(-1, dim), labels.reshape(-1), hardness=hardness
+        loss=lambda features, labels: peers.eager_phpc(
+            features.permute(0, 2, 3, 1).flatten(0, 2), labels.reshape(-1), hardness=hardness
         )
     )
 
 
 def block_loop(batch: int, height: int, width: int, region_size: int = 16, background: bool = False) -> Case:
-    case = region_phpc(batch, height, width, region_size, background=background)
-    return case._replace(loss=lambda: peers.block_loop(*case.arguments, region_size))
+    case = published_phpc(batch, height, width, region_size, background)
+    return case._replace(loss=partial(peers.block_loop, size=region_size))
 
 
 def committed_block_loop(batch: int, height: int, width: int, region_size: int = 16, background: bool = False) -> Case:
@@ -150,10 +201,82 @@ def committed_block_loop(batch: int, height: int, width: int, region_size: int =
     half = batch // 2
     views = features.detach().clone()
     views[half:] = views[:half] + 0.1 * views[half:]
-    views, labels = views.requires_grad_(), labels[:half].repeat(2, 1, 1)
+    arguments = views.requires_grad_(), labels[:half].repeat(2, 1, 1)
+    return case._replace(loss=partial(peers.committed_block_loop, size=region_size), arguments=arguments, exact=None)
+
+
+def region_supcon(batch: int, height: int, width: int, region_size: int = 32) -> Case:
+    exact = partial(reference.region_supcon_loss, region_size=region_size)
+    return Case(hpcloss.RegionSupConLoss(region_size), feature_map(batch, height, width), exact)
+
+
+# Drawn of a class: of each image, or of the batch. All pixels of the small map that is checked are fewer.
+OF_IMAGE, OF_BATCH = 100, 512
+
+
+def _labelled(batch: int, height: int, width: int, classes: int = 4) -> tuple[Tensor, Tensor]:
+    """A map and its labels 0..classes-1."""
+    return feature_map(batch, height, width, classes=classes, background=True)
+
+
+def pixel_contrast(batch: int, height: int, width: int, classes: int = 4) -> Case:
+    """100 pixels of each class of each image, half of them wrongly predicted; three tenths of all are."""
+    features, labels = _labelled(batch, height, width, classes)
+    wrong = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)) < 0.3
     return Case(
-        lambda: peers.committed_block_loop(views, labels, region_size), (views,), case.work, (views, labels)
-    )  # fmt: skip
+        hpcloss.PixelContrastLoss(num_classes=classes, samples_per_class=OF_IMAGE),
+        (features, labels, torch.where(wrong, (labels + 1) % classes, labels)),
+        lambda features, labels, _: reference.pixel_contrast_loss(features, labels, num_classes=classes),
+    )
+
+
+def contrastiveseg(batch: int, height: int, width: int, classes: int = 4) -> Case:
+    """The same draw in the way of the paper's code; what it drew is checked as the map of all its pixels."""
+    most = min(OF_IMAGE, height * width // (2 * classes))  # it leaves out classes with fewer
+
+    def drawn(features: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        return peers.hard_rows(features, labels, predictions != labels, classes, most)
+
+    def exact(*arguments: Tensor) -> Tensor:
+        rows, drawn_labels = drawn(*arguments)
+        return reference.pixel_contrast_loss(rows.T[None], drawn_labels[None], num_classes=classes)
+
+    def loss(*arguments: Tensor) -> Tensor:
+        return peers.eager_phpc(*drawn(*arguments), temperature=0.07, hardness=0.0, background=None)
+
+    return pixel_contrast(batch, height, width, classes)._replace(loss=loss, exact=exact)
+
+
+def local_contrast(batch: int, height: int, width: int) -> Case:
+    features, labels = _labelled(batch, height, width)
+    arguments = features, labels, torch.arange(batch).roll(1)
+    loss = hpcloss.LocalContrastLoss(num_classes=4, samples_per_class=OF_IMAGE)
+    return Case(loss, arguments, partial(reference.local_contrast_loss, num_classes=4))
+
+
+def entropy_guided_contrast(batch: int, height: int, width: int) -> Case:
+    features, labels = _labelled(batch, height, width)
+    arguments = features, _probabilities(batch, height, width).movedim(-1, 1).contiguous(), labels
+    loss = hpcloss.EntropyGuidedContrastLoss(samples_per_class=OF_BATCH)
+    return Case(loss, arguments, reference.entropy_guided_contrast_loss)
+
+
+def multiscale_contrast(batch: int, height: int, width: int) -> Case:
+    features, labels = _labelled(batch, height, width)
+    other = feature_map(batch, height, width, seed=1)[0]
+    loss = hpcloss.MultiscaleContrastLoss(num_classes=4, samples_per_class=OF_BATCH)
+    return Case(loss, (features, other, labels), partial(reference.multiscale_contrast_loss, num_classes=4))
+
+
+def prototype_assignment(batch: int, height: int, width: int) -> Case:
+    features, labels = _labelled(batch, height, width)
+    prototypes = vectors(4 * 3, features.shape[1], seed=1)[0].detach().view(4, 3, -1)
+    loss = hpcloss.PrototypeAssignmentLoss()
+    return Case(loss, (features, labels, prototypes), reference.prototype_assignment_loss)
+
+
+# --------------------------------------------------------------------------------------------------------- samples
 
 
 def label_patches(batch: int, height: int, width: int, classes: int = 4, patch: int = 8) -> Tensor:
@@ -171,10 +294,23 @@ def anchors(batch: int, height: int, width: int, k: int = 256, rule: str = "unif
     return Draw(lambda: hpcloss.sample_anchors(labels, k, num_classes=4, seed=seed, **maps.get(rule, {})))
 
 
-CASES: dict[str, Callable[..., Case | Draw]] = {
-    make.__name__: make
-    for make in (
-        supcon, eager_supcon, compiled_supcon, infonce, eager_infonce, linear_cross_entropy,
-        region_phpc, published_phpc, eager_phpc, block_loop, committed_block_loop, anchors,
-    )
+def _by_name(*makes: Callable[..., Case | Draw]) -> dict[str, Callable[..., Case | Draw]]:
+    return {make.__name__: make for make in makes}
+
+
+VECTORS, MAPS = {"count": 4096}, {"batch": 4, "height": 64, "width": 64}
+# Every public loss, and what it is measured on in `bench_every_loss`.
+LOSSES = {
+    "supcon": VECTORS, "infonce": VECTORS, "ntxent": VECTORS, "hard_negative_nce": VECTORS, "ihpc": VECTORS,
+    "prototype_contrast": VECTORS,
+    "region_phpc": {**MAPS, "region_size": 16}, "region_supcon": MAPS, "pixel_contrast": MAPS, "local_contrast": MAPS,
+    "entropy_guided_contrast": MAPS, "multiscale_contrast": MAPS, "prototype_assignment": MAPS,
 }  # fmt: skip
+OURS = _by_name(
+    supcon, infonce, ntxent, hard_negative_nce, ihpc, prototype_contrast, region_phpc, published_phpc, region_supcon,
+    pixel_contrast, local_contrast, entropy_guided_contrast, multiscale_contrast, prototype_assignment, anchors,
+)  # fmt: skip
+CASES = OURS | _by_name(
+    eager_supcon, compiled_supcon, pml_supcon, eager_infonce, linear_cross_entropy, info_nce_pytorch,
+    lightly_ntxent, monai_contrastive, pml_ntxent, eager_phpc, block_loop, committed_block_loop, contrastiveseg,
+)  # fmt: skip

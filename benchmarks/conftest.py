@@ -45,7 +45,7 @@ def report(request, benchmark, rows):
     """report(figures, bars): puts them into the benchmark's `extra_info` and among the session's rows."""
 
     def add(seconds: float | None, bars: list[Bar] | None = None, **figures: object) -> None:
-        figures = {name: round(x, 4) if isinstance(x, float) else x for name, x in figures.items() if x is not None}
+        figures = {name: round(x, 6) if isinstance(x, float) else x for name, x in figures.items() if x is not None}
         benchmark.extra_info.update(figures)
         for number, bar in enumerate(bars or []):
             for name, x in bar.as_dict().items():

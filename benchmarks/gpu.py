@@ -356,7 +356,7 @@ def peer_row(run: Run, method: str, n: int) -> dict[str, Any]:
     case, half = (infonce if chunked else supcon)(n), partial(torch.autocast, DEVICE.type, HALF)
     arguments, loss = (*case.leaves, case.labels)[:2], peers.eager_supcon
     if chunked:
-        if reason := peers.why_no_linear_cross_entropy():
+        if reason := peers.why_not("linear_cross_entropy"):
             raise Skip(reason)
         loss, half = peers.chunked_infonce, contextlib.nullcontext
         if DRY:  # not in half precision on a CPU

@@ -1,10 +1,16 @@
-"""The competitors, written by us from the mathematics: what a user has without this package. torch alone."""
+"""The competitors: those without a package written by us from the mathematics, the others where they are installed."""
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import math
 import os
 import shutil
+import sys
+import types
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +28,7 @@ def eager_supcon(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -
 
 
 def eager_phpc(
-    embeddings: Tensor, labels: Tensor, temperature: float = 0.1, hardness: float = 1.0, background: int = 0
+    embeddings: Tensor, labels: Tensor, temperature: float = 0.1, hardness: float = 1.0, background: int | None = 0
 ) -> Tensor:
     """Hard-positive pixel contrast of one region, each positive against its own denominator, dense."""
     rows = F.normalize(embeddings, dim=1)
@@ -33,8 +39,8 @@ def eager_phpc(
     with torch.no_grad():
         weights = torch.softmax((-hardness * similarity).masked_fill(~positive, -math.inf), 1)
     negatives = torch.logsumexp(logits.masked_fill(same, -math.inf), 1, keepdim=True)
-    anchor = labels != background
-    return (weights * F.softplus(negatives - logits)).sum(1)[anchor].mean()
+    loss = (weights * F.softplus(negatives - logits)).sum(1)
+    return loss.mean() if background is None else loss[labels != background].mean()
 
 
 def eager_infonce(query: Tensor, positive: Tensor, temperature: float = 0.1) -> Tensor:
@@ -84,13 +90,28 @@ def hard_anchors(labels: Tensor, wrong: Tensor, num_classes: int, k: int) -> lis
     return drawn
 
 
-def why_no_compiler() -> str | None:
-    """Why `compiled` cannot run here, or None."""
-    found = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return None if found else "torch.compile needs a C++ compiler"
+def hard_rows(features: Tensor, labels: Tensor, wrong: Tensor, num_classes: int, k: int) -> tuple[Tensor, Tensor]:
+    """The pixels that `hard_anchors` draws from a map [B, D, H, W], gathered class by class as there: rows, labels."""
+    rows, drawn_labels = [], []
+    for image, label, failed in zip(features, labels, wrong):
+        for pixels in hard_anchors(label[None], failed[None], num_classes, k):
+            rows.append(image.flatten(1).T[pixels])
+            drawn_labels.append(label.reshape(-1)[pixels])
+    return torch.cat(rows), torch.cat(drawn_labels)
 
 
-def why_no_linear_cross_entropy() -> str | None:
+def why_not(method: str) -> str | None:
+    """Why a case of this name cannot run here, or None."""
+    if method == "compiled_supcon" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return "torch.compile needs a C++ compiler"
+    if method == "linear_cross_entropy":
+        return _why_no_linear_cross_entropy()
+    package = PACKAGES.get(method)
+    found = package is None or importlib.util.find_spec(package) is not None
+    return None if found else f"{package} is not installed: `make bench` has it"
+
+
+def _why_no_linear_cross_entropy() -> str | None:
     """Why `chunked_infonce` cannot run here, or None."""
     if not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy"
@@ -107,6 +128,67 @@ def compiled(loss: Callable[..., Tensor], *example: Tensor) -> Callable[..., Ten
         fast = torch.compile(loss, dynamic=False)
         fast(*example).backward()
     return fast
+
+
+# ------------------------------------------------------------------------------------------- installed libraries
+
+PACKAGES = {
+    "pml_supcon": "pytorch_metric_learning",
+    "pml_ntxent": "pytorch_metric_learning",
+    "lightly_ntxent": "lightly",
+    "monai_contrastive": "monai",
+    "info_nce_pytorch": "info_nce",
+}
+
+
+class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules without content: what lightly imports for its other parts, and what would bring another torch."""
+
+    NAMES = ("torchvision", "pytorch_lightning", "hydra", "omegaconf", "PIL", "timm")
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.NAMES:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = _stub
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def _stub(name: str) -> type:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (torch.nn.Module,), {})
+
+
+def pml() -> Any:
+    from pytorch_metric_learning import losses
+
+    return losses
+
+
+def lightly_ntxent() -> Any:
+    sys.meta_path.append(Stubs())
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss
+
+
+def monai_contrastive() -> Any:
+    from monai.losses import ContrastiveLoss
+
+    return ContrastiveLoss
+
+
+def info_nce() -> Any:
+    from info_nce import InfoNCE
+
+    return InfoNCE
 
 
 # ------------------------------------------------------------------------------------- the published block loop

@@ -4,11 +4,8 @@ pytest does not collect this file by itself: the libraries are no part of what t
 """
 
 import functools
-import importlib.abc
-import importlib.machinery
 import inspect
 import sys
-import types
 
 import pytest
 import torch
@@ -16,35 +13,11 @@ from cases import assert_same, integers, rows
 from numerics import assert_exact
 from peer_formulas import draw_infonce, draw_pml, draw_two_views, unit
 
+from benchmarks.peers import Stubs
 from hpcloss.compat import infonce, lightly, monai, pml
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CASES = 200
-
-
-class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules without content: what lightly imports for its other parts, and what would bring another torch."""
-
-    NAMES = ("torchvision", "pytorch_lightning", "hydra", "omegaconf", "PIL", "timm")
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.NAMES:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: _class(name)
-        return module
-
-    def exec_module(self, module):
-        pass
-
-
-def _class(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return type(name, (torch.nn.Module,), {})
 
 
 sys.meta_path.append(Stubs())
