@@ -66,10 +66,12 @@ class Arms:
     def steps_in(self, seconds: float, measured: dict) -> int:
         """How many steps of the measured arm fit into `seconds`; decided once, so that a resumed run keeps to it."""
         path = self.folder / "supervised_seconds" / "plan.json"
-        if not path.is_file():
-            steps = max(1, round(measured["iterations"] * seconds / max(measured["seconds"], 1e-3)))
+        if path.is_file():
+            return read_json(path)["iterations"]
+        steps = max(1, round(measured["iterations"] * seconds / max(measured["seconds"], 1e-3)))
+        if rank() == 0:
             write_json(path, {"iterations": steps, "seconds": seconds})
-        return read_json(path)["iterations"]
+        return steps
 
     def probe(self) -> None:
         """Trains linear heads on three frozen bodies: random, after stage 2, after stage 2 on shuffled labels."""

@@ -73,11 +73,12 @@ class Stage(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.seconds += time.perf_counter() - self._started
-        self.validate()  # is no training time
+        if self.trainer.is_global_zero:
+            self.validate()  # is no training time
         self._started = time.perf_counter()
 
     def validate(self) -> None:
-        """Called after every `checkpoint_every` steps, before the checkpoint is written."""
+        """Called after every `checkpoint_every` steps, before the checkpoint is written, in the first process alone."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"] = {"seconds": self.seconds, "curve": self.curve}
@@ -94,7 +95,7 @@ class ImagePretraining(Stage):
     def __init__(self, *args: Any, loss: nn.Module | None = None):
         super().__init__(*args)
         self.projector = ImageProjector(self.settings.features[4], self.settings.embedding_dim)
-        self.loss = loss or IHPCLoss()
+        self.loss = loss or IHPCLoss(gather=True)
 
     def draw(self, rng: np.random.RandomState) -> Batch:
         positions = self.pick(rng, self.split.train, self.settings.image_batch)
@@ -133,6 +134,7 @@ class PixelPretraining(Stage):
             samples_per_class=settings.samples_per_class,
             background=None,
             reduction="class",
+            gather=True,
         )
         if shuffle_labels:
             self.crops.labels = shuffled(self.slices.labels, self.seed)
@@ -174,7 +176,7 @@ class Supervised(Stage):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self.segmentation_loss(self.network(batch["images"]), batch["labels"][:, None])
-        self.log("supervised/loss", loss, prog_bar=True)
+        self.log("supervised/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def on_train_start(self) -> None:
@@ -191,7 +193,7 @@ class Supervised(Stage):
         if step // every > last // every or last < step == self.iterations:
             mean = dice_table(self.teacher, self.slices, self.split.val)["all"]["mean"]
             self.curve.append({"iteration": step, "seconds": round(self.seconds, 2), "dice": mean})
-            self.log("validation/dice", mean or 0.0)
+            self.log("validation/dice", mean or 0.0, rank_zero_only=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         head = self.network.get_submodule(HEAD)
@@ -244,8 +246,10 @@ class SemiSupervised(Supervised):
             + settings.embedding_weight * embeddings
         )
         loss = segmentation + ramp_up(self.global_step / (settings.ramp * self.iterations)) * unlabelled
-        self.log_dict({"stage3/segmentation": segmentation, "stage3/sure": sure.mean()}, prog_bar=True)
-        self.log_dict({"stage3/pseudo": pseudo.mean(), "stage3/outputs": outputs, "stage3/embeddings": embeddings})
+        # Means over processes, as the gradient is.
+        self.log_dict({"stage3/segmentation": segmentation, "stage3/sure": sure.mean()}, prog_bar=True, sync_dist=True)
+        terms = {"stage3/pseudo": pseudo.mean(), "stage3/outputs": outputs, "stage3/embeddings": embeddings}
+        self.log_dict(terms, sync_dist=True)
         return loss
 
 

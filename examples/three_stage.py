@@ -6,15 +6,18 @@
 
 Stage 1 pre-trains the encoder with IHPC on unlabelled slices, stage 2 encoder and decoder with region PHPC on the
 labelled ones, stage 3 segments with a mean teacher. `--stage all` also trains supervised baselines at equal iterations
-and at equal seconds and linear heads on frozen bodies. A killed run goes on with --resume.
+and at equal seconds and linear heads on frozen bodies. A killed run goes on with --resume. Several processes share the
+work under `torchrun --nproc-per-node 2 -m examples.three_stage ...`.
 """
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import torch
+from torch.distributed import is_torchelastic_launched
 
 from examples.arms import Arms
 from examples.data.slices import PARTS, DataError, Slices
@@ -39,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
+        if rank() == 0:
+            print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
         return 130
     return 0
 
@@ -63,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the labelled draw, the weights and the batches")
     add("--seeds", type=int, nargs="+", metavar="S", help="several seeds: mean, sd and paired differences")
     add("--device", choices=("cpu", "cuda", "auto"), default="auto")
-    add("--devices", type=int, default=1, help="processes or GPUs, data-parallel")
+    add("--devices", type=int, help="processes or GPUs, data-parallel (default 1, under torchrun all of its processes)")
     add("--final", action="store_true", help="also read the test subjects (do this once, with settings fixed)")
     add("--iterations", type=int, nargs=3, default=defaults.iterations, metavar=("S1", "S2", "S3"))
     add("--checkpoint-every", type=int, default=defaults.checkpoint_every, metavar="STEPS", help="default %(default)s")
@@ -86,6 +90,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--slices-per-subject cannot go with --labelled-slices, which counts all of them")
     if options.volumes:
         options.patch = options.crop = options.patch or [48, 48, 48]
+    started = int(os.environ["WORLD_SIZE"]) if is_torchelastic_launched() else None
+    if options.devices is None:
+        options.devices = started or 1
+    if started not in (None, options.devices):
+        parser.error(f"--devices {options.devices}: torchrun has started {started} processes")
     if min(*options.iterations, options.devices, options.checkpoint_every) < 1:
         parser.error("--iterations, --devices and --checkpoint-every must be at least 1")
     if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
@@ -180,7 +189,8 @@ def open_folder(options: argparse.Namespace, settings: Settings) -> None:
     started = {name: list(value) if isinstance(value, tuple) else value for name, value in started.items()}
     path = options.out / "run.json"
     if not path.is_file():
-        write_json(path, started)
+        if rank() == 0:
+            write_json(path, started)
         return
     before = read_json(path)
     changed = sorted(name for name in before.keys() | started.keys() if before.get(name) != started.get(name))
@@ -201,7 +211,7 @@ def remember_split(folder: Path, ids: dict[str, list[str]]) -> None:
     if path.is_file():
         if read_json(path) != ids:
             raise DataError(f"{path}: the data has changed since this run was started")
-    else:
+    elif rank() == 0:
         write_json(path, ids)
 
 

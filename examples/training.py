@@ -30,7 +30,8 @@ def quiet() -> None:
 
 
 def rank() -> int:
-    """0, or the number of a helper process that Lightning started for --devices: only rank 0 measures and reports."""
+    """0, or the number of a helper process (of torchrun, or of Lightning for --devices): only rank 0 measures, writes
+    and reports."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 

@@ -14,9 +14,11 @@ DistributedDataParallel makes of the parameters' gradients is the gradient of th
 * Without a process group, or alone in it, gather=True changes nothing.
 
 Costs, with W ranks of at most N rows of D channels. A rank receives (W - 1) N D elements of the rows' dtype and
-16 (W - 1) N bytes of labels, and on the way back (W - 1) N D fp32 numbers (float64 for float64). The keys it keeps take
-W N D elements, their gradient three times that for a moment: as computed, in the order of ranks, as received. The host
-waits, for the numbers of rows: the sizes of tensors follow from them. Compiled code is interrupted here.
+16 (W - 1) N bytes of labels, and on the way back (W - 1) N D fp32 numbers (float64 for float64). It keeps its rows and
+all keys, (W + 1) N D elements; fetching the keys takes W N D more for a moment. In backward at most 2 (W + 1) N D fp32
+numbers come to that, the gradients of rows and keys by the two terms of a loss; later 3 W N D in their place, the keys'
+gradient as computed, in the order of ranks, as received. The host waits, for the numbers of rows: the sizes of tensors
+follow from them. Compiled code is interrupted here.
 """
 
 from __future__ import annotations
@@ -46,9 +48,14 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def world_size() -> int:
+    """The number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def has_peers(gather: bool) -> bool:
     """Whether keys are to be gathered and there are other ranks that have some."""
-    return gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return gather and world_size() > 1
 
 
 class Gathered(NamedTuple):
@@ -115,6 +122,13 @@ def gather_values(values: Tensor, padding: float) -> tuple[Tensor, Tensor]:
     everyone = _all_gather(values.detach(), most, padding)
     own = torch.arange(values.numel(), device=values.device) + dist.get_rank() * most
     return _FromAll.apply(values, everyone, None, most), own
+
+
+@_uncompiled
+def gather_vectors(vectors: Tensor) -> Tensor:
+    """Vectors [N, D] of all ranks [M, D], in order of ranks and without gradient; each rank's are followed by zero rows
+    where another has more."""
+    return _all_gather(vectors.detach(), max(1, *(count for (count,) in _numbers(vectors.device, len(vectors)))), 0)
 
 
 @_uncompiled

@@ -18,10 +18,13 @@ import torch.distributed as dist
 from cases import FAST, choice, rows
 from numerics import assert_within_budget
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpcloss
 from hpcloss import distributed
+from hpcloss.compat import lightly, open_clip
 from hpcloss.heads import FeatureTap
 
 SECONDS = 100  # what no check may take: a rank that waits for another one hangs
@@ -141,6 +144,26 @@ def queue(**classes):
     return held.double()
 
 
+def lightly_bank(z, _, gather):
+    return lightly.NTXentLoss(0.3, (7, DIM), gather).double()(z[:, 0], z[:, 1])
+
+
+def clip(local_loss, gather_with_grad):
+    def loss(z, _, gather):
+        ranks = distributed.world_size() if gather else 1
+        return open_clip.ClipLoss(local_loss, gather_with_grad, world_size=ranks)(z[:, 0], z[:, 1], 3.0)
+
+    return loss
+
+
+COMPAT = {
+    "compat lightly": Case((2,), lambda z, _, gather: lightly.NTXentLoss(0.3, 0, gather)(z[:, 0], z[:, 1])),
+    "compat lightly bank": Case((2,), lightly_bank),
+    **{
+        f"compat open_clip {modes}": Case((2,), clip(*modes))
+        for modes in ((False, False), (False, True), (True, False), (True, True))
+    },
+}
 MAP = (6, 5)
 SMALL = {"region_size": 4, "temperature": 0.3}
 CASES = {
@@ -182,12 +205,13 @@ CASES = {
         ),
         per_image=MAP,
     ),
+    **COMPAT,
 }  # fmt: skip
 
 # Every loss, every reduction, and what takes another way with keys of other ranks.
 OPTIONS = [
     *((name, {}) for name in CASES),
-    *((name, {"reduction": "sum"}) for name in CASES if name != "multiscale_contrast"),
+    *((name, {"reduction": "sum"}) for name in CASES if name not in ("multiscale_contrast", *COMPAT)),
     *(
         (name, {"reduction": "class"})
         for name in ("region_phpc", "supcon", "supcon keys", "pixel_contrast", "local_contrast",
@@ -504,6 +528,22 @@ def test_memory_bank(worlds):
     worlds(2).run(check_bank)
 
 
+def check_lightly_bank():
+    """What is written into the banks of all ranks is what one process writes into that of the whole batch."""
+    bank, gathering = (lightly.NTXentLoss(0.3, (7, DIM), gather).double() for gather in (False, True))
+    gathering.load_state_dict(bank.state_dict())
+    mine = [slice(0, 3), slice(3, 5)][dist.get_rank()]
+    for step in range(3):
+        x, y = rows(5, DIM, seed=step).requires_grad_(), rows(5, DIM, seed=10 + step)
+        assert abs(gathering(x[mine], y[mine]) / bank(x, y) - 1) < VALUE
+        for name, buffer in gathering.state_dict().items():
+            assert torch.equal(buffer, bank.state_dict()[name]), name
+
+
+def test_bank_of_lightly(worlds):
+    worlds(2).run(check_lightly_bank)
+
+
 def check_modules():
     x, labels = batch("region_phpc", 5)
     mine = [slice(0, 3), slice(3, 5)][dist.get_rank()]
@@ -641,6 +681,49 @@ def check_traffic(images):
 def test_traffic_grows_with_the_number_of_other_ranks(worlds, size):
     worlds(size).run(check_traffic, 2)
     worlds(size).run(check_traffic, 4)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that operators have returned and that something still holds. What an operator or the
+    communication library takes and gives back inside is not seen; nor is what there was before."""
+
+    def __init__(self, *before):
+        super().__init__()
+        self.before, self.storages, self.most = {x.untyped_storage()._cdata for x in before}, {}, 0
+
+    def bytes(self):
+        self.storages = {at: found for at, found in self.storages.items() if not found[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.before:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, self.bytes())
+        return found
+
+
+def check_memory(images):
+    """Of N rows of D numbers: rows and keys are kept, (W + 1) N D; in backward two terms' gradients of both come to
+    them, 3 (W + 1) N D. What is more has a few numbers a row: plan, labels, statistics."""
+    world, pixels, dim = dist.get_world_size(), images * 64, 64
+    z = rows(images, dim, 8, 8, seed=dist.get_rank(), dtype=torch.float32).requires_grad_()
+    labels = choice([0, 1, 2], images, 8, 8)
+    with Alive(z, labels) as alive:
+        loss = hpcloss.region_phpc_loss(z, labels, 4, gather=True)
+        kept = alive.bytes()
+        loss.backward()
+    rows_and_keys, rest = 4 * (world + 1) * pixels * dim, (8 * world + 40) * pixels + 2000
+    assert rows_and_keys <= kept <= rows_and_keys + rest
+    assert 3 * rows_and_keys <= alive.most <= 3 * rows_and_keys + rest
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_memory_grows_with_the_number_of_ranks(worlds, size):
+    worlds(size).run(check_memory, 2)
+    worlds(size).run(check_memory, 4)
 
 
 # ---- alone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hpcloss.distributed import world_size as ranks
 from hpcloss.functional.supcon import infonce_loss
 from hpcloss.ops import statistics_dtype
 
@@ -12,8 +13,8 @@ from hpcloss.ops import statistics_dtype
 class ClipLoss(nn.Module):
     """Radford et al., "Learning transferable visual models from natural language supervision" (2021), fig. 3.
 
-    Args: open_clip's; NotImplementedError where world_size is not 1. The other four say how keys of other processes are
-    gathered and have no effect without them.
+    Args: open_clip's. world_size other than 1: images and texts of every process, with exact gradients under
+    DistributedDataParallel, whatever the other four say; ValueError in a call where there are not as many processes.
     """
 
     def __init__(
@@ -25,11 +26,6 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
     ):
         super().__init__()
-        if world_size != 1:
-            raise NotImplementedError(
-                f"world_size={world_size}: keys are not gathered here;"
-                " use hpcloss.InfoNCELoss(symmetric=True, gather=True)"
-            )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -51,7 +47,11 @@ class ClipLoss(nn.Module):
         """
         dtype, device = statistics_dtype(image_features.dtype), image_features.device
         scale = torch.as_tensor(logit_scale, dtype=dtype, device=device)
-        loss = infonce_loss(image_features, text_features, None, 1 / scale, symmetric=True, normalize=False)
+        if self.world_size not in (1, ranks()):
+            raise ValueError(f"world_size={self.world_size}, but the default process group has {ranks()} processes")
+        loss = infonce_loss(
+            image_features, text_features, None, 1 / scale, symmetric=True, normalize=False, gather=self.world_size > 1
+        )
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.to(loss).sum()
         return {"contrastive_loss": loss} if output_dict else loss
