@@ -18,8 +18,8 @@ demo: $(VENV)/installed
 
 # The second run is that of the GPU kernels, on the CPU in Triton's interpreter.
 test: $(VENV)/installed
-	$(PYTEST) tests -n 2 --timeout 240
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2 --timeout 240
+	$(PYTEST) tests -n 2 --timeout 400
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2 --timeout 400
 
 # Also every shipped tile shape on every GPU target, and every planted kernel mutation.
 test-all: test
@@ -36,7 +36,7 @@ wheel: $(VENV)/installed
 	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check --no-index --find-links dist hpcloss
 	$(WHEEL)/bin/python $(INSTALL) pytest pytest-timeout pytest-xdist hypothesis numpy
 	$(WHEEL)/bin/python -I -c "import hpcloss; print(hpcloss.__file__); print(hpcloss.info())"
-	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest --override-ini pythonpath= --timeout 240 -n 2 $(OF_THE_WHEEL)
+	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest --override-ini pythonpath= --timeout 400 -n 2 $(OF_THE_WHEEL)
 
 # 10,000 random configurations of every loss, hostile values, long runs, threads, workers, kills.
 stress: $(VENV)/installed

@@ -28,6 +28,7 @@ from hpcloss.compat import lightly, open_clip
 from hpcloss.heads import FeatureTap
 
 SECONDS = 100  # what no check may take: a rank that waits for another one hangs
+START = 200  # and what the first may, before which the processes start: on a busy machine, eight of them
 CHANNELS, DIM = 5, 4
 VALUE, GRADIENT = 1e-12, 1e-9  # of themselves
 SHARDS = {2: [(3, 2), (0, 4)], 4: [(1, 2, 1, 2), (2, 0, 3, 0)]}
@@ -40,7 +41,7 @@ class World:
     """Processes in one group that run functions of this file."""
 
     def __init__(self, size, folder):
-        self.size, context = size, multiprocessing.get_context("forkserver")
+        self.size, self.seconds, context = size, START, multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "hpcloss"])
         self.ends, theirs = zip(*(context.Pipe() for _ in range(size)))
         self.ranks = [
@@ -55,10 +56,11 @@ class World:
             end.send((check.__name__, args, options))
         failures = []
         for number, end in enumerate(self.ends):
-            if not end.poll(SECONDS):
+            if not end.poll(self.seconds):
                 self.stop()
                 pytest.fail(f"rank {number} of {self.size} hangs in {check.__name__}{args}", pytrace=False)
             failures += [f"rank {number} of {self.size}:\n{text}" for text in end.recv()]
+        self.seconds = SECONDS
         if failures:
             self.stop()  # the others may still be waiting for it
             pytest.fail("\n".join(failures), pytrace=False)
@@ -74,7 +76,7 @@ def serve(end, rank, size, store):
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # as in conftest.py
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    timeout = datetime.timedelta(seconds=SECONDS)
+    timeout = datetime.timedelta(seconds=START)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     while True:
         try:
