@@ -411,3 +411,25 @@ def check_label_values(labels: Tensor, ignored: tuple[int, ...], num_classes: in
     if bool(outside.any()):
         value = labels[outside][0].item()
         raise ValueError(f"labels must be in [0, {num_classes}) or one of ignore_index {ignored}, got {value}")
+
+
+def check_used(order: Tensor | None = None, live: Tensor | None = None, **inputs: Tensor | float | None) -> None:
+    """Raise ValueError for inf and NaN in what a loss reads of its inputs. Waits for the device, ends a compiled graph.
+
+    inputs: [B, D, *S] or [N, D], of which the first `live` pixels or rows of `order` are read, by default all; without
+    `order` any tensor.
+    """
+    for name, values in inputs.items():
+        if not isinstance(values, Tensor):
+            continue
+        broken = ~plain(values).detach().isfinite()
+        if order is not None:
+            used = torch.zeros(values.shape[0], 1, *values.shape[2:], dtype=torch.bool, device=values.device)
+            used.view(-1)[order[: None if live is None else int(live)].long()] = True
+            broken &= used
+        if bool(broken.any()):
+            first = tuple(broken.nonzero()[0].tolist())
+            raise ValueError(
+                f"{name} must be finite, got {int(broken.sum())} values that take part and are not, the first of them"
+                f" {plain(values)[first].item()} at {first}"
+            )

@@ -98,6 +98,7 @@ ELSEWHERE = {
     "learnable",
     "memory_bank",
     "gather",
+    "check_finite",
 }
 
 

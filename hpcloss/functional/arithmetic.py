@@ -25,14 +25,25 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
 
 
 def reduce(
-    loss: Tensor, counted: Tensor, reduction: str, group: Tensor | None = None, *, gather: bool = False
+    loss: Tensor,
+    counted: Tensor,
+    reduction: str,
+    order: Tensor | None = None,
+    labels: Tensor | None = None,
+    regions: Tensor | None = None,
+    *,
+    gather: bool = False,
 ) -> Tensor:
     """Weighted sum of the losses [N] of counted anchors; weights come from integer counts: deterministic.
 
-    group [N]: where the reduction is a mean of the means of groups. gather: over the anchors of all ranks.
+    order [N]: the place of each anchor among `labels` of any shape, in which "none" returns the losses, or without
+    labels among N; by default its own. Where the reduction is a mean of means: of those of the classes in `labels`, or
+    of `regions` [N]. gather: over the anchors of all ranks.
     """
+    places = loss if labels is None else labels
     if reduction == "none":
-        return loss
+        return loss if order is None else loss.new_zeros(places.numel()).index_add(0, order, loss).view(places.shape)
+    group = places.reshape(-1)[order] if reduction == "class" else regions
     if group is not None and gather:
         everyone = gather_labels(group, counted)
         weight = group_weight(everyone.labels, everyone.regions == 1)[everyone.own]

@@ -14,6 +14,7 @@ from hpcloss.checks import (
     check_classes_and_ignored,
     check_entropy_options,
     check_probs,
+    check_used,
     count,
     integers,
     labels_of_map,
@@ -43,6 +44,7 @@ def entropy_guided_contrast_loss(
     ignore_index: int | Sequence[int] = IGNORED,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of high-entropy pixels with low-entropy ones; equations and arguments in `EntropyGuidedContrastLoss`."""
@@ -60,18 +62,21 @@ def entropy_guided_contrast_loss(
     high = _has_high_entropy(probs.detach(), ~is_ignored(labels, ignored, num_classes), threshold)
     # Sorted by (entropy, class): the low-entropy pixels are the first C segments, the others the last C.
     order, offsets, _ = class_sort(flat, high.long(), 2, ignore_index=ignored, num_classes=num_classes)
+    if check_finite:
+        check_used(order, offsets[-1:], probs=probs)
     if samples_per_class is not None and flat.numel():
         most = min(count("samples_per_class", samples_per_class), flat.numel())
         order, offsets = sample(order, offsets, most, num_pixels=flat.numel())
+    if check_finite:
+        check_used(temperature=temperature)
+        check_used(order, offsets[-1:], features=features)
     rows = pack(features, order, offsets[-1:], normalize=True, permutation=samples_per_class is None, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, True)
     recipe = Contrast(rows, denominator, 0.0, 0.0, scale, bound, True, backend)
 
     def reduced(pairs: Pairs, keys: Rows | None) -> Tensor:
         loss, counted = recipe(pairs, keys)
-        if reduction == "none":
-            return loss.new_zeros(flat.numel()).index_add(0, order, loss).view(labels.shape)
-        return reduce(loss, counted, reduction, flat[order] if reduction == "class" else None, gather=gather)
+        return reduce(loss, counted, reduction, order, labels, gather=gather)
 
     # Views, as compilers want no tensor twice among the arguments of a primitive.
     keys = rows.detach() if detach_keys else Rows(rows.data.view_as(rows.data), rows.companion.view_as(rows.companion))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpcloss.checks import check_vector_options, check_vectors, labels_of_vectors
+from hpcloss.checks import check_used, check_vector_options, check_vectors, labels_of_vectors
 from hpcloss.distributed import has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, merge, reduce, softmax, softplus, sum_of
 from hpcloss.functional.supcon import images, two_views
@@ -30,6 +30,7 @@ def ihpc_loss(
     normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Image-level hard-positive contrast of two views; equations and arguments in `IHPCLoss`.
@@ -40,6 +41,8 @@ def ihpc_loss(
     """
     check_vector_options(temperature, reduction, hardness=hardness, beta=beta)
     check_vectors("view1", view1)
+    if check_finite:
+        check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
     owner = images(view1, gather) if groups is None else labels_of_vectors("groups", view1, groups)
     rows, keys, by_group, own, backend = two_views(view1, view2, owner, normalize, backend, gather)
@@ -54,6 +57,8 @@ def ihpc_loss(
             bank_groups = torch.where(bank_groups == UNFILLED, UNFILLED, NO_GROUP)
         # Anchors in the order of `rows`: both partitions sort the same groups stably.
         bank_pairs, bank_order = partition_against(owner.repeat(2), bank_groups, ignore_index=(UNFILLED,))
+        if check_finite:
+            check_used(bank_order, bank_pairs.key_end, bank=bank)
         bank_rows = pack(bank.detach(), bank_order, bank_pairs.key_end, normalize=normalize, backend=backend)
         old = pair_lse(rows, bank_pairs, "negatives", scale, keys=bank_rows, scale_bound=bound, backend=backend)
         negative = merge(negative, old)
@@ -66,6 +71,4 @@ def ihpc_loss(
         exponent = -hardness * positive.detach() / scale.detach()
         loss = loss * (softmax(exponent, counted, gather) * sum_of(counted, gather))
     loss = torch.where(counted, loss, 0.0)
-    if reduction == "none":
-        return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
-    return reduce(loss, counted, reduction, gather=gather)
+    return reduce(loss, counted, reduction, own.order, gather=gather)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends import resolve
-from hpcloss.checks import IGNORED, check_local_options, count, integers, labels_of_map, labels_of_vectors
+from hpcloss.checks import (
+    IGNORED,
+    check_local_options,
+    check_used,
+    count,
+    integers,
+    labels_of_map,
+    labels_of_vectors,
+)
 from hpcloss.distributed import has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce
 from hpcloss.functional.contrast import Contrast
@@ -32,6 +40,7 @@ def local_contrast_loss(
     ignore_index: int | Sequence[int] = IGNORED,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of pixels with class means of their image and its partner; see `LocalContrastLoss`."""
@@ -48,6 +57,9 @@ def local_contrast_loss(
     away = integers("ignore_index", ignore_index) + (() if background is None else integers("background", background))
     grid = Grid(labels.shape[0], spatial, region_shape(None, spatial), per_image=True)
     order, offsets, _ = class_sort(flat, grid, ignore_index=away, num_classes=num_classes)
+    if check_finite:
+        check_used(temperature=temperature)
+        check_used(order, offsets[-1:], features=features)
     pixels = pack(features, order, offsets[-1:], normalize=False, permutation=True, backend=backend)
     means = segment_mean(pixels, offsets, backend=backend).view(-1, num_classes, features.shape[1])
     present = (offsets.diff() > 0).view(-1, num_classes)
@@ -61,9 +73,7 @@ def local_contrast_loss(
     pairs = from_offsets_against(order, offsets, key_offsets, num_classes)
     scale, bound = inverse_temperature(temperature, rows, True)
     loss, counted = Contrast(rows, "all", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
-    if reduction == "none":
-        return loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
-    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None, gather=gather)
+    return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
 def _keys(means: Tensor, present: Tensor, partner: Tensor | None, backend: str) -> tuple[Rows, Tensor]:

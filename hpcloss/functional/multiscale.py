@@ -13,6 +13,7 @@ from hpcloss.checks import (
     check_multiscale_options,
     check_same_maps,
     check_sizes,
+    check_used,
     count,
     integers,
     labels_of_map,
@@ -25,6 +26,7 @@ from hpcloss.partition import Pairs, class_sort, from_offsets, from_offsets_agai
 from hpcloss.regions import Grid
 from hpcloss.sampling import sample
 from hpcloss.segments import segment_mean
+from hpcloss.sorting import is_ignored
 
 
 def multiscale_contrast_loss(
@@ -41,6 +43,7 @@ def multiscale_contrast_loss(
     samples_per_class: int | None = 64,
     ignore_index: int | Sequence[int] = IGNORED,
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Patch-level and pixel-level contrast of two branches; equations and arguments in `MultiscaleContrastLoss`."""
@@ -59,6 +62,10 @@ def multiscale_contrast_loss(
         classes, pixels = count("num_classes", num_classes), labels_of_map(features1, labels)
     ignored = integers("ignore_index", ignore_index) if labels is not None else ()
     backend, gather = resolve(backend, features1), has_peers(gather)
+    if check_finite:
+        check_used(temperature=temperature)
+        used = (~is_ignored(pixels, ignored, classes)).reshape(-1).nonzero().view(-1)
+        check_used(used, features1=features1, features2=features2)
     features, pixels = torch.cat([features1, features2]), torch.cat([pixels, pixels])
 
     def contrast(rows: Rows, pairs: Pairs, keys: Rows | None = None, labels: Tensor | None = None) -> Tensor:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends import resolve
-from hpcloss.checks import IGNORED, check_label_values, check_pixel_options, count, integers, labels_of_map
+from hpcloss.checks import (
+    IGNORED,
+    check_label_values,
+    check_pixel_options,
+    check_used,
+    count,
+    integers,
+    labels_of_map,
+)
 from hpcloss.distributed import gather_keys, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, merge, reduce
 from hpcloss.memory import EmbeddingQueue
@@ -34,6 +42,7 @@ def pixel_contrast_loss(
     reduction: str = "mean",
     gather: bool = False,
     check_labels: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of sampled pixels of the whole batch; equation and arguments in `PixelContrastLoss`."""
@@ -50,6 +59,9 @@ def pixel_contrast_loss(
     backend, gather = resolve(backend, features), has_peers(gather)
     flat = labels.reshape(-1)
     pairs = _plan(labels, wrong, num_classes, samples_per_class, background, ignored)
+    if check_finite:
+        check_used(temperature=temperature)
+        check_used(pairs.order, pairs.live(), features=features)
     whole = samples_per_class is None
     rows = pack(features, pairs.order, pairs.live(), normalize=normalize, permutation=whole, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, normalize)
@@ -63,6 +75,8 @@ def pixel_contrast_loss(
     else:
         _check_queue(queue, features, num_classes)
         bank = queue.bank(pairs, flat[pairs.order], rows.data.dtype, ignored)
+        if check_finite:
+            check_used((bank.log_bias == 0).nonzero().view(-1), queue=bank.keys.data)
         old = pair_lse(
             rows, bank.pairs, "negatives", scale, keys=bank.keys, bias=bank.log_bias, scale_bound=bound, backend=backend
         )
@@ -75,9 +89,7 @@ def pixel_contrast_loss(
         loss = queue.guard((1 - share) * loss + share * mean_of_old)
         positives, negatives = positives + bank.positives, negatives + bank.negatives
     counted = torch.minimum(positives, negatives) > 0  # others are 0: no mean, or log(1 + 0)
-    if reduction == "none":
-        return loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
-    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None, gather=gather)
+    return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
 def _plan(

@@ -15,6 +15,7 @@ from hpcloss.checks import (
     check_assignment_options,
     check_classes_and_ignored,
     check_prototype_options,
+    check_used,
     check_vectors,
     integers,
     labels_of_map,
@@ -41,6 +42,7 @@ def prototype_contrast_loss(
     ignore_index: int | Sequence[int] = VECTORS_IGNORED,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of prototypes, uncertain ones weighing more; equation and arguments in `PrototypeContrastLoss`."""
@@ -51,6 +53,9 @@ def prototype_contrast_loss(
         raise ValueError(f"probs must have shape [{prototypes.shape[0]}, C], got {tuple(probs.shape)}")
     backend, gather = resolve(backend, prototypes), has_peers(gather)
     pairs = partition(labels, ignore_index=integers("ignore_index", ignore_index))
+    if check_finite:
+        check_used(temperature=temperature)
+        check_used(pairs.order, pairs.live(), prototypes=prototypes)
     rows = pack(prototypes, pairs.order, pairs.live(), normalize=True, permutation=True, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, True)
     if hardness is None:
@@ -60,11 +65,11 @@ def prototype_contrast_loss(
         pairs, keys = gather_keys(rows, pairs, labels[pairs.order])
     loss, counted = Contrast(rows, "own", hardness, 0.0, scale, bound, detach_weights, backend)(pairs, keys)
     if probs is not None:
+        if check_finite:
+            check_used(pairs.order[counted], probs=probs)
         entropy = _entropy(plain(probs).index_select(0, pairs.order).to(loss.dtype), counted)
         loss = loss * softmax(entropy, counted, gather) * sum_of(counted, gather)
-    if reduction == "none":
-        return loss.new_zeros(loss.numel()).index_add(0, pairs.order, loss)
-    return reduce(loss, counted, reduction, gather=gather)
+    return reduce(loss, counted, reduction, pairs.order, gather=gather)
 
 
 def _entropy(probs: Tensor, counted: Tensor) -> Tensor:
@@ -85,6 +90,7 @@ def prototype_assignment_loss(
     ignore_index: int | Sequence[int] = IGNORED,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Classification by prototypes, balanced within a class; equation, arguments in `PrototypeAssignmentLoss`."""
@@ -103,6 +109,9 @@ def prototype_assignment_loss(
     num_classes, flat, ignored = prototypes.shape[0], labels.reshape(-1), integers("ignore_index", ignore_index)
     check_classes_and_ignored(num_classes, ignored)
     order, offsets, _ = class_sort(flat, ignore_index=ignored, num_classes=num_classes)
+    if check_finite:
+        check_used(temperature=temperature, prototypes=prototypes)
+        check_used(order, offsets[-1:], features=features, teacher_features=teacher)
     rows = pack(features, order, offsets[-1:], normalize=True, permutation=True, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, True)
 
@@ -129,6 +138,4 @@ def prototype_assignment_loss(
     mean, _ = pair_mean(rows, to_target, "logit", scale, keys=targets, backend=backend)
     counted = pairs.counts()[0] > 0
     loss = torch.where(counted, torch.where(counted, every, 0.0) - mean, 0.0)
-    if reduction == "none":
-        return loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
-    return reduce(loss, counted, reduction, flat[pairs.order] if reduction == "class" else None, gather=gather)
+    return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends import resolve
-from hpcloss.checks import IGNORED, check_label_values, check_region_options, count, integers, labels_of_map
+from hpcloss.checks import (
+    IGNORED,
+    check_label_values,
+    check_region_options,
+    check_used,
+    count,
+    integers,
+    labels_of_map,
+)
 from hpcloss.distributed import agree, distinct, gather_keys, gather_labels, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce, sum_of
 from hpcloss.functional.contrast import Contrast
@@ -42,6 +50,7 @@ def region_phpc_loss(
     reduction: str = "mean",
     gather: bool = False,
     check_labels: bool = False,
+    check_finite: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -68,6 +77,9 @@ def region_phpc_loss(
     pairs, region_ids, outside = _plan(
         labels, size, num_classes, samples_per_class, max_regions, background, ignored, per_image, pooled
     )
+    if check_finite:
+        check_used(temperature=temperature)
+        check_used(pairs.order, pairs.live(), features=features)
     whole = samples_per_class is None and pairs.order.numel() == flat.numel()
     rows = pack(features, pairs.order, pairs.live(), normalize=normalize, permutation=whole, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, normalize)
@@ -81,15 +93,10 @@ def region_phpc_loss(
             recipe, pairs, features, flat, region_ids, size, local, per_image, background, normalize, pooled
         )
 
-    if reduction == "none":
-        result = loss.new_zeros(flat.numel()).index_add(0, pairs.order, loss).view(labels.shape)
-    else:
-        group = None
-        if reduction == "class":
-            group = flat[pairs.order]
-        elif reduction == "region":
-            group = distinct(pairs.region()) if gather and per_image else pairs.region()
-        result = reduce(loss, counted, reduction, group, gather=gather)
+    regions = None
+    if reduction == "region":
+        regions = distinct(pairs.region()) if gather and per_image else pairs.region()
+    result = reduce(loss, counted, reduction, pairs.order, labels, regions, gather=gather)
     if not return_stats:
         return result
     return result, _stats(recipe, pairs, keys, counted, outside, gather)
@@ -111,6 +118,7 @@ def region_supcon_loss(
     reduction: str = "mean",
     gather: bool = False,
     check_labels: bool = False,
+    check_finite: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -119,7 +127,7 @@ def region_supcon_loss(
         features, labels, region_size, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class,
         max_regions=max_regions, denominator="all", background=background, ignore_index=ignore_index,
         per_image=per_image, normalize=normalize, reduction=reduction, gather=gather, check_labels=check_labels,
-        return_stats=return_stats, backend=backend,
+        check_finite=check_finite, return_stats=return_stats, backend=backend,
     )  # fmt: skip
 
 

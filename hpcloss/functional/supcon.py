@@ -12,6 +12,7 @@ from hpcloss.backends import resolve
 from hpcloss.checks import (
     VECTORS_IGNORED,
     check_hard_negatives,
+    check_used,
     check_vector_options,
     check_vectors,
     integers,
@@ -36,6 +37,7 @@ def supcon_loss(
     normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Supervised contrast of vectors; equations and arguments in `SupConLoss`."""
@@ -52,6 +54,8 @@ def supcon_loss(
     if keys is not None and key_labels is not None:
         key_labels = labels_of_vectors("key_labels", keys, key_labels)
         pairs, key_order = partition_against(labels, key_labels, ignore_index=ignored)
+        if check_finite:
+            check_used(key_order, pairs.key_end, keys=keys)
         key_rows = pack(keys, key_order, pairs.key_end, normalize=normalize, backend=backend)
         if gather:
             alive = torch.arange(key_order.numel(), device=labels.device) < pairs.key_end
@@ -60,6 +64,9 @@ def supcon_loss(
             key_rows = everyone.keys(key_rows, key_order)
     else:
         pairs = partition(labels, ignore_index=ignored)
+    if check_finite:
+        check_used(temperature=temperature)
+        check_used(pairs.order, pairs.live(), embeddings=embeddings)
     rows = pack(embeddings, pairs.order, pairs.live(), normalize=normalize, backend=backend)
     if gather and keys is None:
         pairs, key_rows = gather_keys(rows, pairs, labels[pairs.order])
@@ -74,9 +81,7 @@ def supcon_loss(
         # Not -inf minus -inf where there is no positive: that would be NaN in the gradient.
         loss = lse - torch.where(counted, own, 0.0) + positives.clamp(min=1).to(lse.dtype).log()
     loss = torch.where(counted, loss, 0.0)
-    if reduction == "none":
-        return loss.new_zeros(labels.numel()).index_add(0, pairs.order, loss)
-    return reduce(loss, counted, reduction, labels[pairs.order] if reduction == "class" else None, gather=gather)
+    return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
 def ntxent_loss(
@@ -87,19 +92,20 @@ def ntxent_loss(
     normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of two views; equation and arguments in `NTXentLoss`."""
     check_vector_options(temperature, reduction)
     check_vectors("view1", view1)
+    if check_finite:
+        check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
     rows, keys, by_image, own, backend = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
     scale, bound = inverse_temperature(temperature, rows, normalize)
     lse = pair_lse(rows, own, "others", scale, keys=keys, scale_bound=bound, backend=backend)
     loss = lse - pair_mean(rows, own, "logit", scale, keys=keys, backend=backend)[0]
-    if reduction == "none":
-        return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
-    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, gather=gather)
+    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, own.order, gather=gather)
 
 
 def infonce_loss(
@@ -112,6 +118,7 @@ def infonce_loss(
     normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of each query with its positive key; equations and arguments in `InfoNCELoss`."""
@@ -120,6 +127,8 @@ def infonce_loss(
     check_vector_options(temperature, reduction)
     check_vectors("query", query)
     check_vectors("positive", positive, like=query, same_length=True)
+    if check_finite:
+        check_used(temperature=temperature, query=query, positive=positive, negatives=negatives)
     backend, gather = resolve(backend, query), has_peers(gather)
     pairs = one_to_one(query.shape[0], query.device)
     rows = pack(query, pairs.order, normalize=normalize, backend=backend)
@@ -161,12 +170,15 @@ def hard_negative_nce_loss(
     normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of two views with hard negatives; equation and arguments in `HardNegativeNCELoss`."""
     check_vector_options(temperature, reduction)
     check_hard_negatives(beta, tau_plus)
     check_vectors("view1", view1)
+    if check_finite:
+        check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
     rows, keys, by_image, own, backend = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
     scale, bound = inverse_temperature(temperature, rows, normalize)
@@ -189,9 +201,7 @@ def hard_negative_nce_loss(
         lowest = log_count - scale
         negative = torch.where(some_left, torch.maximum(left, lowest), lowest)
     loss = torch.where(counted, softplus(negative - positive), 0.0)
-    if reduction == "none":
-        return loss.new_zeros(loss.numel()).index_add(0, own.order, loss)
-    return reduce(loss, counted, reduction, gather=gather)
+    return reduce(loss, counted, reduction, own.order, gather=gather)
 
 
 def images(views: Tensor, gather: bool) -> Tensor:

@@ -38,6 +38,7 @@ class EntropyGuidedContrastLoss(Loss):
         reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 where
             not counted).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and (except for "all") a
@@ -58,12 +59,13 @@ class EntropyGuidedContrastLoss(Loss):
         ignore_index: int | Sequence[int] = IGNORED,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
             symmetric=symmetric, detach_keys=detach_keys, samples_per_class=samples_per_class,
-            ignore_index=ignore_index, reduction=reduction, gather=gather, backend=backend,
+            ignore_index=ignore_index, reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
         check_entropy_options(
             temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,

@@ -28,10 +28,12 @@ class IHPCLoss(Loss):
         hardness: 0 weighs all images alike; larger weighs images with dissimilar views more.
         memory_bank: (rows, D) of a queue of past `view2` embeddings that serve as further negatives without gradient;
             kept in `state_dict`. None: the batch alone. Each process of a distributed run keeps its own: exclude the
-            loss from what is wrapped, or pass broadcast_buffers=False.
+            loss from what is wrapped, or pass broadcast_buffers=False. A call writes it: put the network inside an
+            activation checkpoint, not the loss, which would meet its own rows when it is computed again.
         normalize: L2-normalise the rows.
         reduction: "mean", "sum" or "none" ([2N], view1 first; the mean of them is the loss).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
     """
 
@@ -49,6 +51,7 @@ class IHPCLoss(Loss):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
@@ -58,6 +61,7 @@ class IHPCLoss(Loss):
             normalize=normalize,
             reduction=reduction,
             gather=gather,
+            check_finite=check_finite,
             backend=backend,
         )
         check_vector_options(temperature, reduction, hardness=hardness)

@@ -32,6 +32,7 @@ class LocalContrastLoss(Loss):
         ignore_index: label or labels of pixels that take no part.
         reduction: "mean" over anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 elsewhere).
         gather: reduce over the anchors of every rank of a distributed run; see `hpcloss.distributed`.
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
     Every anchor counts, its own class mean being positive; the only class of an image without partner has loss 0. No
@@ -49,11 +50,13 @@ class LocalContrastLoss(Loss):
         ignore_index: int | Sequence[int] = IGNORED,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, num_classes=num_classes, samples_per_class=samples_per_class,
-            background=background, ignore_index=ignore_index, reduction=reduction, gather=gather, backend=backend,
+            background=background, ignore_index=ignore_index, reduction=reduction, gather=gather,
+            check_finite=check_finite, backend=backend,
         )  # fmt: skip
         check_local_options(
             temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,

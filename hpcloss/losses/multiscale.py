@@ -35,6 +35,7 @@ class MultiscaleContrastLoss(Loss):
         samples_per_class: draw at most this many pixels per class for the pixel level; None: all.
         ignore_index: label or labels of pixels that take no part, in patches neither.
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and a negative. No counted
@@ -54,12 +55,13 @@ class MultiscaleContrastLoss(Loss):
         samples_per_class: int | None = 64,
         ignore_index: int | Sequence[int] = IGNORED,
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             patch_size=patch_size, temperature=temperature, patch_positives=patch_positives, patch_weight=patch_weight,
             pixel_weight=pixel_weight, num_classes=num_classes, samples_per_class=samples_per_class,
-            ignore_index=ignore_index, gather=gather, backend=backend,
+            ignore_index=ignore_index, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
         check_multiscale_options(
             patch_size, temperature, patch_positives=patch_positives, patch_weight=patch_weight,

@@ -41,6 +41,7 @@ class PixelContrastLoss(Loss):
             not drawn or not counted).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_labels: raise for labels outside [0, num_classes) that are not ignored (waits for the device).
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
     An anchor counts if it has a positive and a negative. No counted anchor: 0, joined to the graph. Raises ValueError
@@ -60,12 +61,13 @@ class PixelContrastLoss(Loss):
         reduction: str = "mean",
         gather: bool = False,
         check_labels: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, num_classes=num_classes, samples_per_class=samples_per_class,
             background=background, ignore_index=ignore_index, normalize=normalize, reduction=reduction,
-            gather=gather, check_labels=check_labels, backend=backend,
+            gather=gather, check_labels=check_labels, check_finite=check_finite, backend=backend,
         )  # fmt: skip
         check_pixel_options(
             temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,

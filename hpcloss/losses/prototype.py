@@ -32,6 +32,7 @@ class PrototypeContrastLoss(Loss):
         ignore_index: label or labels of rows that take no part, such as prototypes without pixels.
         reduction: "mean" (above), "sum" (times the number of counted prototypes n) or "none" ([M]: n u_i L_i).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
     A prototype counts if it has a positive and a negative. None counted: 0, joined to the graph. Raises ValueError for
@@ -48,11 +49,12 @@ class PrototypeContrastLoss(Loss):
         ignore_index: int | Sequence[int] = VECTORS_IGNORED,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, hardness=hardness, detach_weights=detach_weights, ignore_index=ignore_index,
-            reduction=reduction, gather=gather, backend=backend,
+            reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
         check_prototype_options(temperature, hardness, reduction)
 
@@ -81,6 +83,7 @@ class PrototypeAssignmentLoss(Loss):
         ignore_index: label or labels of pixels that take no part; nor do those outside [0, C).
         reduction: "mean" over counted pixels, "class" (mean of class means), "sum", or "none" (a map [B, *S]).
         gather: reduce over the pixels of every rank of a distributed run, each of which balances the assignment of its
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
             own; see `hpcloss.distributed`.
         backend: "auto", "blockwise" or "triton".
 
@@ -99,11 +102,12 @@ class PrototypeAssignmentLoss(Loss):
         ignore_index: int | Sequence[int] = IGNORED,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, iterations=iterations, epsilon=epsilon, ignore_index=ignore_index,
-            reduction=reduction, gather=gather, backend=backend,
+            reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
         check_assignment_options(temperature, iterations, epsilon, reduction)
 

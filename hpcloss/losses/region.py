@@ -45,6 +45,7 @@ class RegionPHPCLoss(Loss):
             papers), "sum", or "none" (a map [B, *S], 0 where not counted).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_labels: raise for labels outside [0, num_classes) that are not ignored (waits for the device).
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
     An anchor counts if its region holds a positive and (except for "all") a negative. No counted anchor: 0, joined to
@@ -73,6 +74,7 @@ class RegionPHPCLoss(Loss):
         reduction: str = "mean",
         gather: bool = False,
         check_labels: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
@@ -80,12 +82,12 @@ class RegionPHPCLoss(Loss):
             samples_per_class=samples_per_class, max_regions=max_regions, local_size=local_size,
             denominator=denominator, discount=0.0, background=background, ignore_index=ignore_index,
             per_image=per_image, detach_weights=detach_weights, normalize=normalize, reduction=reduction,
-            gather=gather, check_labels=check_labels, backend=backend,
+            gather=gather, check_labels=check_labels, check_finite=check_finite, backend=backend,
         )  # fmt: skip
         self._check()
 
     def _check(self) -> None:
-        unchecked = ("per_image", "detach_weights", "normalize", "gather", "check_labels", "backend")
+        unchecked = ("per_image", "detach_weights", "normalize", "gather", "check_labels", "check_finite", "backend")
         check_region_options(**{name: value for name, value in self.options.items() if name not in unchecked})
 
     @classmethod
@@ -142,13 +144,14 @@ class RegionSupConLoss(Loss):
         reduction: str = "mean",
         gather: bool = False,
         check_labels: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             region_size=region_size, temperature=temperature, num_classes=num_classes,
             samples_per_class=samples_per_class, max_regions=max_regions, background=background,
             ignore_index=ignore_index, per_image=per_image, normalize=normalize, reduction=reduction,
-            gather=gather, check_labels=check_labels, backend=backend,
+            gather=gather, check_labels=check_labels, check_finite=check_finite, backend=backend,
         )  # fmt: skip
         check_region_options(
             region_size, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class,

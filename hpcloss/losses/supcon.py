@@ -29,6 +29,7 @@ class SupConLoss(Loss):
         normalize: L2-normalise the rows.
         reduction: "mean" over counted anchors, "class" (mean of class means), "sum" or "none" ([N], 0 if not counted).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
     """
 
@@ -41,11 +42,12 @@ class SupConLoss(Loss):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
             temperature=temperature, form=form, ignore_index=ignore_index, normalize=normalize, reduction=reduction,
-            gather=gather, backend=backend,
+            gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
         check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
 
@@ -67,8 +69,8 @@ class NTXentLoss(Loss):
 
     Chen et al., "A simple framework for contrastive learning of visual representations" (ICML 2020), eq. 1.
 
-    Args: temperature, normalize, gather and backend as in `SupConLoss`; reduction "mean" over 2N rows, "sum" or "none"
-    ([2N], the rows of view1 first).
+    Args: temperature, normalize, gather, check_finite and backend as in `SupConLoss`; reduction "mean" over 2N rows,
+    "sum" or "none" ([2N], the rows of view1 first).
     """
 
     def __init__(
@@ -78,11 +80,13 @@ class NTXentLoss(Loss):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
-            temperature=temperature, normalize=normalize, reduction=reduction, gather=gather, backend=backend
-        )
+            temperature=temperature, normalize=normalize, reduction=reduction, gather=gather,
+            check_finite=check_finite, backend=backend,
+        )  # fmt: skip
         check_vector_options(temperature, reduction)
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
@@ -105,8 +109,8 @@ class HardNegativeNCELoss(Loss):
         beta: how much similar negatives weigh; 0 weighs all alike.
         tau_plus: probability that a negative is of the row's own class, in [0, 1); 0 leaves the discount, and the
             lowest value, which is that of unit rows, out.
-        normalize, gather, backend: as in `SupConLoss`. reduction: "mean" over 2N rows, "sum" or "none" ([2N], view1
-            first).
+        normalize, gather, check_finite, backend: as in `SupConLoss`. reduction: "mean" over 2N rows, "sum" or "none"
+            ([2N], view1 first).
 
     A single image has no negative and loss 0.
     """
@@ -120,6 +124,7 @@ class HardNegativeNCELoss(Loss):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
@@ -129,6 +134,7 @@ class HardNegativeNCELoss(Loss):
             normalize=normalize,
             reduction=reduction,
             gather=gather,
+            check_finite=check_finite,
             backend=backend,
         )
         check_vector_options(temperature, reduction)
@@ -154,7 +160,7 @@ class InfoNCELoss(Loss):
         learnable: make log(1 / temperature) a parameter of the module, `log_scale`, that starts at `temperature`
             (CLIP's parametrisation, without its clamp).
         symmetric: each positive looks for its query as well (CLIP); ValueError with negatives.
-        normalize, gather, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
+        normalize, gather, check_finite, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
     """
 
     def __init__(
@@ -166,13 +172,15 @@ class InfoNCELoss(Loss):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
+        check_finite: bool = False,
         backend: str = "auto",
     ):
         check_vector_options(temperature, reduction)
         fixed = {} if learnable else {"temperature": temperature}
         super().__init__(
-            **fixed, symmetric=symmetric, normalize=normalize, reduction=reduction, gather=gather, backend=backend
-        )
+            **fixed, symmetric=symmetric, normalize=normalize, reduction=reduction, gather=gather,
+            check_finite=check_finite, backend=backend,
+        )  # fmt: skip
         self.learnable = learnable
         if learnable:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature))))
