@@ -30,6 +30,9 @@ def draw(folder: Path, results: dict, slices: Slices, trials: dict[tuple[str, in
         if any(column.startswith(ZONE) for row in table.values() for column in row):
             drawn.append(folder / f"{label}_zones.png")
             zone_lines(drawn[-1], table, part)
+        if found["probes"]:
+            drawn.append(folder / f"{label}_frozen_bodies.png")
+            probe_bars(drawn[-1], found["probes"])
     if len(results["labels"]) > 1:
         drawn.append(folder / "labels.png")
         tables = {label: found["summary"][part]["dice"] for label, found in results["labels"].items()}
@@ -66,6 +69,20 @@ def zone_lines(path: Path, table: dict, part: str) -> None:
         values = {column.removeprefix(ZONE): cell["mean"] for column, cell in row.items() if column.startswith(ZONE)}
         axes.plot(list(values), list(values.values()), **line_style(number), markersize=4, label=arm)
     finish(axes, f"mean Dice on {part}, %")
+    save(figure, path)
+
+
+def probe_bars(path: Path, probes: dict) -> None:
+    """Mean Dice of a linear head on each frozen body; dots are the seeds."""
+    figure = Figure(figsize=(7, 1 + 0.34 * len(probes)))
+    axes = figure.subplots()
+    for place, entry in enumerate(probes.values()):
+        axes.barh(place, entry["mean"], color=COLOURS[0], alpha=0.6)
+        axes.plot(list(entry["by_seed"].values()), [place] * len(entry["by_seed"]), "k.", markersize=4)
+    axes.set_yticks(range(len(probes)), list(probes))
+    axes.invert_yaxis()
+    axes.set_xlabel("Dice on validation of a linear head, %")
+    axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from examples import compare_figures
 from examples.data.slices import Slices
 from examples.files import read_json, write_json, write_text
-from examples.paired import REFERENCES, RESAMPLES, positive_control, summarise
+from examples.paired import REFERENCES, RESAMPLES, positive_control, summarise, summarise_probes
 from examples.report import aligned
 from examples.results import versions
 from examples.trials import Trial
@@ -46,11 +46,14 @@ def collect(options: argparse.Namespace, slices: Slices, trials: Trials, rates: 
                 scores = {arm: {"validation": trial.scores(arm, "val")} for arm in options.methods}
                 scores = {arm: own | ({"test": test[arm]} if arm in test else {}) for arm, own in scores.items()}
                 entries = {arm: trial.cost(arm) | own for arm, own in scores.items()}
-                runs.append({"seed": seed, "labelled": trial.split.ids(slices)["labelled"], "arms": entries})
+                probes = {body: trial.probe(body) for body in trial.bodies(options.methods)}
+                labelled = trial.split.ids(slices)["labelled"]
+                runs.append({"seed": seed, "labelled": labelled, "arms": entries, "probes": probes})
         parts = ["validation", *(["test"] if tests else [])]
         labels[label] = {
             "positive_control": positive_control(runs, ASKED),
             "summary": {part: summarise(runs, part) for part in parts},
+            "probes": summarise_probes(runs),
             "runs": runs,
         }
     return {
@@ -82,6 +85,9 @@ def markdown(results: dict, drawn: list[Path]) -> str:
             for measure, table in ((name, table) for name, table in summary.items() if table):
                 lines += ["", f"## {label}, {part}: {MEASURES[measure]}", "", *table_of(score_rows(table))]
                 lines += ["", *table_of(difference_rows(table, measure))]
+        if found["probes"]:
+            lines += ["", f"## {label}, validation: linear heads on frozen bodies, Dice, %", ""]
+            lines += table_of(probe_rows(found["probes"]))
         lines += ["", f"## {label}: what each arm cost", "", *table_of(cost_rows(found["runs"]))]
     for path in drawn:
         title = path.stem.replace("_", " ").capitalize()
@@ -129,6 +135,15 @@ def difference_rows(table: dict, measure: str) -> list[list[str]]:
         rows.append(
             [arm, f"{row['mean']['mean']:.1f}", *(t for entry in shown for t in (cell(entry), verdict(entry, measure)))]
         )
+    return rows
+
+
+def probe_rows(probes: dict) -> list[list[str]]:
+    """A header and one row per body: mean, and the paired difference from a random one."""
+    rows = [["", "mean", "minus random", ""]]
+    for body, entry in probes.items():
+        difference = entry.get("minus random")
+        rows.append([body, f"{entry['mean']:.1f}", cell(difference), verdict(difference, "dice")])
     return rows
 
 

@@ -67,6 +67,17 @@ def summarise(runs: list[dict], part: str) -> dict:
     return summary
 
 
+def summarise_probes(runs: list[dict]) -> dict:
+    """{body: {"mean", "by_seed" and, against random weights, the paired difference}} of the linear heads."""
+    found = {}
+    for body in runs[0]["probes"]:
+        ours, random = ({run["seed"]: run["probes"][name] for run in runs} for name in (body, "random"))
+        found[body] = {"mean": round(float(np.mean(list(ours.values()))), 3), "by_seed": ours}
+        if body != "random":
+            found[body]["minus random"] = paired_difference(ours, random)
+    return found
+
+
 def positive_control(runs: list[dict], asked: float) -> dict:
     """On validation: does the mean teacher beat supervised, and do all labels beat few by `asked` Dice?
 

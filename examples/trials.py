@@ -14,11 +14,13 @@ from examples.evaluate import predict
 from examples.files import read_json, write_json
 from examples.metrics import volume_table
 from examples.networks import build_network, load_body
+from examples.probes import linear_probe
 from examples.recipes import Step
 from examples.settings import Settings
 from examples.training import CHECKPOINT, DONE, read_weights, train
 
 TEACHER = "teacher.module."  # what predicts: the averaged weights
+RANDOM = "random"  # the body of a probe that nothing has trained
 
 
 class Trial:
@@ -102,7 +104,32 @@ class Trial:
         """A trained arm's network."""
         network = build_network(self.slices.channels, len(self.slices.classes), self.settings.features)
         network.load_state_dict(read_weights(self.folder / arm / CHECKPOINT, TEACHER))
-        return network.to(torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"))
+        return network.to(self.place)
+
+    @property
+    def place(self) -> torch.device:
+        """Where networks predict."""
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def bodies(self, arms: list[str]) -> list[str]:
+        """The pre-training steps of arms, which teach a body before there is a head, and a random one beside them."""
+        steps = dict.fromkeys(step.name for arm in arms for step in self.arms[arm].chain[:-2])  # warm start, method
+        return [RANDOM, *steps] if steps else []
+
+    def probe(self, body: str) -> float:
+        """Mean Dice on validation of a linear head on a frozen body, trained on the labelled slices; kept."""
+        path = self.folder / body / "probe.json"
+        if not path.is_file():
+            L.seed_everything(self.seed, verbose=False)
+            network = build_network(self.slices.channels, len(self.slices.classes), self.settings.features)
+            if body != RANDOM:
+                load_body(network, read_weights(self.folder / body / CHECKPOINT, "network."))
+            head = linear_probe(network.to(self.place), self.slices, self.split, self.settings, self.seed)
+            table = volume_table(predict(head, self.slices.images[self.split.val]), self.slices, self.split.val)
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"dice": table["dice"]["all"]["mean"]})
+            print(f"{self.folder.parent.name}  seed {self.seed}  linear head on {body}", flush=True)
+        return read_json(path)["dice"]
 
     def scores(self, arm: str, part: str) -> dict:
         """Dice and HD95 on a part's volumes; those on validation are kept, those on test are for the caller to keep."""

@@ -111,7 +111,10 @@ class Draw(random.Random):
     def spelling(self, labels: Tensor) -> Tensor:
         """The same labels of another resolution, with another axis, of another dtype."""
         if self.random() < 0.15:
-            labels = labels.repeat_interleave(self.choice([2, 3]), self.randrange(1, labels.dim()))
+            # Not the depth of a volume, which as many labels as channels would make look like views.
+            labels = labels.repeat_interleave(
+                self.choice([2, 3]), self.randrange(2 if labels.dim() > 3 else 1, labels.dim())
+            )
         if self.random() < 0.3:
             labels = labels[:, None]
         fitting = [torch.int64]
@@ -485,11 +488,14 @@ def rounding(case: Case, dtype: torch.dtype) -> tuple[list[float], float]:
     times = 1 + (options.get("beta") or 0.0) + ("hardness" in options and options["hardness"] is None)
     scale = 1 + hardness + times / options["temperature"]
     unit = 8 * torch.finfo(dtype).eps
-    logit, anchors = unit * scale * similarity, len(norms)
+    logit, added = unit * scale * similarity, options.get("reduction") in ("sum", "none")
     weights, mixed = 1 + scale * similarity / 8, 1 + hardness * similarity / 16
+    anchors = len(norms) if added else 1  # whose gradients meet in a key
     of_rows = unit * scale * weights * mixed * (1 / least if normalized else most)
-    value = logit * mixed * (anchors if options.get("reduction") == "sum" else 1)
-    of_temperature = scale * weights * logit * mixed * (anchors if options.get("reduction") in ("sum", "none") else 1)
+    if dtype == torch.float64:  # in float32 a plain computation says how equal errors of equal rows add up
+        of_rows *= 1 + anchors / 4
+    of_temperature = scale * weights * logit * mixed * anchors
+    value = logit * mixed * (1 if options.get("reduction") == "none" else anchors)
     return [value, *(of_rows if x.dim() else of_temperature for x in case.inputs)], logit
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,17 @@ for package in ("monai", "lightning", "nibabel", "nilearn", "matplotlib", "tenso
 
 from small_folders import write_msd  # noqa: E402
 
-from examples import compare  # noqa: E402
+from examples import compare, compare_report  # noqa: E402
 from examples.data import scanners as data  # noqa: E402
 from examples.data.slices import DataError, Slices  # noqa: E402
 from examples.metrics import volume_scores, volume_table  # noqa: E402
-from examples.paired import bootstrap_interval, paired_difference, positive_control, summarise  # noqa: E402
+from examples.paired import (  # noqa: E402
+    bootstrap_interval,
+    paired_difference,
+    positive_control,
+    summarise,
+    summarise_probes,
+)
 from examples.recipes import Iterations, arms  # noqa: E402
 from examples.warps import Warps, strong_view, weak_view  # noqa: E402
 
@@ -287,6 +294,11 @@ def test_every_arm_runs_and_the_test_part_is_read_once(folder, tmp_path, capsys)
         assert entry["validation"]["dice"]["all"]["mean"] is not None
     assert run["arms"]["stages12-default+mt"]["iterations"] == TINY.warm + TINY.second
     assert run["arms"]["supervised"]["iterations"] == TINY.warm + TINY.supervised
+    pixels = [f"pixels-{name}" for name in ("alone", "default", "hardness0", "published", "two-granularities")]
+    assert set(run["probes"]) == {"random", "images", "pixels-whole-region", *pixels}
+    assert len(set(run["probes"].values())) > 1 and all(0 <= dice <= 100 for dice in run["probes"].values())
+    assert list(results["labels"]["cases2"]["probes"]["images"]["minus random"]["seeds"]) == [0]
+    assert (out / "figures/cases2_frozen_bodies.png").is_file()
     shared = [path.name for path in (out / "cases2" / "seed0").iterdir() if path.name == "images"]
     assert shared == ["images"], "arms that share a pre-training train it once"
     report = (out / "report.md").read_text()
@@ -396,6 +408,26 @@ def test_impossible_options(tmp_path, more):
     with pytest.raises(SystemExit) as ended:
         compare.main(["--out", str(tmp_path), *more])
     assert ended.value.code == 2
+
+
+COMPARED = ROOT / "benchmarks/results/comparison"
+
+
+def test_the_committed_report_says_what_was_measured():
+    """Summary, positive control and report follow from the runs; the tables of the page stand in the report."""
+    results, report = json.loads((COMPARED / "results.json").read_text()), (COMPARED / "report.md").read_text()
+    for found in results["labels"].values():
+        assert [run["seed"] for run in found["runs"]] == list(range(8))
+        again = {part: summarise(found["runs"], part) for part in ("validation", "test")}
+        assert found["summary"] == json.loads(json.dumps(again))
+        assert found["probes"] == json.loads(json.dumps(summarise_probes(found["runs"])))
+        assert found["positive_control"] == positive_control(found["runs"], compare_report.ASKED)
+    figures = [COMPARED / path for path in re.findall(r"\]\((figures/.+?)\)", report)]
+    assert figures and all(path.is_file() for path in figures)
+    assert compare_report.markdown(results, figures) == report
+    page = (ROOT / "examples/README.md").read_text().partition("\n# The comparison\n")[2]
+    tables = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    assert tables and all(table in report for table in tables)
 
 
 @pytest.mark.slow
