@@ -9,7 +9,7 @@ PIP := $(BIN)/python $(INSTALL)
 # A test that hangs says where, and fails alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout-method thread
 WHEEL := .venv-wheel
-OF_THE_WHEEL := tests/test_modules.py tests/test_reference.py tests/test_native.py tests/test_sampling.py -k "not cuda and not sanitizers"
+OF_THE_WHEEL := tests/test_modules.py tests/test_reference.py tests/test_native.py -k "not cuda and not sanitizers"
 
 .PHONY: demo test test-all wheel parity bench check format clean
 

@@ -431,6 +431,17 @@ def test_the_committed_report_says_what_was_measured():
 
 
 @pytest.mark.slow
+def test_no_method_ruins_a_quick_training(tmp_path):
+    """--quick is too short for a gain; a method whose term is wrong loses more than it can by chance."""
+    methods = ["mean-teacher", "region-contrast", "local-contrast", "pccs", "entropy-guided", "multiscale"]
+    out = tmp_path / "out"
+    assert compare.main(["--quick", "--out", str(out), "--jobs", "2", "--methods", "supervised", *methods]) == 0
+    table = json.loads((out / "results.json").read_text())["labels"]["slices3"]["summary"]["validation"]["dice"]
+    lost = {name: -table[name]["mean"]["minus supervised"]["mean"] for name in methods}
+    assert max(lost.values()) <= 3, lost
+
+
+@pytest.mark.slow
 def test_two_processes_on_the_built_in_data_and_every_figure(tmp_path):
     out = tmp_path / "out"
     command = ["--quick", "--out", str(out), "--jobs", "2", "--labelled-slices", "2", "3", "--methods"]
