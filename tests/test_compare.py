@@ -428,6 +428,13 @@ def test_the_committed_report_says_what_was_measured():
     page = (ROOT / "examples/README.md").read_text().partition("\n# The comparison\n")[2]
     tables = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
     assert tables and all(table in report for table in tables)
+    # What the page says of two arms that the report does not set side by side, and of the bodies.
+    dice, probes = found["summary"]["test"]["dice"], found["probes"]
+    hardness = [dice[f"stages12-{name}+mt"]["mean"]["by_seed"] for name in ("default", "hardness0")]
+    of_bodies = [probes[f"pixels-{name}"]["by_seed"] for name in ("default", "hardness0")]
+    said = [paired_difference(*hardness), paired_difference(*of_bodies), probes["images"]["minus random"]]
+    said += [entry for name, entry in found["positive_control"].items() if name != "passed"]
+    assert all(compare_report.cell(difference) in page for difference in said)
 
 
 @pytest.mark.slow
