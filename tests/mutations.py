@@ -416,22 +416,22 @@ MUTATIONS = [
     Mutation(
         "the queue replaces the batch in the denominator", "hpcloss/functional/pixel.py",
         "lse = merge(lse, old)", "lse = old",
-        "test_pixel: queue",
+        "test_pixel: queue and not training",
     ),
     Mutation(
         "batch and queue swap their shares", "hpcloss/functional/pixel.py",
         "(1 - share) * loss + share * mean_of_old", "share * loss + (1 - share) * mean_of_old",
-        "test_pixel: queue",
+        "test_pixel: queue and not training",
     ),
     Mutation(
         "positives of the queue do not make an anchor", "hpcloss/functional/pixel.py",
         "positives, negatives = positives + bank.positives, negatives + bank.negatives", "pass",
-        "test_pixel: queue",
+        "test_pixel: queue and not training",
     ),
     Mutation(
         "right predictions are the hard ones", "hpcloss/functional/pixel.py",
         '"predictions") != labels', '"predictions") == labels',
-        "test_pixel: not compile",
+        "test_pixel: half_of_them_hard",
     ),
     Mutation(
         "of too many embeddings the first remain", "hpcloss/memory.py",
@@ -447,7 +447,7 @@ MUTATIONS = [
     Mutation(
         "empty slots are keys", "hpcloss/memory.py",
         "0.0, -torch.inf).reshape(-1)", "0.0, 0.0).reshape(-1)",
-        "test_pixel: queue",
+        "test_pixel: queue and not training",
     ),
     Mutation(
         "background is an anchor", "hpcloss/functional/local.py",

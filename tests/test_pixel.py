@@ -266,22 +266,23 @@ def test_sampling_is_ignoring_the_other_pixels(monkeypatch, predicted, k, option
         assert_exact(grad, expected_grad, floor=NOISE)
 
 
-def test_samples_of_each_class_of_each_image_half_of_them_hard(monkeypatch):
+@pytest.mark.parametrize("k", [6, 7])  # of an odd number it shows which half is which
+def test_samples_of_each_class_of_each_image_half_of_them_hard(monkeypatch, k):
     labels = choice([0, 1, 2, 255], 3, 16, 16)
     predictions = torch.where(torch.rand(3, 16, 16) < 0.3, (labels + 1) % 3, labels)
     samples = drawn(monkeypatch)
     torch.manual_seed(5)
-    fast(rows(3, 4, 16, 16), labels, predictions, num_classes=3, samples_per_class=6)
+    fast(rows(3, 4, 16, 16), labels, predictions, num_classes=3, samples_per_class=k)
     torch.manual_seed(5)
-    expected = hpcloss.sample_anchors(labels, 6, num_classes=3, wrong=predictions != labels)
+    expected = hpcloss.sample_anchors(labels, k, num_classes=3, wrong=predictions != labels)
     order, offsets = samples[0]
     assert torch.equal(order, expected.order) and torch.equal(offsets, expected.offsets)
     for image in range(3):
         for label in range(3):
             segment = order[offsets[3 * image + label] : offsets[3 * image + label + 1]].long()
-            assert len(segment) == 6 and (segment // 256 == image).all()
+            assert len(segment) == k and (segment // 256 == image).all()
             assert (labels.view(-1)[segment] == label).all()
-            assert (predictions.view(-1)[segment] != label).sum() == 3
+            assert (predictions.view(-1)[segment] != label).sum() == k // 2
 
 
 def test_sampling_follows_the_seed_of_torch():
