@@ -88,6 +88,15 @@ def cells_plan():
     return Plan(against_cells(pairs, keys, of_region[1], labels, 0), 2 * 6 * 7)
 
 
+def gathered_plan(labels, more):
+    """Anchors among keys of which others are more, as of other ranks."""
+    pairs = partition(labels, ignore_index=(255,))
+    keys = partition(torch.cat([more, labels]), ignore_index=(255,))
+    place = torch.empty_like(keys.order).scatter_(0, keys.order.long(), keys.self_pos)[len(more) :][pairs.order.long()]
+    positives = {"pos_start": keys.pos_start[place.long()], "pos_end": keys.pos_end[place.long()], "self_pos": place}
+    return Plan(pairs._replace(**positives, key_start=keys.key_start, key_end=keys.key_end), keys.order.numel())
+
+
 def keys_around_plan():
     """Anchors in the middle of their region, keys alone before and after them."""
     pairs, _ = long_plan(6, 10, 9, 7, background=0)
@@ -101,6 +110,7 @@ PLANS = {
     "one class": lambda: long_plan(25),
     "one row": lambda: long_plan(1),
     "long and short runs": lambda: long_plan(9, 20, 1, 2, 3, 11, 1, 1, background=0),
+    "many short runs": lambda: long_plan(*[3, 1, 2] * 8, background=0),
     "keys around": keys_around_plan,
     "only singletons": lambda: long_plan(*[1] * 20),
     "no row": lambda: long_plan(0),
@@ -114,6 +124,10 @@ PLANS = {
     "labelled keys": labelled_keys_plan,
     "one to one": lambda: Plan(one_to_one(23, torch.device("cpu")), 23),
     "cells": cells_plan,
+    "gathered": lambda: gathered_plan(choice([0, 1, 2, 255], 33), choice([0, 1, 2, 5, 255], 20)),
+    "gathered, many classes": lambda: gathered_plan(integers(20, 60), integers(25, 30, seed=1)),
+    "gathered, two a class": lambda: gathered_plan(torch.arange(12), torch.arange(15).flip(0)),
+    "gathered, one or two a class": lambda: gathered_plan(torch.arange(12), torch.arange(6)),
     "no keys": lambda: Plan(one_to_one(3, torch.device("cpu"))._replace(
         pos_start=torch.zeros(3).int(), pos_end=torch.zeros(3).int(), key_end=torch.zeros(1).int()), 0),
 }  # fmt: skip

@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpcloss.backends.blockwise.pair_lse import pair_lse, pair_lse_backward, pair_lse_both, pair_lse_both_backward
+from hpcloss.backends.blockwise.pair_mean import pair_mean, pair_mean_backward
 from hpcloss.backends.blockwise.rows import pack, pack_backward
 from hpcloss.backends.blockwise.segments import segment_mean
-from hpcloss.backends.blockwise.tiles import (
-    pair_lse,
-    pair_lse_backward,
-    pair_lse_both,
-    pair_lse_both_backward,
-    pair_mean,
-    pair_mean_backward,
-)
 from hpcloss.ops import statistics_dtype
 
 __all__ = [

@@ -1,0 +1,143 @@
+"""The mean of <anchor, positive> without pairs: where all weigh alike, the sum of the positives is enough.
+
+Three ways to have the sums. An anchor with one positive has that one. Anchors of one class, next to each other, share
+one sum. Else sums of intervals are differences of prefix sums, for which positives must be symmetric: self-contrast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hpcloss.backends.blockwise.tiles import finite_mass, run_edges
+from hpcloss.partition import Pairs
+
+ROWS = 1 << 12  # gathered at a time
+PIECE = 1 << 16  # numbers of a temporary, where a float64 copy of all rows would cost memory
+NAN = float("nan")
+
+
+def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Pairs) -> Tensor | None:
+    """Mean over the positives of each anchor [N], 0 without any; None where only the pairs themselves will do.
+
+    mass [N]: the logarithm of the number of positives.
+    """
+    out = anchors.new_zeros(anchors.shape[0])
+    others = anchors if keys is None else keys
+    if _at_most_one(mass):
+        for i, j in _partners(mass, at):
+            out[i] = (anchors[i] * others[j]).sum(1)
+        return out
+    runs = _long_runs(mass, at)
+    if runs is not None:
+        for i0, i1, p0, p1 in runs:
+            torch.mv(anchors[i0:i1], others[p0:p1].sum(0), out=out[i0:i1])
+        if keys is None:
+            out -= torch.linalg.vector_norm(anchors, dim=1).square_() * at.self_is_positive()
+        else:
+            for i, j in _selves(at):
+                out[i] -= (anchors[i] * keys[j]).sum(1)
+    elif keys is not None or _refuses_prefix_sums(anchors):
+        return None
+    else:
+        for part in _columns(anchors):
+            out += (part * _positive_sums(part, at)).sum(1)
+    return out.mul_(torch.exp(-finite_mass(mass)))
+
+
+def linear_mean_backward(
+    grad: Tensor, anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Pairs, needs_anchors: bool, needs_keys: bool
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """Gradients of anchors and keys (one sum in self-contrast), for a `grad` [N] that is 0 where no positive is."""
+    others = anchors if keys is None else keys
+    per_pair = grad * torch.exp(-finite_mass(mass))
+    d_anchors = torch.zeros_like(anchors) if needs_anchors else None
+    d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
+
+    def add(pairs: Iterator[tuple[Tensor, Tensor]], sign: int) -> None:
+        for i, j in pairs:
+            factor = sign * per_pair[i, None]
+            if d_anchors is not None:
+                d_anchors.index_add_(0, i, others[j] * factor)
+            if d_keys is not None:
+                d_keys.index_add_(0, j, anchors[i] * factor)
+
+    if _at_most_one(mass):
+        add(_partners(mass, at), 1)
+    elif (runs := _long_runs(mass, at)) is not None:
+        for i0, i1, p0, p1 in runs:
+            if d_anchors is not None:
+                d_anchors[i0:i1].addr_(per_pair[i0:i1], others[p0:p1].sum(0))
+            if d_keys is not None:
+                d_keys[p0:p1] += torch.mv(anchors[i0:i1].T, per_pair[i0:i1])
+        if keys is not None:
+            add(_selves(at), -1)
+        elif d_anchors is not None:
+            d_anchors.addcmul_(anchors, (per_pair * at.self_is_positive())[:, None], value=-2)
+    elif keys is not None or _refuses_prefix_sums(anchors):
+        return None
+    elif d_anchors is not None:
+        for part, d_part in zip(_columns(anchors), _columns(d_anchors)):
+            # A pair counts once for anchor i and, if j is an anchor too, once for anchor j.
+            d_part += _positive_sums(part, at).mul_(per_pair[:, None])
+            d_part += _positive_sums(part * per_pair[:, None], at)
+    return d_anchors, None if keys is None else d_keys
+
+
+def _at_most_one(mass: Tensor) -> bool:
+    """Whether no anchor has two positives, known where the host may read it."""
+    return mass.device.type == "cpu" and bool((mass <= 0).all())
+
+
+def _partners(mass: Tensor, at: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+    """Anchors that have one positive and its key, some at a time."""
+    for i in (mass == 0).nonzero()[:, 0].split(ROWS):
+        start = at.pos_start[i]
+        yield i, (start + (at.self_pos[i] == start)).long()
+
+
+def _selves(at: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+    """Anchors that lie in the interval of their positives and their own key, some at a time."""
+    for i in at.self_is_positive().nonzero()[:, 0].split(ROWS):
+        yield i, at.self_pos[i].long()
+
+
+def _long_runs(mass: Tensor, at: Pairs) -> list[tuple[int, int, int, int]] | None:
+    """(first row, end, first positive, end) of each run of rows with equal positives, if there are few; CPU only."""
+    if at.pos_start.device.type != "cpu":
+        return None
+    edges = [0, *run_edges(at), at.pos_start.numel()]
+    if len(edges) > 16 and (len(edges) - 1) * 64 > at.pos_start.numel():
+        return None
+    # Without those that have none: what dead rows hold and the keys they might have met are no part of anything.
+    runs = [(i0, i1) for i0, i1 in zip(edges[:-1], edges[1:]) if i1 > i0 and bool((mass[i0:i1] >= 0).any())]
+    return [(i0, i1, int(at.pos_start[i0]), int(at.pos_end[i0])) for i0, i1 in runs]
+
+
+# -------------------------------------------------------------------------------------------------- prefix sums
+
+
+def _refuses_prefix_sums(rows: Tensor) -> bool:
+    """On a GPU where only deterministic kernels may run."""
+    return rows.device.type != "cpu" and torch.are_deterministic_algorithms_enabled()
+
+
+def _columns(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(16, PIECE // max(rows.shape[0], 1)), 1)
+
+
+def _positive_sums(rows: Tensor, at: Pairs) -> Tensor:
+    """Sum of the positives of each row in self-contrast, by prefix sums in float64.
+
+    Infinite and NaN rows stay in the intervals that hold them.
+    """
+    start, end = at.pos_start.long(), at.pos_end.long()
+    broken = ~rows.isfinite().all(1)
+    rows = torch.where(broken[:, None], 0.0, rows)
+    broken_before = torch.nn.functional.pad(broken.cumsum(0), (1, 0))
+    prefix = torch.nn.functional.pad(rows.double().cumsum(0), (0, 0, 1, 0))
+    sums = (prefix[end] - prefix[start]).to(rows.dtype)
+    sums -= rows * at.self_is_positive()[:, None]
+    return sums.masked_fill_((broken_before[end] > broken_before[start])[:, None], NAN)
