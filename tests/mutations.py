@@ -414,6 +414,21 @@ MUTATIONS = [
     ),
     # ------------------------------------------------------------------------------ losses
     Mutation(
+        "the one positive is the anchor itself", "hpcloss/backends/blockwise/linear_mean.py",
+        "start + (at.self_pos[i] == start)", "start",
+        "test_backends: test_pair_mean and logit and two",
+    ),
+    Mutation(
+        "the own key stays in the sum of a class among other keys", "hpcloss/backends/blockwise/linear_mean.py",
+        "for i in at.self_is_positive().nonzero()[:, 0].split(ROWS):", "for i in ():",
+        "test_backends: test_pair_mean and logit and gathered",
+    ),
+    Mutation(
+        "a class's keys get the gradient of its first anchor alone", "hpcloss/backends/blockwise/linear_mean.py",
+        "torch.mv(anchors[i0:i1].T, per_pair[i0:i1])", "anchors[i0] * per_pair[i0]",
+        "test_backends: test_pair_mean and logit and gathered",
+    ),
+    Mutation(
         "the queue replaces the batch in the denominator", "hpcloss/functional/pixel.py",
         "lse = merge(lse, old)", "lse = old",
         "test_pixel: queue and not training",

@@ -113,6 +113,7 @@ PLANS = {
     "many short runs": lambda: long_plan(*[3, 1, 2] * 8, background=0),
     "keys around": keys_around_plan,
     "only singletons": lambda: long_plan(*[1] * 20),
+    "two a class": lambda: long_plan(*[2] * 10, 1),
     "no row": lambda: long_plan(0),
     "paired": paired_plan,
     "paired, one group": lambda: paired_plan(11, 1),
