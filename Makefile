@@ -38,7 +38,7 @@ wheel: $(VENV)/installed
 	$(WHEEL)/bin/python -I -c "import hpcloss; print(hpcloss.__file__); print(hpcloss.info())"
 	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest --override-ini pythonpath= --timeout 400 -n 2 $(OF_THE_WHEEL)
 
-# 10,000 random configurations of every loss, hostile values, long runs, threads, workers, kills.
+# 10,000 random configurations over all losses, hostile values, long runs, threads, workers, kills.
 stress: $(VENV)/installed
 	$(PYTEST) tests/stress.py tests/test_stress.py -n 2 --timeout 1200
 

@@ -307,7 +307,8 @@ def run_ssl4mis(source, folder):
 
 
 def test_ssl4mis_script_runs_with_and_without_its_marked_lines(h5_slices):
-    """Three lines and an import: without them a mean teacher, whose first step differs wherever the features pass."""
+    """Two new lines, a changed one and an import; without them a mean teacher, whose first step differs wherever the
+    features pass."""
     script = (FOLDER / "ssl4mis.py").read_text(encoding="utf-8")
     marked = [line for line in script.splitlines() if line.endswith("# hpcloss")]
     assert [line.startswith("from hpcloss import") for line in marked] == [True, False, False, False]
@@ -357,7 +358,7 @@ def test_lightning_module_fits_and_logs(tmp_path):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_lightning_module_gathers_on_several_devices(devices, monkeypatch):
-    module = lightning_module.ContrastiveSegmentation(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1)), "0", channels=4)
+    module = lightning_module.ContrastiveSegmentation(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1)), "0", 4, 10)
     trainer = types.SimpleNamespace(world_size=devices)
     monkeypatch.setattr(lightning_module.ContrastiveSegmentation, "trainer", trainer)
     module.setup("fit")

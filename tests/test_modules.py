@@ -4,10 +4,11 @@ import copy
 import inspect
 import io
 import pickle
+import re
 
 import pytest
 import torch
-from cases import FAST, choice, rows
+from cases import FAST, NAMES, ORACLE, ROOT, choice, rows
 from torch import nn
 
 import hpcloss
@@ -114,6 +115,21 @@ def build(name, **options):
 def function(name, **options):
     torch.manual_seed(0)
     return FAST[name](*INPUTS[name], **{**REQUIRED.get(name, {}), **options})
+
+
+def test_every_public_loss_is_tested():
+    public = {name for name in hpcloss.__all__ if name.endswith("Loss")}
+    assert {module.__name__ for module in MODULES.values()} == public
+    assert set(MODULES) == set(NAMES) == {name[: -len("_loss")] for name in hpcloss.__all__ if name.endswith("_loss")}
+    named = re.findall(r"^\| `(\w+Loss)[`(.]", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert public <= set(named) and all(hasattr(hpcloss, name) for name in named)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reference_has_the_defaults_of_the_function(name):
+    own, oracle = (inspect.signature(loss).parameters for loss in (FAST[name], ORACLE[name]))
+    shared = {argument: oracle[argument].default for argument in own.keys() & oracle.keys()}
+    assert "temperature" in shared and {argument: own[argument].default for argument in shared} == shared
 
 
 @pytest.mark.parametrize("name", MODULES)

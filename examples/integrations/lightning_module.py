@@ -28,14 +28,17 @@ class ContrastiveSegmentation(L.LightningModule):
     Args:
         network: any segmentation network, [B, C, *S] to logits [B, classes, *S].
         layer, channels: the tapped layer's name and the number of its channels.
-        weight: of the contrastive term, after a fifth of the steps.
+        ramp_steps: optimiser steps over which the term's weight rises; a fifth of the training is a good number.
+        weight: of the contrastive term after them.
     """
 
-    def __init__(self, network: nn.Module, layer: str, channels: int, weight: float = 0.1, lr: float = 2e-3):
+    def __init__(
+        self, network: nn.Module, layer: str, channels: int, ramp_steps: int, weight: float = 0.1, lr: float = 2e-3
+    ):
         super().__init__()
         self.tapped = FeatureTap(network, layer)
         self.head = ProjectionHead(channels, dim=64)
-        self.weight, self.lr = weight, lr
+        self.ramp_steps, self.weight, self.lr = ramp_steps, weight, lr
 
     def setup(self, stage: str) -> None:
         self.contrast = RegionPHPCLoss(region_size=16, gather=self.trainer.world_size > 1)
@@ -48,7 +51,7 @@ class ContrastiveSegmentation(L.LightningModule):
         logits, features = self.tapped(images)
         supervised = F.cross_entropy(logits, labels)
         contrastive, stats = self.contrast(self.head(features), labels, return_stats=True)
-        ramp = min(1.0, 5 * self.global_step / self.trainer.estimated_stepping_batches)
+        ramp = min(1.0, self.global_step / max(1, self.ramp_steps))
         self.log_dict({"train/cross_entropy": supervised, "train/contrast": contrastive})
         self.log_dict({f"contrast/{name}": value for name, value in stats.items()})
         return supervised + self.weight * ramp * contrastive
@@ -80,7 +83,7 @@ def main(arguments: list[str] | None = None) -> L.Trainer:
     )
     trainer = L.Trainer(devices=options.devices, max_steps=options.steps, default_root_dir=options.out)
     trainer.fit(
-        ContrastiveSegmentation(network, "upcat_1", channels=features[-1]),
+        ContrastiveSegmentation(network, "upcat_1", channels=features[-1], ramp_steps=options.steps // 5),
         DataLoader(train, batch_size=8, shuffle=True, drop_last=True),
         DataLoader(val, batch_size=8),
     )

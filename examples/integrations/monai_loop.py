@@ -3,7 +3,7 @@
     python -m examples.integrations.monai_loop Task04_Hippocampus --steps 2000
 
 reads a Decathlon folder (dataset.json, imagesTr, labelsTr), trains on four fifths of its cases and prints the Dice of
-the others. Four lines know of hpcloss: the tap, the head, the loss, and the sum of the two losses.
+the others. What hpcloss adds: a tap, a head (in the optimiser, too), a loss, and the sum of the two losses.
 """
 
 import argparse

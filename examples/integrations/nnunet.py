@@ -12,7 +12,8 @@ Plans, augmentation, deep supervision, mixed precision, torch.compile and `--c` 
 also returns embeddings, which two hooks take from its decoder; they are part of the output, so torch.compile and
 DistributedDataParallel see them. The projection head is part of the network: the optimiser, gradient clipping and
 checkpoints have it without further lines. In evaluation the network computes what it always did, and
-`-pretrained_weights` takes the weights of a training with or without the term.
+`-pretrained_weights` takes the weights of a training with or without the term. Where hpcloss is not installed a
+checkpoint predicts as plain nnU-Net's, once its weights `decoder.contrast.*` are gone and its `trainer_name` is that.
 
 Other settings are subclasses, as everywhere in nnU-Net. The U-Nets of its plans (plain and residual encoder) will do.
 """
@@ -22,7 +23,9 @@ from torch import nn
 
 from hpcloss import ProjectionHead, RegionPHPCLoss
 
-STAGE = -2  # of the decoder: half the resolution, a quarter of the pixels in 2-D and an eighth in 3-D
+STAGE = (
+    -2
+)  # of the decoder: half the resolution, a quarter of the pixels; of volumes an eighth, of thick slices a quarter
 
 
 class nnUNetTrainerRegionContrast(nnUNetTrainer):

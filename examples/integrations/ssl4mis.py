@@ -2,13 +2,14 @@
 
 SSL4MIS (Luo et al., Medical Image Analysis 2022 and later) trains on `.h5` slices; its arguments have their meaning
 here: `labeled_bs` images of a batch have labels, the others follow the teacher, whose weight rises with
-`consistency_rampup`. Written anew on the readers of `examples/data`, it is a stand-in for a script of yours:
+`consistency_rampup`. Written anew on the readers of `examples/data`, it is a stand-in for a script of yours. Slices are
+cropped or padded to `patch_size`, not resized, and `labeled_num` counts patients, in the order of the list:
 
     python -m examples.integrations.ssl4mis --root_path ../data/ACDC --labeled_num 7
 
-An import and three lines differ from the script without the term; they end with `# hpcloss`. The loss is taken on the
-decoder's features as they are. A projection head (`hpcloss.ProjectionHead`) costs two lines more: its creation, and its
-parameters in the optimiser.
+An import and two lines are new, and `outputs = model(images)` has become `outputs, features = tap(images)`; the four
+end with `# hpcloss`. The loss is taken on the decoder's features as they are. A projection head
+(`hpcloss.ProjectionHead`) costs two lines more: its creation, and its parameters in the optimiser.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def train(args):
 
     slices = read_folder(args.root_path, size=tuple(args.patch_size))
     train_set = np.array(slices.of_part("train"))
-    patients = sorted({slices.subjects[i] for i in train_set})[: args.labeled_num]
+    patients = list(dict.fromkeys(slices.subjects[i] for i in train_set))[: args.labeled_num]
     has_label = np.array([slices.subjects[i] in patients for i in train_set])
     labelled, unlabelled = train_set[has_label], train_set[~has_label]
     classes = len(slices.classes)
@@ -82,7 +83,7 @@ def train(args):
         supervised = outputs[: args.labeled_bs]
         loss_ce = F.cross_entropy(supervised, labels)
         loss_dice = dice_loss(supervised, labels[:, None])
-        consistency_weight = args.consistency * ramp_up(iteration // 150 / args.consistency_rampup)
+        consistency_weight = args.consistency * ramp_up(iteration // 150 / max(args.consistency_rampup, 1e-9))
         consistency_loss = F.mse_loss(outputs[args.labeled_bs :].softmax(1), ema_output.softmax(1))
         loss = 0.5 * (loss_ce + loss_dice) + consistency_weight * consistency_loss
         loss = loss + consistency_weight * contrast(features[: args.labeled_bs], labels)  # hpcloss
