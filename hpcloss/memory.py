@@ -82,7 +82,7 @@ class EmbeddingQueue(nn.Module):
         else:
             labels = labels_of_map(embeddings, labels).reshape(-1)
         self._check("embeddings", embeddings)
-        if not labels.numel():
+        if labels.numel() == 0:
             return
         order, offsets, _ = class_sort(labels, num_classes=self.num_classes)
         if samples_per_class is not None:
@@ -99,7 +99,7 @@ class EmbeddingQueue(nn.Module):
         """
         labels = labels_of_map(features, labels)
         self._check("features", features)
-        if not labels.numel():
+        if labels.numel() == 0:
             return
         spatial = tuple(labels.shape[1:])
         images = Grid(labels.shape[0], spatial, region_shape(None, spatial), per_image=True)

@@ -7,9 +7,14 @@ import pytest
 import torch
 from kernels import INTERPRETED
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 if INTERPRETED:
     pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
+
+from hpcloss.backends.triton.probe import OLDEST_TRITON  # noqa: E402
+
+if tuple(int(number) for number in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+    pytest.skip(f"Triton {triton.__version__} is older than the kernels", allow_module_level=True)
 
 import offline  # noqa: E402
 

@@ -112,7 +112,7 @@ class PixelContrastLoss(nn.Module):
     def _draw(self, labels: Tensor, wrong: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Pixels [K], flat indices, and the class of each, -1 for one that was not drawn after all."""
         flat, spatial = labels.reshape(-1), tuple(labels.shape[1:])
-        if not flat.numel():
+        if flat.numel() == 0:
             return flat, flat
         kinds = torch.where(flat == self.ignore_label, -1, 2 * flat + ~wrong.reshape(-1))
         images = Grid(len(labels), spatial, region_shape(None, spatial), per_image=True)

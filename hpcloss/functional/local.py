@@ -63,7 +63,7 @@ def local_contrast_loss(
     pixels = pack(features, order, offsets[-1:], normalize=False, permutation=True, backend=backend)
     means = segment_mean(pixels, offsets, backend=backend).view(-1, num_classes, features.shape[1])
     present = (offsets.diff() > 0).view(-1, num_classes)
-    keys, key_offsets = _keys(means, present, partner if flat.numel() else None, backend)
+    keys, key_offsets = _keys(means, present, None if flat.numel() == 0 else partner, backend)
 
     if samples_per_class is not None and flat.numel():
         most = min(count("samples_per_class", samples_per_class), math.prod(spatial))

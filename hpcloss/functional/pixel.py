@@ -102,7 +102,7 @@ def _plan(
 ) -> Pairs:
     """The pixels of a label map [B, *S], or those drawn from each class of each image, as one region."""
     flat = labels.reshape(-1)
-    if samples_per_class is None or not flat.numel():
+    if samples_per_class is None or flat.numel() == 0:
         order, offsets, _ = class_sort(flat, background=background, ignore_index=ignored, num_classes=num_classes)
     else:
         most = min(samples_per_class, labels[0].numel())

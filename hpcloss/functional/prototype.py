@@ -98,7 +98,7 @@ def prototype_assignment_loss(
     labels = labels_of_map(features, labels)
     if not prototypes.is_floating_point():
         raise TypeError(f"prototypes must be floating point, got {prototypes.dtype}")
-    if prototypes.dim() != 3 or prototypes.shape[2] != features.shape[1] or not prototypes.shape[0]:
+    if prototypes.dim() != 3 or prototypes.shape[2] != features.shape[1] or prototypes.shape[0] == 0:
         raise ValueError(f"prototypes must have shape [C, K, {features.shape[1]}], got {tuple(prototypes.shape)}")
     teacher = features if teacher_features is None else teacher_features
     if teacher.shape != features.shape:

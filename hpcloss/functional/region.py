@@ -246,7 +246,8 @@ def _stats(
             return sum_of(weight * values, gather)
 
         stats = {} if outside is None else {"labels_outside": sum_of(outside, gather)}
-        return stats | {
+        return {
+            **stats,
             "counted_anchors": number / anchors.clamp(min=1),
             "positives_per_anchor": average(positives),
             "positive_similarity": average(positive_mean),
