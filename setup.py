@@ -16,6 +16,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError, CCompilerError
 
 HERE = Path(__file__).parent
@@ -108,6 +109,15 @@ def nvcc_targets(nvcc):
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
     flags += [f"-gencode=arch=compute_{number},code=compute_{number}" for number in (chosen[0], chosen[-1])]
     return chosen, flags
+
+
+class BuildModules(build_py):
+    """Without what an earlier build left in its folder: modules that are gone since would be installed again."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(os.path.join(self.build_lib, "hpcloss"), ignore_errors=True)
+        super().run()
 
 
 class BuildLibrary(build_ext):
@@ -237,7 +247,7 @@ if __name__ == "__main__":
                 language="c++",
             )
         ],
-        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+        cmdclass={"build_py": BuildModules, "build_ext": BuildLibrary, "bdist_wheel": Wheel},
         install_requires=["torch>=2.6"],
         extras_require={"examples": EXAMPLES, "integrations": INTEGRATIONS, "test": TEST, "dev": DEV},
     )

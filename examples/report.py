@@ -238,7 +238,7 @@ def markdown(results: dict, drawn: list[Path]) -> str:
     for part, summary in results["summary"].items():
         lines += ["", f"## Dice on {part}, %", "", *table(dice_rows(summary)), "", *verdict(summary)]
     if any(run["arms"] for run in runs):
-        lines += ["", "## Cost", "", *table(cost_rows(runs))]
+        lines += ["", "## Cost", "", *table(cost_rows(runs)), *unequal_seconds(runs)]
     if results["checks"]:
         lines += ["", "## What stage 2 taught the body", "", *(f"- {check_line(check)}" for check in results["checks"])]
         lines += ["", f"Linear heads trained on the labelled {noun} over a frozen body; Dice on validation."]
@@ -267,6 +267,20 @@ def markdown(results: dict, drawn: list[Path]) -> str:
 def abridged(ids: list[str], most: int = 12) -> list[str]:
     """The first ids and how many more there are."""
     return ids if len(ids) <= most else [*ids[:most], f"and {len(ids) - most} more"]
+
+
+def unequal_seconds(runs: list[dict]) -> list[str]:
+    """A line where an arm of planned equal seconds took others: the machine was busier, or less so, when it trained."""
+    arms = [(run["seed"], run["arms"].get("ours"), run["arms"].get("supervised_seconds")) for run in runs]
+    shares = [(seed, arm["seconds"] / max(ours["seconds"], 1e-3)) for seed, ours, arm in arms if ours and arm]
+    if all(0.9 <= share <= 1.1 for _, share in shares):
+        return []
+    listed = ", ".join(f"{share:.2f} (seed {seed})" for seed, share in shares)
+    return [
+        "",
+        f"**{TITLES['supervised_seconds']}** had the steps that its speed before promised; in the end it took {listed}"
+        " times the seconds of the three stages.",
+    ]
 
 
 def cost_rows(runs: list[dict]) -> list[list[str]]:

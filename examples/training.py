@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from tqdm import tqdm
 
 from examples.data.slices import DataError
 from examples.files import read_json, write_json
@@ -33,6 +35,29 @@ def rank() -> int:
     """0, or the number of a helper process (of torchrun, or of Lightning for --devices): only rank 0 measures, writes
     and reports."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+class Progress(L.Callback):
+    """A bar of all steps of a stage in a terminal; elsewhere a line a minute."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        shown = trainer.is_global_zero and sys.stderr.isatty()
+        total, done = trainer.max_steps, trainer.global_step
+        self.bar = tqdm(desc=self.name, total=total, initial=done, disable=not shown, dynamic_ncols=True, leave=False)
+        self.said = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        self.bar.update()
+        if trainer.is_global_zero and not sys.stderr.isatty() and time.monotonic() - self.said > 60:
+            self.said = time.monotonic()
+            print(f"{self.name}: step {trainer.global_step} of {trainer.max_steps}", file=sys.stderr, flush=True)
+
+    def teardown(self, trainer: L.Trainer, stage: L.LightningModule, *_: object) -> None:
+        if hasattr(self, "bar"):  # a stage that was done already has none
+            self.bar.close()
 
 
 def train(stage: Stage, folder: Path, settings: Settings, device: str) -> dict:
@@ -58,9 +83,10 @@ def train(stage: Stage, folder: Path, settings: Settings, device: str) -> dict:
                 every_n_epochs=1,
                 save_on_train_epoch_end=True,
                 enable_version_counter=False,
-            )
+            ),
+            Progress(folder.name),
         ],
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=False,  # Lightning's counts epochs, of which there is no number here
         logger=TensorBoardLogger(
             folder.parent.parent, name="tensorboard", version=f"{folder.parent.name}/{folder.name}"
         ),

@@ -39,6 +39,7 @@ def check_region_options(
 ) -> None:
     """Raise ValueError for hyper-parameters of the pixel losses that cannot be meant."""
     _check_temperature(temperature)
+    _check_number("hardness", hardness)
     if not -math.inf < hardness < math.inf:
         raise ValueError(f"hardness must be a finite number, got {hardness}")
     _check_choice("denominator", denominator, DENOMINATORS)
@@ -52,7 +53,7 @@ def check_region_options(
         raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
     if discount and denominator != "own":
         raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
-    if background is not None and len(integers("background", background)) != 1:
+    if background is not None and (hasattr(background, "__len__") or len(integers("background", background)) != 1):
         raise TypeError(f"background must be one label or None, got {background!r}")
     if background is not None and background in integers("ignore_index", ignore_index):
         raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")
@@ -81,6 +82,7 @@ def check_vector_options(
     _check_temperature(temperature)
     _check_choice("reduction", reduction, reductions)
     _check_choice("form", form, ("out", "in"))
+    _check_number("hardness", hardness)
     if not -math.inf < hardness < math.inf:
         raise ValueError(f"hardness must be a finite number, got {hardness}")
     if beta is not None and not 0 <= beta < 1:
@@ -206,10 +208,16 @@ def check_sinkhorn(iterations: int, epsilon: float) -> None:
 
 def _check_temperature(temperature: float | Tensor) -> None:
     if not isinstance(temperature, Tensor):
+        _check_number("temperature", temperature)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {temperature}")
     elif temperature.numel() != 1:
         raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is None or isinstance(value, str):  # what configuration files bring
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -281,7 +289,7 @@ def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_l
         raise TypeError(f"{name} must be a tensor, got {type(vectors).__name__}{_elsewhere(name, None)}")
     if not vectors.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {vectors.dtype}{_elsewhere(name, vectors.dim())}")
-    if vectors.dim() != 2:
+    if vectors.dim() != 2 or vectors.shape[1] == 0:
         raise ValueError(f"{name} must have shape [N, D], got {tuple(vectors.shape)}{_elsewhere(name, vectors.dim())}")
     if like is None:
         return
@@ -337,12 +345,17 @@ def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
 def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
     """Labels [B, *S] of a feature map [B, D, *S], from [B, *S'] or [B, 1, *S'] of any resolution."""
     _check_tensor(name, labels)
+    if isinstance(features, (tuple, list)):
+        raise TypeError("features must be a tensor, got several; FeatureTap and alike return (output, features)")
+    _check_tensor("features", features)
     if not features.is_floating_point():
         raise TypeError(f"features must be floating point, got {features.dtype}")
     if features.dim() < 3:
         raise ValueError(
             f"features must have shape [B, D, *S], got {tuple(features.shape)}; for vectors [N, D] use SupConLoss"
         )
+    if features.shape[1] == 0:
+        raise ValueError(f"features must have at least one channel, got {tuple(features.shape)}")
     dims = features.dim()
     if labels.dim() == dims and labels.shape[1] == 1:
         labels = labels.squeeze(1)
@@ -351,6 +364,11 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
             f"{name} of shape {tuple(labels.shape)} look one-hot; pass class indices: {name}.argmax(1), shape [B, *S]"
         )
     if labels.dim() != dims - 1 or labels.shape[0] != features.shape[0]:
+        if labels.shape == features.shape[1:]:
+            raise ValueError(
+                f"features {tuple(features.shape)} and {name} {tuple(labels.shape)} have no batch axis;"
+                f" pass features[None] and {name}[None]"
+            )
         raise ValueError(
             f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
             f" got {tuple(labels.shape)}"

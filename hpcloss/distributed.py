@@ -81,17 +81,26 @@ class Gathered(NamedTuple):
 def gather_labels(labels: Tensor, regions: Tensor | None = None, num_regions: int = 1) -> Gathered:
     """Exchange the labels and regions [N] of rows. ValueError where ranks differ in their number of regions."""
     counts = _numbers(labels.device, labels.numel(), num_regions)
-    if len({regions_there for _, regions_there in counts}) > 1:
-        raise ValueError(
-            "gather=True needs the same number of regions on every rank (feature maps of one size), got"
-            f" {[regions_there for _, regions_there in counts]}"
-        )
+    _refuse_different([regions_there for _, regions_there in counts])
     # At least one row of padding: backends of torch.distributed need not know empty tensors.
     most = max(1, *(rows for rows, _ in counts))
     regions = torch.zeros_like(labels) if regions is None else regions
     everyone = _all_gather(torch.stack([labels.long(), regions.long()], 1), most, -1)
     own = torch.arange(labels.numel(), device=labels.device) + dist.get_rank() * most
     return Gathered(everyone[:, 0], everyone[:, 1], own, most)
+
+
+@_uncompiled
+def check_same_regions(device: torch.device, num_regions: int) -> None:
+    """ValueError where ranks differ in their number of regions."""
+    _refuse_different([regions_there for (regions_there,) in _numbers(device, num_regions)])
+
+
+def _refuse_different(num_regions: list[int]) -> None:
+    if len(set(num_regions)) > 1:
+        raise ValueError(
+            f"gather=True needs the same number of regions on every rank (feature maps of one size), got {num_regions}"
+        )
 
 
 def gather_keys(rows: Rows, pairs: Pairs, labels: Tensor) -> tuple[Pairs, Rows]:

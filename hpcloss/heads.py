@@ -31,7 +31,7 @@ class ProjectionHead(nn.Module):
     Shapes: x [B, C, *spatial] -> [B, D, *spatial]; with spatial_dims = 0, [..., C] -> [..., D].
 
     Raises:
-        ValueError: a size below 1, or spatial_dims not among 0, 1, 2, 3.
+        ValueError: a size below 1, spatial_dims not among 0, 1, 2, 3, or features of other than so many axes.
     """
 
     def __init__(self, in_channels: int, dim: int = 128, hidden: int | None = None, spatial_dims: int = 2) -> None:
@@ -42,10 +42,15 @@ class ProjectionHead(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if spatial_dims not in _POINTWISE:
             raise ValueError(f"spatial_dims must be 0, 1, 2 or 3, got {spatial_dims}")
+        self.spatial_dims = spatial_dims
         layer, size = _POINTWISE[spatial_dims], (1,) if spatial_dims else ()  # kernel size 1
         self.layers = nn.Sequential(layer(in_channels, hidden, *size), nn.ReLU(), layer(hidden, dim, *size))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Convolutions would take features of one axis less for one image without a batch axis.
+        if self.spatial_dims and x.dim() != self.spatial_dims + 2:
+            axes = ", ".join("DHW"[-self.spatial_dims :])
+            raise ValueError(f"spatial_dims={self.spatial_dims} needs features [B, C, {axes}], got {tuple(x.shape)}")
         return self.layers(x)
 
 
@@ -76,12 +81,14 @@ class FeatureTap(nn.Module):
         layer: dotted name of one of its layers.
 
     Raises:
-        ValueError: the model has no such layer; the message names those it has. RuntimeError, in a call: the layer did
-        not run.
+        TypeError: the layer is no name. ValueError: the model has no such layer; the message names those it has.
+        RuntimeError, in a call: the layer did not run.
     """
 
     def __init__(self, model: nn.Module, layer: str) -> None:
         super().__init__()
+        if not isinstance(layer, str):
+            raise TypeError(f"layer must be the name of one, got {layer!r}")
         modules = dict(model.named_modules(remove_duplicate=False))
         if layer == "" or layer not in modules:
             raise ValueError(_no_such_layer(layer, [name for name in modules if name]))

@@ -48,24 +48,39 @@ def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..
 def differentiable_once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., Any]:
     """Decorate the backward of an autograd function that has no derivative of its own.
 
-    With `create_graph=True` its results carry an error instead of passing for constants: they depend on saved tensors,
-    which `torch.autograd.function.once_differentiable` does not see where the incoming gradient is a constant.
+    With `create_graph=True` its results carry an error instead of passing for constants. They hang on all that they
+    depend on, saved tensors too (which `torch.autograd.function.once_differentiable` leaves out): a second derivative
+    by whatever input leads there.
     """
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        read = _ReadOnce(ctx)
         with torch.no_grad():
-            results = backward(ctx, *grads)
-        return tuple(None if value is None else _NotTwice.apply(value.detach().requires_grad_()) for value in results)
+            results = backward(read, *grads)
+        causes = [x for x in (*grads, *read.saved_tensors) if x is not None and x.requires_grad]
+        return tuple(
+            None if value is None else _NotTwice.apply(value.detach().requires_grad_(), *causes) for value in results
+        )
 
     return once
 
 
+class _ReadOnce:
+    """A context whose saved tensors are fetched once: activation checkpoints give them no second time."""
+
+    def __init__(self, ctx: Any):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
 class _NotTwice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, *causes: torch.Tensor) -> torch.Tensor:
         return value.view_as(value)
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ def region_shape(
     """One cell size per spatial axis; None is the whole map. ValueError for a wrong number of axes."""
     if size is None:
         return tuple(max(1, extent) for extent in spatial)
-    sizes = tuple(size) if isinstance(size, Sequence) else (size,) * len(spatial)
+    sizes = (size,) * len(spatial) if isinstance(size, int) else tuple([operator.index(one) for one in size])
     if len(sizes) != len(spatial):
         raise ValueError(f"{name} must have one value per spatial axis ({len(spatial)}), got {size!r}")
     return sizes

@@ -445,9 +445,34 @@ def test_autocast_changes_nothing(name):
         loss, x, y = build(0.5), X.float().requires_grad_(), Y.float().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             value = call(loss, x, y)
-        found.append((value, *torch.autograd.grad(value, (x, y), allow_unused=True)))
+            grads = torch.autograd.grad(value, (x, y), allow_unused=True)  # where trainers call it, too
+        found.append((value, *grads))
     for plain, cast in zip(*found, strict=True):
         assert plain is cast is None or (plain.dtype == torch.float32 and torch.equal(plain, cast))
+
+
+class Subclass(torch.Tensor):
+    """As MONAI's MetaTensor: what is computed from it is one, too."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_plain_number_comes_out(name):
+    """Whatever subclass the features are of, and whatever the shape and dtype of a temperature."""
+    build, call = CALLS[name]
+    torch.manual_seed(0)
+    expected = call(build(0.5), X.float(), Y.float())
+    torch.manual_seed(0)
+    temperature = torch.tensor([0.5], dtype=torch.float64)
+    found = call(build(temperature), X.float().as_subclass(Subclass), Y.float().as_subclass(Subclass))
+    assert type(found) is torch.Tensor and found.dtype == expected.dtype and found.shape == expected.shape
+    torch.testing.assert_close(found, expected)
+
+
+def test_contrastiveseg_labels_that_are_no_classes():
+    labels = torch.where(CLASSES == 1, 2**40, CLASSES)
+    with pytest.raises(ValueError, match=f"labels hold {2**40}, not ignored .* pass num_classes"):
+        contrastiveseg.PixelContrastLoss()(MAP, labels)
+    assert contrastiveseg.PixelContrastLoss(num_classes=7)(MAP, labels).isfinite()
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -614,6 +614,9 @@ def check_different_maps():
     z, labels = rows(2, DIM, 4, 4 + 4 * dist.get_rank()), choice([0, 1, 2], 2, 4, 4 + 4 * dist.get_rank())
     with pytest.raises(ValueError, match=r"same number of regions on every rank .*got \[1, 2\]"):
         hpcloss.region_phpc_loss(z, labels, 4, gather=True)
+    for most in (1, 7):  # drawn before rows are exchanged: by both ranks, by none
+        with pytest.raises(ValueError, match=r"same number of regions on every rank .*got \[1, 2\]"):
+            hpcloss.region_phpc_loss(z, labels, 4, max_regions=most, gather=True)
     hpcloss.region_phpc_loss(z, labels, 4, gather=True, per_image=True)  # nobody else's business
 
 

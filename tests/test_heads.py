@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import threading
 
 import pytest
@@ -48,6 +49,15 @@ def test_projection_defaults():
 def test_projection_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         ProjectionHead(**arguments)
+
+
+def test_projection_of_features_with_other_axes():
+    """For one axis less torch would take the batch for channels, and say nothing where there are as many."""
+    for spatial_dims, shape in ((3, (8, 8, 4, 4)), (2, (8, 4, 4)), (1, (8, 4)), (2, (2, 8, 4, 4, 4))):
+        axes = ", ".join("DHW"[-spatial_dims:])
+        message = f"spatial_dims={spatial_dims} needs features [B, C, {axes}], got {shape}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ProjectionHead(8, spatial_dims=spatial_dims)(torch.randn(shape))
 
 
 # ---- FeatureTap ----

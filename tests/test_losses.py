@@ -7,6 +7,7 @@ import copy
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -780,6 +781,21 @@ def test_small_gradients_keep_their_digits_until_the_features(weight, dtype):
     assert excess.max() <= 0
 
 
+def test_repeated_keys_of_a_small_temperature():
+    """log of the multiplicity comes to the denominators, which fp32 holds no more without a shift."""
+    labels = torch.tensor([0, 1, 0, 1])[:, None].expand(4, 4)[None]
+    x = torch.zeros(1, 2, 4, 4)
+    x[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    for size, local, temperature in ((16, 2, 0.0238), (32, 2, 0.024), (64, 2, 0.025)):
+
+        def loss(x, size=size, local=local, temperature=temperature):
+            return phpc(x, labels, size, temperature, 0.0, local_size=local, background=None)
+
+        found, exact = value_and_grads(loss, x), value_and_grads(loss, x.double())
+        assert abs(found[0] / exact[0] - 1) < 1e-5
+        torch.testing.assert_close(found[1][0].double(), exact[1][0], rtol=1e-3, atol=1e-4)
+
+
 def test_result_dtype():
     labels = integers(3, 2, 7, 6)
     for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32),
@@ -796,8 +812,10 @@ def test_differentiating_twice_raises(case):
     inputs = [x.requires_grad_() for x in inputs]
     grads = torch.autograd.grad(fast(*inputs), inputs, create_graph=True)
     assert all(grad.requires_grad for grad in grads)  # a gradient penalty must not pass for a constant
-    with pytest.raises(RuntimeError, match="only once"):
-        sum(grad.sum() for grad in grads).backward()
+    penalty = sum(grad.square().sum() for grad in grads)
+    for inputs_of_it in (None, inputs):  # also where only some inputs are asked for, and not what an operator made
+        with pytest.raises(RuntimeError, match="only once"):
+            torch.autograd.backward(penalty, retain_graph=True, inputs=inputs_of_it)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -853,6 +871,22 @@ def test_errors_of_the_region_loss():
         phpc(x.long(), y)
     with bad(r"one-hot.*argmax"):
         phpc(x, F.one_hot(y, 3).movedim(-1, 1))
+    with bad("features must be a tensor, got several; FeatureTap", TypeError):
+        phpc((x, x), y)
+    with bad("features must be a tensor, got ndarray", TypeError):
+        phpc(x.numpy(), y)
+    with bad(r"features must have at least one channel, got \(2, 0, 7, 6\)"):
+        phpc(x[:, :0], y)
+    with bad(r"features \(5, 7, 6\) and labels \(7, 6\) have no batch axis; pass features\[None\] and labels\[None\]"):
+        phpc(x[0], y[0])
+    with bad("temperature must be a number, got '0.1'", TypeError):
+        phpc(x, y, 4, "0.1")
+    with bad("hardness must be a number, got None", TypeError):
+        phpc(x, y, 4, 0.1, None)
+    for background in ([1], (1,)):
+        with bad(r"background must be one label or None, got [\[(]1", TypeError):
+            phpc(x, y, background=background)
+    assert torch.equal(phpc(x, y, np.array([4, 3])), phpc(x, y, (4, 3)))
     with bad(r"labels must have shape \[B, \*S\]"):
         phpc(x, y[0])
     with bad(r"labels must have shape \[B, \*S\]"):
@@ -880,6 +914,8 @@ def test_errors_of_the_vector_losses():
     supcon, ntxent, infonce, ihpc = (FAST[name] for name in ("supcon", "ntxent", "infonce", "ihpc"))
     with bad(r"embeddings must have shape \[N, D\], got \(1, 6, 4\)"):
         supcon(x[None], y)
+    with bad(r"embeddings must have shape \[N, D\], got \(6, 0\)"):
+        supcon(x[:, :0], y)
     with bad("embeddings must be floating point", TypeError):
         supcon(x.long(), y)
     with bad(r"labels must have shape \[6\], got \(5,\)"):

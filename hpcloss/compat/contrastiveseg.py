@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from hpcloss.backends import resolve
 from hpcloss.checks import check_vector_options, count, labels_of_map
-from hpcloss.functional.arithmetic import inverse_temperature, reduce
+from hpcloss.functional.arithmetic import inverse_temperature, reduce, times
 from hpcloss.functional.contrast import Contrast
 from hpcloss.ops import statistics_dtype
 from hpcloss.pack import pack
 from hpcloss.partition import class_sort, partition, partition_against
 from hpcloss.regions import Grid, region_shape
 from hpcloss.sampling import sample
+
+MOST_CLASSES = 1 << 16  # where nobody says how many there are
 
 
 class PixelContrastLoss(nn.Module):
@@ -90,6 +92,11 @@ class PixelContrastLoss(nn.Module):
         if num_classes is None:
             used = torch.where(labels == self.ignore_label, 0, labels)
             num_classes = max(int(used.max()) + 1, 1) if used.numel() else 1
+            if num_classes > MOST_CLASSES:
+                raise ValueError(
+                    f"labels hold {num_classes - 1}, not ignored (ignore_label={self.ignore_label}) nor likely a class:"
+                    " pass num_classes, and larger ones are left out"
+                )
         pixels, classes = self._draw(labels, wrong, num_classes)
         backend, key_order, keys = resolve("auto", feats), None, None
         if queue is None:
@@ -107,7 +114,7 @@ class PixelContrastLoss(nn.Module):
             keys = pack(old, key_order, normalize=False, backend=backend)
         scale, bound = inverse_temperature(self.temperature, rows, False)
         loss, counted = Contrast(rows, "own", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
-        return reduce(loss, counted, "mean") * (self.temperature / self.base_temperature)
+        return times(reduce(loss, counted, "mean"), self.temperature / self.base_temperature)
 
     def _draw(self, labels: Tensor, wrong: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Pixels [K], flat indices, and the class of each, -1 for one that was not drawn after all."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hpcloss.checks import check_vector_options, check_vectors
 from hpcloss.functional.arithmetic import reduce, softplus
 from hpcloss.functional.supcon import infonce_loss
-from hpcloss.ops import NORM_EPS, statistics_dtype
+from hpcloss.ops import NORM_EPS, plain, statistics_dtype
 
 
 class InfoNCE(nn.Module):
@@ -54,14 +54,18 @@ def info_nce(
         )
     check_vectors("query", query)
     check_vectors("positive_key", positive_key, like=query, same_length=True)
-    # One row against keys that no other row meets is no matrix to stream: logits are the D-th part of the keys.
+    # One row against keys that no other row meets is no matrix to stream: logits are the D-th part of the keys. And no
+    # matmul: its backward pass, where that runs under autocast, would be one of half precision.
+    query, positive_key, negative_keys = (plain(x) for x in (query, positive_key, negative_keys))
     with torch.autocast(query.device.type, enabled=False):
         dtype = statistics_dtype(query.dtype)
         rows = _unit(query.to(dtype))
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(rows).reshape(())
         own = (rows * _unit(positive_key.to(dtype))).sum(1) / temperature
         keys = negative_keys.to(dtype)
         norm = keys.norm(dim=2)
-        cosine = torch.where(norm > NORM_EPS, (keys @ rows[:, :, None]).squeeze(2) / norm.clamp(min=NORM_EPS), 0.0)
+        cosine = torch.where(norm > NORM_EPS, (keys * rows[:, None]).sum(2) / norm.clamp(min=NORM_EPS), 0.0)
         loss = softplus(torch.logsumexp(cosine / temperature, 1) - own)
     return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
 

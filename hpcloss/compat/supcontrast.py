@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from hpcloss.backends import resolve
 from hpcloss.checks import check_vector_options
-from hpcloss.functional.arithmetic import inverse_temperature
+from hpcloss.functional.arithmetic import inverse_temperature, times
 from hpcloss.functional.supcon import supcon_loss
-from hpcloss.ops import statistics_dtype
+from hpcloss.ops import plain, statistics_dtype
 from hpcloss.pack import pack
 from hpcloss.pairs import pair_lse
 from hpcloss.partition import partition
@@ -44,7 +44,7 @@ class SupConLoss(nn.Module):
         if self.contrast_mode not in ("all", "one"):
             raise ValueError(f"Unknown mode: {self.contrast_mode}")
         images, views = features.shape[:2]
-        rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
+        rows = plain(features).flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
         if mask is None:
             if labels is None:
                 labels = torch.arange(images, device=features.device)
@@ -57,7 +57,7 @@ class SupConLoss(nn.Module):
         else:
             loss = self._masked(rows, mask, images, views)
         anchors = loss if self.contrast_mode == "all" else loss[:images]
-        return anchors.sum() / max(anchors.numel(), 1) * (self.temperature / self.base_temperature)
+        return times(anchors.sum() / max(anchors.numel(), 1), self.temperature / self.base_temperature)
 
     def _masked(self, rows: Tensor, mask: Tensor, images: int, views: int) -> Tensor:
         """Loss of each row: the sum over positives is linear, so that it needs the mask of images alone."""
@@ -72,7 +72,9 @@ class SupConLoss(nn.Module):
             x = rows.to(statistics_dtype(rows.dtype)).view(views, images, -1)
             mask = mask.to(x)
             own = mask.diagonal()
-            positive = (x * (mask @ x.sum(0))).sum(2) - own * x.square().sum(2)
+            # In float64, which autocast leaves alone: the backward pass of the product may run under it.
+            summed = (mask.double() @ x.sum(0).double()).to(x)
+            positive = (x * summed).sum(2) - own * x.square().sum(2)
             weight = (views * mask.sum(1) - own).repeat(views)
         logit = scale * positive.reshape(-1) - torch.where(weight == 0, 0.0, lse) * weight
         return -logit / torch.where(weight < 1e-6, 1.0, weight)

@@ -80,6 +80,11 @@ def group_weight(ids: Tensor, counted: Tensor) -> Tensor:
     return torch.empty_like(weight).scatter_(0, order, weight)
 
 
+def times(loss: Tensor, factor: float | Tensor) -> Tensor:
+    """loss * factor, of the loss's dtype and shape."""
+    return loss * (factor.to(loss).reshape(()) if isinstance(factor, Tensor) else factor)
+
+
 def inverse_temperature(temperature: float | Tensor, rows: Rows, normalize: bool) -> tuple[Tensor, float | None]:
     """1 / temperature as a 0-dim tensor in the statistics' dtype, and a bound of |similarity / temperature|."""
     dtype = torch.float64 if rows.data.dtype == torch.float64 else torch.float32

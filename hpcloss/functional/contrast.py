@@ -46,7 +46,8 @@ class Contrast:
         mean, _ = pair_mean(
             self.rows, pairs, "own" if own else "logit", self.scale, keys=keys, stat=lse if own else None,
             hardness=self.hardness, discount=self.discount, detach_weights=self.detach_weights,
-            scale_bound=self.scale_bound, backend=self.backend,
+            # Repeated keys make the denominators larger than the bound allows for.
+            scale_bound=self.scale_bound if multiplicity == 1 else None, backend=self.backend,
         )  # fmt: skip
         if own and not self.discount:
             return mean, counted  # 0 where not counted: no positives is no mean, no negatives log(1 + 0)

@@ -18,7 +18,7 @@ from hpcloss.checks import (
     integers,
     labels_of_map,
 )
-from hpcloss.distributed import agree, distinct, gather_keys, gather_labels, has_peers
+from hpcloss.distributed import agree, check_same_regions, distinct, gather_keys, gather_labels, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce, sum_of
 from hpcloss.functional.contrast import Contrast
 from hpcloss.pack import Rows, pack
@@ -154,6 +154,8 @@ def _plan(
     region_ids = None
     cell = [min(along, extent) for along, extent in zip(size, grid.spatial)]
     region_pixels = math.prod(cell) * (1 if per_image else grid.batch)
+    if pooled and max_regions is not None:
+        check_same_regions(labels.device, num_regions)  # before the ranks draw some: all of them do or none
     if max_regions is not None and max_regions < num_regions:
         alive = ~is_ignored(flat, ignored, num_classes)
         anchor = alive if background is None else alive & (flat != background)

@@ -83,8 +83,8 @@ class PrototypeAssignmentLoss(Loss):
         ignore_index: label or labels of pixels that take no part; nor do those outside [0, C).
         reduction: "mean" over counted pixels, "class" (mean of class means), "sum", or "none" (a map [B, *S]).
         gather: reduce over the pixels of every rank of a distributed run, each of which balances the assignment of its
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
             own; see `hpcloss.distributed`.
+        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
     A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not there; a pixel counts if its

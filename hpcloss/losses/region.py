@@ -35,7 +35,8 @@ class RegionPHPCLoss(Loss):
         samples_per_class: draw at most this many pixels per region and class (needs num_classes).
         max_regions: draw at most this many of the regions that hold an anchor and two labels.
         local_size: also contrast each pixel with the small cells of this size inside its region, one at a time, keys
-            repeated to the region's size (the paper's large and small regions); must divide region_size.
+            repeated to the number of pixels of region_size, also where the map ends before (the paper's large and small
+            regions); must divide region_size.
         denominator: "own" (above), "all" (every other pixel of the region, SupCon) or "negatives".
         background: label that is a key but never an anchor; None: every class has anchors.
         ignore_index: label or labels of pixels that take no part.
