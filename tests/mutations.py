@@ -390,7 +390,7 @@ MUTATIONS = [
     ),
     Mutation(
         "NaN scores come first", "philox.h",
-        "score != score ? 0xFFFFFFFFu", "score != score ? 0u", "native and sample_matches",
+        "score != score ? 0xFFFFFFFFu", "score != score ? 0u", "native and hardest_first_by_hand",
     ),
     Mutation(
         "a low guess is believed", "sample.cpp",
