@@ -43,7 +43,7 @@ class Progress(L.Callback):
     def __init__(self, name: str):
         self.name = name
 
-    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         shown = trainer.is_global_zero and sys.stderr.isatty()
         total, done = trainer.max_steps, trainer.global_step
         self.bar = tqdm(desc=self.name, total=total, initial=done, disable=not shown, dynamic_ncols=True, leave=False)
@@ -55,7 +55,7 @@ class Progress(L.Callback):
             self.said = time.monotonic()
             print(f"{self.name}: step {trainer.global_step} of {trainer.max_steps}", file=sys.stderr, flush=True)
 
-    def teardown(self, trainer: L.Trainer, stage: L.LightningModule, *_: object) -> None:
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):  # a stage that was done already has none
             self.bar.close()
 
