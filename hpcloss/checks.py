@@ -53,7 +53,9 @@ def check_region_options(
         raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
     if discount and denominator != "own":
         raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
-    if background is not None and (hasattr(background, "__len__") or len(integers("background", background)) != 1):
+    if background is not None and (
+        isinstance(background, (tuple, list)) or len(integers("background", background)) != 1
+    ):
         raise TypeError(f"background must be one label or None, got {background!r}")
     if background is not None and background in integers("ignore_index", ignore_index):
         raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")

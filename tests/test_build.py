@@ -102,6 +102,17 @@ def fake_cuda(tmp_path):
     return make
 
 
+def test_modules_of_an_earlier_build_are_gone(tiny):
+    """`pip install .` again after an update must not install what the update removed."""
+    gone = tiny / "hpcloss/gone.py"
+    gone.write_text("")
+    assert "hpcloss/gone.py" in zipfile.ZipFile(build(tiny, **NO_COMPILER)).namelist()
+    gone.unlink()
+    assert any((tiny / "build").rglob("gone.py"))
+    names = zipfile.ZipFile(build(tiny, **NO_COMPILER)).namelist()
+    assert "hpcloss/gone.py" not in names and "hpcloss/__init__.py" in names
+
+
 # ---- Sources ----
 
 

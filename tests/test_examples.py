@@ -27,7 +27,7 @@ from examples.data.splits import draw_split  # noqa: E402
 from examples.evaluate import dice_table, predict, subject_dice  # noqa: E402
 from examples.files import write_atomically  # noqa: E402
 from examples.networks import DECODER, HEAD, build_network, feature_swap, load_body, swap_halves  # noqa: E402
-from examples.report import hardness_map  # noqa: E402
+from examples.report import hardness_map, unequal_seconds  # noqa: E402
 from examples.results import spread, summarise  # noqa: E402
 from examples.settings import Settings  # noqa: E402
 from examples.stages import (  # noqa: E402
@@ -204,6 +204,14 @@ def test_the_report_shows_every_figure(finished):
         assert text in report
     assert all(name in report for run in results["runs"] for name in run["labelled"][:1])
     assert list(out.glob("tensorboard/seed0/stage1/events*")), "Lightning's log"
+
+
+def test_the_report_says_where_equal_seconds_were_not(finished):
+    runs = [
+        {"seed": 3, "arms": {"ours": {"seconds": 100.0}, "supervised_seconds": {"seconds": took}}} for took in (95, 21)
+    ]
+    assert unequal_seconds(runs[:1]) == [] and "0.95 (seed 3), 0.21 (seed 3)" in unequal_seconds(runs)[-1]
+    assert unequal_seconds([{"seed": 3, "arms": {"ours": {"seconds": 100.0}}}]) == []
 
 
 def test_a_second_run_needs_resume_and_the_same_settings(finished, msd, capsys):
