@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 
 import cases
@@ -175,7 +176,9 @@ def bench_published_block_loop(benchmark, report, form):
         assert torch.isfinite(loop.step())
     seconds, faster = interleaved(benchmark, ours.step, loop.step, rounds=3)
     case = "published_phpc" if form == "as-meant" else "region_phpc"
-    peak, loop_peak = measure(case, **FOUR_REGIONS)["extra_mb"], measure(name, **FOUR_REGIONS)["extra_mb"]
+    peak = measure(case, **FOUR_REGIONS)["extra_mb"]
+    # What the loop frees comes back to the system early in some processes and late in most.
+    loop_peak = statistics.median(measure(name, **FOUR_REGIONS)["extra_mb"] for _ in range(3))
     sixteen = measure(case, **SIXTEEN_REGIONS)["extra_mb"]
     bars = [
         Bar("times faster than the block loop", faster, 8, at_least=True),

@@ -97,8 +97,8 @@ def pair_mean(
     of a positive against its own denominator e^{(scale - discount) s} + e^{stat_i}.
     Returns (out, mass), [N] each; mass is the log-sum-exp of the weights, not differentiable: results over parts of the
     keys merge by their masses. An empty set gives out 0 and mass -inf. Differentiable in rows, scale and stat; through
-    the weights only with `detach_weights=False`. scale_bound: as in `pair_lse`; then |stat| must not exceed that of a
-    log-sum-exp over as many keys, scale_bound + log(M), or -inf.
+    the weights only with `detach_weights=False`. scale_bound: as in `pair_lse`, or more; then |stat| must not exceed
+    that of a log-sum-exp over as many keys, scale_bound + log(M), or -inf.
     """
     if (term == "own") != (stat is not None):
         raise ValueError(f"term {term!r} {'needs' if stat is None else 'takes no'} stat")

@@ -18,7 +18,12 @@ def region_shape(
     """One cell size per spatial axis; None is the whole map. ValueError for a wrong number of axes."""
     if size is None:
         return tuple(max(1, extent) for extent in spatial)
-    sizes = (size,) * len(spatial) if isinstance(size, int) else tuple([operator.index(one) for one in size])
+    if isinstance(size, Sequence):
+        sizes = tuple(size)
+    elif isinstance(size, int) or not getattr(size, "ndim", 0):
+        sizes = (size,) * len(spatial)
+    else:
+        sizes = tuple([operator.index(one) for one in size])  # an array
     if len(sizes) != len(spatial):
         raise ValueError(f"{name} must have one value per spatial axis ({len(spatial)}), got {size!r}")
     return sizes

@@ -887,6 +887,7 @@ def test_errors_of_the_region_loss():
         with bad(r"background must be one label or None, got [\[(]1", TypeError):
             phpc(x, y, background=background)
     assert torch.equal(phpc(x, y, np.array([4, 3])), phpc(x, y, (4, 3)))
+    assert torch.equal(phpc(x, y, np.int64(4)), phpc(x, y, 4))
     with bad(r"labels must have shape \[B, \*S\]"):
         phpc(x, y[0])
     with bad(r"labels must have shape \[B, \*S\]"):

@@ -40,14 +40,15 @@ class Contrast:
         lse = pair_lse(
             self.rows, pairs, rule, self.scale, keys=keys, scale_bound=self.scale_bound, backend=self.backend
         )
-        if multiplicity > 1:
+        bound = self.scale_bound
+        if multiplicity > 1:  # which a bound of the denominators has to know
             lse = lse + math.log(multiplicity)
+            bound = None if bound is None else bound + math.log(multiplicity)
         own = self.denominator == "own"
         mean, _ = pair_mean(
             self.rows, pairs, "own" if own else "logit", self.scale, keys=keys, stat=lse if own else None,
             hardness=self.hardness, discount=self.discount, detach_weights=self.detach_weights,
-            # Repeated keys make the denominators larger than the bound allows for.
-            scale_bound=self.scale_bound if multiplicity == 1 else None, backend=self.backend,
+            scale_bound=bound, backend=self.backend,
         )  # fmt: skip
         if own and not self.discount:
             return mean, counted  # 0 where not counted: no positives is no mean, no negatives log(1 + 0)
