@@ -8,7 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorbo
 
 from small_folders import write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
-from examples import probes, three_stage  # noqa: E402
+from examples import probes, three_stage, training  # noqa: E402
 from examples.arms import Arms  # noqa: E402
 from examples.batches import Crops, Steps  # noqa: E402
 from examples.data.folders import read_folder  # noqa: E402
@@ -38,7 +38,7 @@ from examples.stages import (  # noqa: E402
     ramp_up,
     shuffled,
 )
-from examples.training import quiet, train  # noqa: E402
+from examples.training import Progress, quiet, train  # noqa: E402
 
 ROOT = Path(three_stage.__file__).parents[1]
 ARMS = ("ours", "supervised_iterations", "supervised_seconds", "probe_random", "probe_stage2", "probe_shuffled")
@@ -204,6 +204,17 @@ def test_the_report_shows_every_figure(finished):
         assert text in report
     assert all(name in report for run in results["runs"] for name in run["labelled"][:1])
     assert list(out.glob("tensorboard/seed0/stage1/events*")), "Lightning's log"
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
+    seconds = iter([0, 30, 61, 61, 100, 130, 130])
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    progress, trainer = Progress("stage2"), SimpleNamespace(is_global_zero=True, max_steps=9, global_step=0)
+    progress.on_train_start(trainer, None)
+    for trainer.global_step in range(1, 5):
+        progress.on_train_batch_end(trainer)
+    progress.teardown(trainer, None, stage="fit")
+    assert capsys.readouterr().err.splitlines() == ["stage2: step 2 of 9", "stage2: step 4 of 9"]
 
 
 def test_the_report_says_where_equal_seconds_were_not(finished):
