@@ -23,9 +23,8 @@ from torch import nn
 
 from hpcloss import ProjectionHead, RegionPHPCLoss
 
-STAGE = (
-    -2
-)  # of the decoder: half the resolution, a quarter of the pixels; of volumes an eighth, of thick slices a quarter
+# Of the decoder: half the resolution, a quarter of the pixels; of volumes an eighth, of thick slices a quarter.
+STAGE = -2
 
 
 class nnUNetTrainerRegionContrast(nnUNetTrainer):
