@@ -32,7 +32,7 @@ for name in sys.argv[1:]:
     case = make(**{key: value for key, value in fresh.SMALL.items() if key in inspect.signature(make).parameters})
     assert_same_as(case)
     found["syncs"][name] = len(fresh.host_syncs(case, "meta" if name in cases.OURS else "cpu"))
-found["step"] = fresh.main('{"case": "supcon", "count": 300, "thorough": true}')
+found["step"] = fresh.main('{"case": "supcon", "count": 4096, "thorough": true}')
 found["too much"] = fresh.main('{"case": "eager_supcon", "count": 2048, "max_gigabytes": 0.05}')
 print(json.dumps(found))
 """
