@@ -1,6 +1,6 @@
-"""The two streaming primitives: `pair_lse` and `pair_mean`. Every loss of the package is a recipe over them.
+"""The streaming primitives: `pair_lse`, `pair_mean` and `pair_cross_entropy`. Every loss is a recipe over them.
 
-Both work on packed rows and on intervals (`Pairs`); neither ever holds an N x M matrix. `keys=None` is self-contrast:
+All work on packed rows and on intervals (`Pairs`); neither ever holds an N x M matrix. `keys=None` is self-contrast:
 the keys are the anchors, and one backward pass serves both sides of every pair.
 
 Forward and backward are separate operators, joined here by autograd functions. Backward twice raises.
@@ -60,6 +60,7 @@ def pair_lse_both(
     anchors: Rows,
     keys: Rows,
     pairs: Pairs,
+    rule: str,
     scale: Tensor,
     *,
     scale_bound: float | None = None,
@@ -68,12 +69,22 @@ def pair_lse_both(
     """Row and column log-sum-exp of one S, for two-sided losses.
 
     rows_i = log sum_j exp(scale s_ij) over the keys that anchor i may meet [N], columns_j = log sum_i exp(scale s_ij)
-    over the anchors that may meet key j [M]. Each is `pair_lse` with rule "every" of one direction; but the backward
-    pass serves both with one sweep for the anchors and one for the keys. Regions must not share keys.
+    over the anchors that may meet key j [M]. Each is `pair_lse` of one direction; but the backward pass serves both
+    with one sweep for the anchors and one for the keys. Regions must not share keys.
+
+    rule: "every", or "negatives". "negatives" needs pairs that are their own inverse (N = M): the positives of key j
+    are the anchors whose numbers lie in the interval of anchor j, as in `one_to_one`.
     """
+    if rule not in ("every", "negatives"):
+        raise ValueError(f"rule must be 'every' or 'negatives', got {rule!r}")
+    if rule == "negatives" and anchors.data.shape[0] != keys.data.shape[0]:
+        raise ValueError(
+            f"rule 'negatives' needs as many keys as anchors, got {keys.data.shape[0]} and {anchors.data.shape[0]}"
+        )
     return _PairLseBoth.apply(
-        anchors.data, anchors.companion, keys.data, keys.companion, scale, scale_bound, backend, *pairs.intervals()
-    )
+        anchors.data, anchors.companion, keys.data, keys.companion, scale, scale_bound, rule, backend,
+        *pairs.intervals(),
+    )  # fmt: skip
 
 
 def pair_mean(
@@ -107,6 +118,39 @@ def pair_mean(
     return _PairMean.apply(
         anchors.data, anchors.companion, key_data, grad_keys, stat, log_weight, scale, scale_bound,
         float(hardness), float(discount), detach_weights, backend, *pairs.intervals(),
+    )  # fmt: skip
+
+
+def pair_cross_entropy(
+    anchors: Rows,
+    pairs: Pairs,
+    scale: Tensor,
+    *,
+    keys: Rows | None = None,
+    hardness: float = 0.0,
+    scale_bound: float | None = None,
+    backend: str = "blockwise",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the positives' weights and the softmax over all keys: a log-sum-exp less the positives' mean.
+
+        loss_i = -sum_{j in positives(i)} w_ij log p_ij,    p_ij = exp(scale s_ij - lse_i)
+        lse_i = log sum_{j in others(i)} exp(scale s_ij),   w = softmax over the positives of (-hardness s_ij), detached
+
+    Backward forms dS_ij = scale (p_ij - w_ij) grad_i per pair, before the one product with the keys. Near the minimum
+    of a loss p and w cancel, and the gradients of two primitives, subtracted, would be rounding errors. For the same
+    reason the loss is formed relative to the largest logit of a row, so that it is never negative.
+
+    Returns (loss, lse, mass), [N] each, fp32 (float64). loss and lse are differentiable, in rows and scale. mass is the
+    log-sum-exp of the weights, as in `pair_mean`. A row without positives has loss 0 and mass -inf. Arguments as in
+    `pair_lse`. Results over parts a of the keys merge, without a difference that cancels:
+
+        lse = log sum_a exp(lse_a),    loss = sum_a share_a (loss_a + lse - lse_a),    share = softmax over a of mass_a
+    """
+    grad_keys = None if keys is None else keys.companion
+    key_data = None if keys is None else keys.data
+    return _PairCrossEntropy.apply(
+        anchors.data, anchors.companion, key_data, grad_keys, scale, scale_bound, float(hardness), backend,
+        *pairs.intervals(),
     )  # fmt: skip
 
 
@@ -171,12 +215,15 @@ class _PairLseBoth(torch.autograd.Function):
         grad_keys: Tensor,
         scale: Tensor,
         scale_bound: float | None,
+        rule: str,
         backend: str,
         *intervals: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        rows, columns = torch.ops.hpcloss.pair_lse_both(anchors, keys, scale, scale_bound, list(intervals), backend)
+        rows, columns = torch.ops.hpcloss.pair_lse_both(
+            anchors, keys, scale, scale_bound, list(intervals), rule, backend
+        )
         ctx.save_for_backward(rows, columns, anchors, keys, scale, *intervals)
-        ctx.scale_bound, ctx.backend = scale_bound, backend
+        ctx.rule, ctx.scale_bound, ctx.backend = rule, scale_bound, backend
         return rows, columns
 
     @staticmethod
@@ -185,7 +232,7 @@ class _PairLseBoth(torch.autograd.Function):
         rows, columns, anchors, keys, scale, *intervals = ctx.saved_tensors
         needs_anchors, needs_keys, needs_scale = (ctx.needs_input_grad[index] for index in (1, 3, 4))
         d_anchors, d_keys, d_scale = torch.ops.hpcloss.pair_lse_both_backward(
-            grad_rows, grad_columns, rows, columns, anchors, keys, scale, ctx.scale_bound, intervals,
+            grad_rows, grad_columns, rows, columns, anchors, keys, scale, ctx.scale_bound, intervals, ctx.rule,
             needs_anchors, needs_keys, needs_scale, ctx.backend,
         )  # fmt: skip
         return (
@@ -194,7 +241,7 @@ class _PairLseBoth(torch.autograd.Function):
             None,
             d_keys if needs_keys else None,
             d_scale.to(scale.dtype) if needs_scale else None,
-            *(None,) * (2 + len(intervals)),
+            *(None,) * (3 + len(intervals)),
         )
 
 
@@ -248,6 +295,51 @@ class _PairMean(torch.autograd.Function):
             None,
             d_scale.to(scale.dtype) if d_scale is not None and needs_scale else None,
             *(None,) * (5 + len(intervals)),
+        )
+
+
+class _PairCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        grad_anchors: Tensor,
+        keys: Tensor | None,
+        grad_keys: Tensor | None,
+        scale: Tensor,
+        scale_bound: float | None,
+        hardness: float,
+        backend: str,
+        *intervals: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, lse, mass, shift, total = torch.ops.hpcloss.pair_cross_entropy(
+            anchors, keys, scale, scale_bound, hardness, list(intervals), backend
+        )
+        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        ctx.save_for_backward(loss, mass, shift, total, anchors, keys, scale, *intervals)
+        ctx.options, ctx.backend = (scale_bound, hardness), backend
+        ctx.mark_non_differentiable(mass)
+        ctx.set_materialize_grads(False)  # or zeros would be made for an lse that nobody uses
+        return loss, lse, mass
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, grad_mass: None) -> tuple[Tensor | None, ...]:
+        _, mass, shift, total, anchors, keys, scale, *intervals = ctx.saved_tensors
+        if grad is None and grad_lse is None:
+            return (None,) * (8 + len(intervals))
+        needs_anchors, needs_keys, needs_scale = (ctx.needs_input_grad[index] for index in (1, 3, 4))
+        d_anchors, d_keys, d_scale = torch.ops.hpcloss.pair_cross_entropy_backward(
+            torch.zeros_like(mass) if grad is None else grad, grad_lse, mass, shift, total, anchors, keys, scale,
+            *ctx.options, intervals, needs_anchors, needs_keys, needs_scale, ctx.backend,
+        )  # fmt: skip
+        return (
+            None,
+            d_anchors if needs_anchors else None,
+            None,
+            d_keys if needs_keys else None,
+            d_scale.to(scale.dtype) if needs_scale else None,
+            *(None,) * (3 + len(intervals)),
         )
 
 
@@ -339,6 +431,33 @@ def _pair_mean_backward_fake(
     return _gradients_fake(anchors, keys, needs_anchors, needs_keys)
 
 
+def _pair_cross_entropy(anchors: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return load(args[-1]).pair_cross_entropy(anchors, *args[:-1])  # the last is the backend
+
+
+def _pair_cross_entropy_fake(anchors: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(anchors.dtype)
+    return tuple(anchors.new_empty(anchors.shape[:1], dtype=dtype) for _ in range(5))  # type: ignore[return-value]
+
+
+def _pair_cross_entropy_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return load(args[-1]).pair_cross_entropy_backward(grad, *args[:-1])  # the last is the backend
+
+
+def _pair_cross_entropy_backward_fake(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    mass: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    anchors: Tensor,
+    keys: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_anchors, needs_keys, _, _ = rest[-4:]
+    return _gradients_fake(anchors, keys, needs_anchors, needs_keys)
+
+
 register(
     "pair_lse",
     "(Tensor anchors, Tensor? keys, Tensor? bias, Tensor scale, float? scale_bound, Tensor[] intervals, str rule,"
@@ -356,7 +475,7 @@ register(
 )
 register(
     "pair_lse_both",
-    "(Tensor anchors, Tensor keys, Tensor scale, float? scale_bound, Tensor[] intervals, str backend)"
+    "(Tensor anchors, Tensor keys, Tensor scale, float? scale_bound, Tensor[] intervals, str rule, str backend)"
     " -> (Tensor, Tensor)",
     _pair_lse_both,
     _pair_lse_both_fake,
@@ -364,8 +483,8 @@ register(
 register(
     "pair_lse_both_backward",
     "(Tensor grad_rows, Tensor grad_columns, Tensor rows, Tensor columns, Tensor anchors, Tensor keys, Tensor scale,"
-    " float? scale_bound, Tensor[] intervals, bool needs_anchors, bool needs_keys, bool needs_scale, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    " float? scale_bound, Tensor[] intervals, str rule, bool needs_anchors, bool needs_keys, bool needs_scale,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
     _pair_lse_both_backward,
     _pair_lse_both_backward_fake,
 )
@@ -383,4 +502,19 @@ register(
     " bool needs_anchors, bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
     _pair_mean_backward,
     _pair_mean_backward_fake,
+)
+register(
+    "pair_cross_entropy",
+    "(Tensor anchors, Tensor? keys, Tensor scale, float? scale_bound, float hardness, Tensor[] intervals, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pair_cross_entropy,
+    _pair_cross_entropy_fake,
+)
+register(
+    "pair_cross_entropy_backward",
+    "(Tensor grad, Tensor? grad_lse, Tensor mass, Tensor shift, Tensor total, Tensor anchors, Tensor? keys,"
+    " Tensor scale, float? scale_bound, float hardness, Tensor[] intervals,"
+    " bool needs_anchors, bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
+    _pair_cross_entropy_backward,
+    _pair_cross_entropy_backward_fake,
 )

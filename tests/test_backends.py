@@ -16,7 +16,7 @@ from hpcloss import reference
 from hpcloss.backends import blockwise, resolve
 from hpcloss.backends.blockwise import tiles
 from hpcloss.pack import Rows
-from hpcloss.pairs import RULES, pair_lse, pair_lse_both, pair_mean
+from hpcloss.pairs import RULES, pair_cross_entropy, pair_lse, pair_lse_both, pair_mean
 from hpcloss.partition import Pairs, against_cells, one_to_one, paired, partition, partition_against
 from hpcloss.regions import cells_of_regions, grid_regions
 
@@ -44,6 +44,13 @@ def paired_plan(n=20, groups=4):
     order = by_group.order.long()
     row_of = torch.empty_like(order).scatter_(0, order, torch.arange(2 * n))
     return Plan(paired(by_group, row_of[(order + n) % (2 * n)]), None)
+
+
+def near_and_far_pairs_plan():
+    """Some explicit positives lie next to their anchor, others far away: a block lies partly in the hull of its own."""
+    partner = torch.arange(24) ^ 1
+    partner[:4], partner[20:] = torch.arange(20, 24), torch.arange(4)
+    return Plan(paired(partition(torch.zeros(24, dtype=torch.int64)), partner), None)
 
 
 def whole_region_plan():
@@ -118,6 +125,7 @@ PLANS = {
     "paired": paired_plan,
     "paired, one group": lambda: paired_plan(11, 1),
     "paired, own groups": lambda: Plan(paired(partition(torch.arange(9).repeat(2)), torch.arange(18) ^ 1), None),
+    "paired, near and far": near_and_far_pairs_plan,
     "whole region": whole_region_plan,
     "cross": cross_plan,
     "cross, many regions": lambda: cross_plan(70, 40, 9, seed=1),
@@ -162,7 +170,7 @@ def schedule(request, monkeypatch):
         monkeypatch.setattr(tiles, "STATIC_BLOCK", 7 if request.param == "static" else 1024)
         monkeypatch.setattr(
             tiles, "_schedule",
-            lambda at, num_keys, rule, symmetric: tiles._static_schedule(at.pos_start.numel(), num_keys, symmetric),
+            lambda at, num_keys, rule, symmetric, _: tiles._static_schedule(at.pos_start.numel(), num_keys, symmetric),
         )  # fmt: skip
     return request.param
 
@@ -214,20 +222,95 @@ def test_pair_lse(plan, rule, schedule):
         compare(actual, expected, [x for x in (anchors, keys, scale) if x is not None])
 
 
-@pytest.mark.parametrize("plan", ["one to one", "labelled keys", "cells", "no keys"])
-def test_pair_lse_both(plan, schedule):
+@pytest.mark.parametrize(
+    "plan, rule",
+    [*((plan, "every") for plan in ("one to one", "labelled keys", "cells", "no keys")), ("one to one", "negatives")],
+)
+def test_pair_lse_both(plan, rule, schedule):
     """Regions that share no key: the sums over rows and over columns of one matrix."""
     plan = PLANS[plan]()
     anchors, keys = inputs(plan)
-    mask = allowed(plan, "every")
+    mask = allowed(plan, rule)
     for value, bound in ((3.0, None), (3.0, 100.0), (-2.0, None), (90.0, None)):
         scale = torch.tensor(value).double().requires_grad_()
-        actual = pair_lse_both(as_rows(anchors), as_rows(keys), plan.pairs, scale, scale_bound=bound)
+        actual = pair_lse_both(as_rows(anchors), as_rows(keys), plan.pairs, rule, scale, scale_bound=bound)
         expected = (
             reference.pair_lse(anchors, keys, mask, scale, None),
             reference.pair_lse(keys, anchors, mask.T, scale, None),
         )
         compare(torch.cat(actual), torch.cat(expected), [anchors, keys, scale])
+
+
+def test_pair_lse_both_refuses_rules_it_has_no_intervals_for():
+    anchors, keys = inputs(PLANS["labelled keys"]())
+    for rule, message in (("others", "rule must be"), ("negatives", "as many keys as anchors, got 47 and 33")):
+        with pytest.raises(ValueError, match=message):
+            pair_lse_both(as_rows(anchors), as_rows(keys), PLANS["labelled keys"]().pairs, rule, torch.tensor(1.0))
+
+
+def dense_cross_entropy(anchors, keys, plan, scale, hardness=0.0):
+    """loss, lse and mass from their definitions."""
+    others, positives = allowed(plan, "others"), allowed(plan, "positives")
+    lse = reference.pair_lse(anchors, keys, others, scale)
+    mean, mass = reference.pair_mean(anchors, keys, positives, scale, hardness, None, "logit")
+    return torch.where(positives.any(1), finite(lse) - mean, 0.0), lse, mass
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("hardness", [0.0, 1.5, -20.0])
+def test_pair_cross_entropy(plan, hardness, schedule):
+    plan = PLANS[plan]()
+    anchors, keys = inputs(plan)
+    for value, bound in ((3.0, None), (3.0, 100.0), (0.01, 1.0), (90.0, None)):
+        scale = torch.tensor(value).double().requires_grad_()
+        options = {"keys": as_rows(keys), "hardness": hardness, "scale_bound": bound}
+        loss, lse, mass = pair_cross_entropy(as_rows(anchors), plan.pairs, scale, **options)
+        expected = dense_cross_entropy(anchors, anchors if keys is None else keys, plan, scale, hardness)
+        assert not mass.requires_grad
+        assert_exact(mass, expected[2], floor=NOISE)
+        assert bool((loss >= 0).all())
+        leaves = [x for x in (anchors, keys, scale) if x is not None]
+        of_loss = [torch.autograd.grad((3 * x).sum(), leaves, retain_graph=True) for x in (loss, expected[0])]
+        for grad, exact in zip(*of_loss):
+            assert_exact(grad, exact, floor=100 * NOISE)
+        compare(torch.cat([loss, lse]), torch.cat(expected[:2]), leaves, noise=10 * NOISE)
+
+
+@pytest.mark.parametrize("hardness", [0.0, 1.5])
+def test_cross_entropy_over_tiles_of_full_size(hardness):
+    for plan in (long_plan(300, 513, 127, 3, 128, 1, 150, 129, background=0), self_plan(1100, 1, seed=2),
+                 long_plan(*[2] * 600), cross_plan(700, 1300, 2, with_self=True, seed=3)):  # fmt: skip
+        anchors, keys = inputs(plan, 3)
+        for bound in (None, 100.0):
+            scale = torch.tensor(4.0).double().requires_grad_()
+            loss, lse, _ = pair_cross_entropy(
+                as_rows(anchors), plan.pairs, scale, keys=as_rows(keys), hardness=hardness, scale_bound=bound
+            )
+            expected = dense_cross_entropy(anchors, anchors if keys is None else keys, plan, scale, hardness)
+            leaves = [x for x in (anchors, keys, scale) if x is not None]
+            compare(torch.cat([loss, lse]), torch.cat(expected[:2]), leaves, noise=10 * NOISE)
+
+
+@pytest.mark.parametrize("hardness", [0.0, 2.0])
+def test_cross_entropy_of_parts_of_the_keys_merges(hardness):
+    """As the docstring says: queues and ranks may hold a part of the keys each."""
+    labels, key_labels = integers(4, 30), integers(4, 60, seed=1)
+    anchors, keys, scale = rows(30, 5), rows(60, 5, seed=2), torch.tensor(7.0).double()
+
+    def part(chosen):
+        pairs, order = partition_against(labels, key_labels[chosen])
+        sides = as_rows(anchors[pairs.order.long()]), as_rows(keys[chosen][order.long()])
+        return pair_cross_entropy(sides[0], pairs, scale, keys=sides[1], hardness=hardness)
+
+    whole = part(torch.arange(60))
+    # A part without a positive for some anchors, and one without any.
+    chosen = [torch.arange(20), torch.arange(20, 60)[key_labels[20:] != 2], torch.arange(20, 60)[key_labels[20:] == 2]]
+    losses, lses, masses = (torch.stack(parts) for parts in zip(*map(part, chosen)))
+    lse = torch.logsumexp(lses, 0)
+    loss = (torch.softmax(masses, 0) * (losses + lse - lses)).sum(0)
+    assert_exact(lse, whole[1])
+    assert_exact(loss, whole[0])
+    assert_exact(torch.logsumexp(masses, 0), whole[2])
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -443,7 +526,7 @@ def test_static_schedule_stays_within_its_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "STATIC_BLOCK", 128)
     monkeypatch.setattr(
         tiles, "_schedule",
-        lambda at, num_keys, rule, symmetric: tiles._static_schedule(at.pos_start.numel(), num_keys, symmetric),
+        lambda at, num_keys, rule, symmetric, _: tiles._static_schedule(at.pos_start.numel(), num_keys, symmetric),
     )  # fmt: skip
     for call in backend_calls(700, 8):
         with LargestTensor() as largest:

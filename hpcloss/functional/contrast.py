@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.pack import Rows
-from hpcloss.pairs import pair_lse, pair_mean
+from hpcloss.pairs import pair_cross_entropy, pair_lse, pair_mean
 from hpcloss.partition import Pairs
 
 
@@ -35,21 +35,39 @@ class Contrast:
         multiplicity: how often each key stands in the denominators.
         """
         positives, negatives = pairs.counts()
-        counted = (positives if self.denominator == "all" else torch.minimum(positives, negatives)) > 0
-        rule = "others" if self.denominator == "all" else "negatives"
+        if self.denominator == "all":
+            return self._against_all(pairs, keys, multiplicity), positives > 0
+        counted = torch.minimum(positives, negatives) > 0
         lse = pair_lse(
-            self.rows, pairs, rule, self.scale, keys=keys, scale_bound=self.scale_bound, backend=self.backend
+            self.rows, pairs, "negatives", self.scale, keys=keys, scale_bound=self.scale_bound, backend=self.backend
         )
         bound = self.scale_bound
         if multiplicity > 1:  # which a bound of the denominators has to know
             lse = lse + math.log(multiplicity)
             bound = None if bound is None else bound + math.log(multiplicity)
-        own = self.denominator == "own"
+        if self.denominator == "negatives":
+            return torch.where(counted, lse - self._mean(pairs, keys, self.detach_weights), 0.0), counted
         mean, _ = pair_mean(
-            self.rows, pairs, "own" if own else "logit", self.scale, keys=keys, stat=lse if own else None,
-            hardness=self.hardness, discount=self.discount, detach_weights=self.detach_weights,
-            scale_bound=bound, backend=self.backend,
+            self.rows, pairs, "own", self.scale, keys=keys, stat=lse, hardness=self.hardness, discount=self.discount,
+            detach_weights=self.detach_weights, scale_bound=bound, backend=self.backend,
         )  # fmt: skip
-        if own and not self.discount:
-            return mean, counted  # 0 where not counted: no positives is no mean, no negatives log(1 + 0)
-        return torch.where(counted, mean if own else lse - mean, 0.0), counted
+        # Without a discount the mean is 0 where not counted: no positives is no mean, no negatives log(1 + 0).
+        return torch.where(counted, mean, 0.0) if self.discount else mean, counted
+
+    def _against_all(self, pairs: Pairs, keys: Rows | None, multiplicity: int) -> Tensor:
+        """log(multiplicity) + lse - mean of the positives [N], 0 where no positive is."""
+        loss, _, _ = pair_cross_entropy(
+            self.rows, pairs, self.scale, keys=keys, hardness=self.hardness, scale_bound=self.scale_bound,
+            backend=self.backend,
+        )  # fmt: skip
+        if self.hardness and not self.detach_weights:
+            # Both means have one value; their gradients differ by what flows through the weights.
+            loss = loss - (self._mean(pairs, keys, False) - self._mean(pairs, keys, True))
+        return loss if multiplicity == 1 else torch.where(pairs.counts()[0] > 0, loss + math.log(multiplicity), 0.0)
+
+    def _mean(self, pairs: Pairs, keys: Rows | None, detach_weights: bool) -> Tensor:
+        """Weighted mean of the positives' logits [N]."""
+        return pair_mean(
+            self.rows, pairs, "logit", self.scale, keys=keys, hardness=self.hardness, detach_weights=detach_weights,
+            scale_bound=self.scale_bound, backend=self.backend,
+        )[0]  # fmt: skip

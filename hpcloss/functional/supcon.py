@@ -21,7 +21,7 @@ from hpcloss.checks import (
 from hpcloss.distributed import distinct, gather_keys, gather_labels, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce, softplus
 from hpcloss.pack import Rows, pack
-from hpcloss.pairs import pair_lse, pair_lse_both, pair_mean
+from hpcloss.pairs import pair_cross_entropy, pair_lse, pair_lse_both, pair_mean
 from hpcloss.partition import Pairs, one_to_one, paired, partition, partition_against
 
 
@@ -73,14 +73,16 @@ def supcon_loss(
     scale, bound = inverse_temperature(temperature, rows, normalize)
     positives, _ = pairs.counts()
     counted = positives > 0
-    lse = pair_lse(rows, pairs, "others", scale, keys=key_rows, scale_bound=bound, backend=backend)
     if form == "out":
-        loss = lse - pair_mean(rows, pairs, "logit", scale, keys=key_rows, backend=backend)[0]
+        loss, _, _ = pair_cross_entropy(rows, pairs, scale, keys=key_rows, scale_bound=bound, backend=backend)
     else:
-        own = pair_lse(rows, pairs, "positives", scale, keys=key_rows, scale_bound=bound, backend=backend)
-        # Not -inf minus -inf where there is no positive: that would be NaN in the gradient.
-        loss = lse - torch.where(counted, own, 0.0) + positives.clamp(min=1).to(lse.dtype).log()
-    loss = torch.where(counted, loss, 0.0)
+        own, negative = (
+            pair_lse(rows, pairs, rule, scale, keys=key_rows, scale_bound=bound, backend=backend)
+            for rule in ("positives", "negatives")
+        )
+        # log(P + N) - log(P / n), without a difference of two large numbers. Not -inf minus -inf where no positive is.
+        loss = softplus(negative - torch.where(counted, own, 0.0)) + positives.clamp(min=1).to(own.dtype).log()
+        loss = torch.where(counted, loss, 0.0)
     return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
@@ -103,8 +105,8 @@ def ntxent_loss(
     gather = has_peers(gather)
     rows, keys, by_image, own, backend = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
     scale, bound = inverse_temperature(temperature, rows, normalize)
-    lse = pair_lse(rows, own, "others", scale, keys=keys, scale_bound=bound, backend=backend)
-    loss = lse - pair_mean(rows, own, "logit", scale, keys=keys, backend=backend)[0]
+    negative = pair_lse(rows, own, "negatives", scale, keys=keys, scale_bound=bound, backend=backend)
+    loss = softplus(negative - pair_mean(rows, own, "logit", scale, keys=keys, backend=backend)[0])
     return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, own.order, gather=gather)
 
 
@@ -135,28 +137,31 @@ def infonce_loss(
     keys = pack(positive, pairs.order, normalize=normalize, backend=backend)
     scale, bound = inverse_temperature(temperature, rows, normalize)
     own, _ = pair_mean(rows, pairs, "logit", scale, keys=keys, backend=backend)
-    if symmetric and gather:
-        whole, all_keys = gather_others(pairs, keys)
-        _, all_rows = gather_others(pairs, rows)
-        of_query = pair_lse(rows, whole, "every", scale, keys=all_keys, scale_bound=bound, backend=backend)
-        of_key = pair_lse(keys, whole, "every", scale, keys=all_rows, scale_bound=bound, backend=backend)
-        loss = (of_query + of_key) / 2 - own
-    elif symmetric:
-        of_query, of_key = pair_lse_both(rows, keys, pairs, scale, scale_bound=bound, backend=backend)
-        loss = (of_query + of_key) / 2 - own
-    elif negatives is None:
-        if gather:
-            pairs, keys = gather_others(pairs, keys)
-        loss = pair_lse(rows, pairs, "every", scale, keys=keys, scale_bound=bound, backend=backend) - own
-    else:
+    if negatives is not None:
         check_vectors("negatives", negatives, like=query)
         order = torch.arange(negatives.shape[0], device=query.device)
         others = pack(negatives, order, normalize=normalize, backend=backend)
         whole = pairs.replace(key_end=torch.full_like(pairs.key_end, negatives.shape[0]))
         if gather:
-            whole, others = gather_others(pairs, others)
+            met, others = gather_all(others)
+            whole = pairs.replace(key_start=met.key_start, key_end=met.key_end)
         lse = pair_lse(rows, whole, "every", scale, keys=others, scale_bound=bound, backend=backend)
         loss = softplus(lse - own)
+    elif symmetric and not gather:
+        of_query, of_key = pair_lse_both(rows, keys, pairs, "negatives", scale, scale_bound=bound, backend=backend)
+        loss = (softplus(of_query - own) + softplus(of_key - own)) / 2
+    else:
+        all_keys = keys
+        if gather:
+            met, all_keys = gather_all(keys)
+            place = met.self_pos  # of the own positive among the keys of all ranks
+            pairs = pairs.replace(pos_start=place, pos_end=place + 1, key_start=met.key_start, key_end=met.key_end)
+        of_query = pair_lse(rows, pairs, "negatives", scale, keys=all_keys, scale_bound=bound, backend=backend)
+        loss = softplus(of_query - own)
+        if symmetric:
+            _, all_rows = gather_all(rows)
+            of_key = pair_lse(keys, pairs, "negatives", scale, keys=all_rows, scale_bound=bound, backend=backend)
+            loss = (loss + softplus(of_key - own)) / 2
     return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, gather=gather)
 
 
@@ -210,12 +215,11 @@ def images(views: Tensor, gather: bool) -> Tensor:
     return distinct(number) if gather else number
 
 
-def gather_others(pairs: Pairs, keys: Rows) -> tuple[Pairs, Rows]:
-    """The anchors of `pairs` against the keys of all ranks, all of which they meet; of positives nothing is said."""
+def gather_all(keys: Rows) -> tuple[Pairs, Rows]:
+    """The keys of all ranks, and each own key against them; `self_pos` is its place among them."""
     number = torch.arange(keys.data.shape[0], device=keys.data.device)
-    everyone = partition(torch.zeros_like(number))
-    met, all_keys = gather_keys(keys, everyone, torch.zeros_like(number))
-    return pairs.replace(key_start=met.key_start, key_end=met.key_end), all_keys
+    one_class = torch.zeros_like(number)
+    return gather_keys(keys, partition(one_class), one_class)
 
 
 def two_views(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpcloss.backends.blockwise.pair_cross_entropy import pair_cross_entropy, pair_cross_entropy_backward
 from hpcloss.backends.blockwise.pair_lse import pair_lse, pair_lse_backward, pair_lse_both, pair_lse_both_backward
 from hpcloss.backends.blockwise.pair_mean import pair_mean, pair_mean_backward
 from hpcloss.backends.blockwise.rows import pack, pack_backward
@@ -14,6 +15,8 @@ from hpcloss.ops import statistics_dtype
 __all__ = [
     "pack",
     "pack_backward",
+    "pair_cross_entropy",
+    "pair_cross_entropy_backward",
     "pair_lse",
     "pair_lse_backward",
     "pair_lse_both",

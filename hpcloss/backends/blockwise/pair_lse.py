@@ -107,13 +107,13 @@ def pair_lse_backward(
 
 
 def pair_lse_both(
-    anchors: Tensor, keys: Tensor, scale: Tensor, scale_bound: float | None, intervals: list[Tensor]
+    anchors: Tensor, keys: Tensor, scale: Tensor, scale_bound: float | None, intervals: list[Tensor], rule: str
 ) -> tuple[Tensor, Tensor]:
     """lse over the keys of each anchor [N] and over the anchors of each key [M], from one S; -inf for an empty set."""
     anchors = anchors.to(statistics_dtype(anchors.dtype))
     keys = keys.to(anchors.dtype)
     rows, columns = anchors.new_full(anchors.shape[:1], -INF), keys.new_full(keys.shape[:1], -INF)
-    tiles = Tiles(anchors, keys, Pairs.from_intervals(intervals), "every", scale.to(anchors.dtype))
+    tiles = Tiles(anchors, keys, Pairs.from_intervals(intervals), rule, scale.to(anchors.dtype))
     safe = all(is_safe_for(side, None, scale_bound) for side in (anchors, keys))
     if safe:
         rows.zero_()
@@ -141,6 +141,7 @@ def pair_lse_both_backward(
     scale: Tensor,
     scale_bound: float | None,
     intervals: list[Tensor],
+    rule: str,
     needs_anchors: bool,
     needs_keys: bool,
     needs_scale: bool,
@@ -154,7 +155,7 @@ def pair_lse_both_backward(
     sides = [(grad_rows, rows), (grad_columns, columns)]
     grad_rows, grad_columns = (torch.where(lse == -INF, 0.0, grad.to(anchors.dtype)) for grad, lse in sides)
     rows, columns = (torch.where(lse == -INF, INF, lse) for _, lse in sides)
-    tiles = Tiles(anchors, keys, Pairs.from_intervals(intervals), "every", scale)
+    tiles = Tiles(anchors, keys, Pairs.from_intervals(intervals), rule, scale)
     for tile, logits in tiles:
         row, column = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
         slope = torch.exp(logits - rows[row, None]).mul_(grad_rows[row, None])

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from hpcloss.backends.blockwise.linear_mean import linear_mean, linear_mean_backward
 from hpcloss.backends.blockwise.pair_lse import pair_lse
-from hpcloss.backends.blockwise.tiles import INF, LOG2E, Tile, Tiles, accumulation, finite_mass, gradients, is_safe_for
+from hpcloss.backends.blockwise.tiles import (
+    INF,
+    LOG2E,
+    Side,
+    Tiles,
+    accumulation,
+    finite_mass,
+    gradients,
+    is_safe_for,
+    sides,
+)
 from hpcloss.partition import Pairs
 
 SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
@@ -39,7 +47,7 @@ def pair_mean(
         margin = 2 * abs(discount) + abs(hardness)
         if is_safe_for(anchors, keys, scale_bound, twice=True, margin=margin):
             return _own_mean(anchors, keys, stat, scale, hardness, discount, at)
-    mass = _weight_mass(anchors, keys, log_weight, hardness, at)
+    mass = weight_mass(anchors, keys, log_weight, hardness, at)
     out, slope = torch.zeros_like(mass), torch.zeros_like(mass)
     if stat is None and log_weight is None and hardness == 0:
         mean = linear_mean(anchors, keys, mass, at)
@@ -48,7 +56,7 @@ def pair_mean(
     weights = _Weights(mass, log_weight, hardness)
     tiles = Tiles(anchors, keys, at, "positives")
     for tile, similarity in tiles:
-        for side in _sides(tile, both=tile.mirrored):
+        for side in sides(tile, both=tile.mirrored):
             weight = weights(similarity, side)
             if stat is None:
                 out[side.own] += tiles.exclude(tile, weight * similarity, 0.0).sum(side.dim) * scale
@@ -103,7 +111,7 @@ def pair_mean_backward(
     tiles = Tiles(anchors, keys, at, "positives")
     for tile, similarity in tiles:
         slopes = []
-        for side in _sides(tile, both=tile.mirrored or tile.diagonal):
+        for side in sides(tile, both=tile.mirrored or tile.diagonal):
             weight = weights(similarity, side) * side.along(grad)
             if stat is None:
                 terms = similarity * scale if differentiated else None
@@ -146,7 +154,7 @@ def _own_mean(
         if hardness:
             weight = torch.mul(similarity, -hardness * LOG2E, out=tiles.buffer("weight", tile)).exp2_()
             tiles.exclude(tile, weight, 0.0)
-        for side in _sides(tile, both=tile.mirrored):
+        for side in sides(tile, both=tile.mirrored):
             ratio = torch.mul(decay, side.along(push), out=tiles.buffer("ratio", tile))
             terms = torch.log1p(ratio, out=tiles.buffer("terms", tile))
             if discount:
@@ -157,7 +165,7 @@ def _own_mean(
                 total[side.own] += values.sum(side.dim)
             if weight is not None:
                 mass[side.own] += weight.sum(side.dim)
-    mass = mass.log_() if hardness else _weight_mass(anchors, keys, None, 0.0, at)
+    mass = mass.log_() if hardness else weight_mass(anchors, keys, None, 0.0, at)
     mass.masked_fill_(~at.is_anchor(), -INF)
     share_of_one = torch.exp(-finite_mass(mass))
     return out.mul_(share_of_one), mass, slope.mul_(share_of_one)
@@ -186,45 +194,26 @@ def _own_mean_backward(
     for tile, similarity in tiles:
         decay = torch.mul(similarity, (discount - scale) * LOG2E, out=tiles.buffer("decay", tile)).exp2_()
         slopes = []
-        for side in _sides(tile, both=tile.mirrored or tile.diagonal):
+        for side in sides(tile, both=tile.mirrored or tile.diagonal):
             # pull y / (push (1 + y)), with y / push = decay multiplied in once for both directions
             slope = torch.addcmul(one, decay, side.along(push), out=tiles.buffer(f"slope{side.dim}", tile))
             slopes.append(torch.div(side.along(pull), slope, out=slope))
         total = slopes[0].add_(slopes[1]) if len(slopes) == 2 else slopes[0]
         total.mul_(decay)
         if discount:
-            for side in _sides(tile, both=tile.mirrored or tile.diagonal):
+            for side in sides(tile, both=tile.mirrored or tile.diagonal):
                 total.sub_(side.along(factor), alpha=discount)
         if hardness:
             total.mul_(similarity.mul_(-hardness * LOG2E).exp2_())
         tiles.scatter(tile, tiles.exclude(tile, total, 0.0), d_anchors, d_keys)
 
 
-def _weight_mass(anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Pairs) -> Tensor:
+def weight_mass(anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Pairs) -> Tensor:
     """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number where both are 0."""
     if hardness == 0 and log_weight is None:
         return at.counts()[0].to(anchors.dtype).log()
     scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for the copy
     return pair_lse(anchors, keys, log_weight, scale, None, list(at.intervals()), "positives")
-
-
-class _Side(NamedTuple):
-    """One direction of a tile: statistics of the anchors `own` lie along its rows (dim 1 summed) or columns (dim 0)."""
-
-    own: slice
-    other: slice
-    dim: int
-
-    def along(self, values: Tensor) -> Tensor:
-        return values[self.own, None] if self.dim == 1 else values[self.own]
-
-    def across(self, values: Tensor) -> Tensor:
-        return values[self.other] if self.dim == 1 else values[self.other, None]
-
-
-def _sides(tile: Tile, both: bool) -> list[_Side]:
-    rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
-    return [_Side(rows, columns, 1), _Side(columns, rows, 0)][: 2 if both else 1]
 
 
 class _Weights:
@@ -234,7 +223,7 @@ class _Weights:
         self.mass = finite_mass(mass)
         self.log_weight, self.hardness = log_weight, hardness
 
-    def __call__(self, similarity: Tensor, side: _Side) -> Tensor:
+    def __call__(self, similarity: Tensor, side: Side) -> Tensor:
         exponent = -side.along(self.mass)
         if self.hardness != 0:
             exponent = exponent - self.hardness * similarity

@@ -34,6 +34,8 @@ class Tile(NamedTuple):
     mirrored: the columns are anchors too and their pairs with the rows belong to this tile (self-contrast).
     diagonal: the columns are the rows (self-contrast); both directions of a pair are inside.
     masked: some pairs of the tile are outside the rule, beyond the diagonal itself.
+    positives: whether "none", "some" or "all" of the tile's pairs are positives, the anchor itself apart; known to be
+        "none" or "all" only where tiles are cut by class.
     """
 
     i0: int
@@ -43,15 +45,16 @@ class Tile(NamedTuple):
     mirrored: bool = False
     diagonal: bool = False
     masked: bool = False
+    positives: str = "some"
 
 
 # ---------------------------------------------------------------------------------------------------- schedule
 
 
-def _schedule(at: Pairs, num_keys: int, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
+def _schedule(at: Pairs, num_keys: int, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
     """Tiles that hold all pairs of the rule, grouped by block of rows."""
     if at.pos_start.device.type == "cpu":
-        return _sliced_schedule(at, rule, symmetric)
+        return _sliced_schedule(at, rule, symmetric, by_class)
     return _static_schedule(at.pos_start.numel(), num_keys, symmetric)
 
 
@@ -69,8 +72,9 @@ def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[
             yield tiles
 
 
-def _sliced_schedule(at: Pairs, rule: str, symmetric: bool) -> Iterator[list[Tile]]:
-    runs = run_edges(at) if rule in ("positives", "negatives") else []  # the other rules do not care
+def _sliced_schedule(at: Pairs, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
+    by_class = by_class or rule in ("positives", "negatives")  # else nobody asks which keys are positives
+    runs = run_edges(at) if by_class else []
     has_self = rule != "every" and not symmetric and bool((at.self_pos >= 0).any())
     for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at.intervals()[3:]), strict=True):
         for i0, i1, pure in _row_blocks(a0, a1, runs):
@@ -78,15 +82,23 @@ def _sliced_schedule(at: Pairs, rule: str, symmetric: bool) -> Iterator[list[Til
             p0, p1 = (int(starts[0]), int(ends[0])) if pure else (int(starts.min()), int(ends.max()))
             p0 = min(max(p0, k0), k1)  # an empty interval may lie anywhere
             p1 = min(max(p1, p0), k1)
+            if symmetric and not pure and p0 < i1 and p1 > i0:
+                p0, p1 = min(p0, i0), max(p1, i1)  # the block against itself is one tile
+            near = (p0, p1, "all" if pure else "some")
             if rule == "positives":
-                spans = [(p0, p1, not pure)]
-            elif rule == "negatives":
-                spans = [(k0, p0, False), (p0, p1, True), (p1, k1, False)]
-                if pure:
-                    del spans[1]
+                spans = [near]
+            elif by_class:
+                spans = [(k0, p0, "none"), near, (p1, k1, "none")]
             else:
-                spans = [(k0, k1, False)]
-            tiles = [tile for span in spans for tile in _cut(i0, i1, a0, a1, *span, symmetric)]
+                spans = [(k0, k1, "some")]
+            if rule == "negatives" and pure:
+                del spans[1]
+            masked = rule in ("positives", "negatives")
+            tiles = [
+                tile._replace(masked=masked and positives == "some", positives=positives)
+                for first, last, positives in spans
+                for tile in _cut(i0, i1, a0, a1, first, last, symmetric)
+            ]
             if has_self:
                 first, last = int(at.self_pos[i0:i1].min()), int(at.self_pos[i0:i1].max())
                 tiles = [tile._replace(masked=tile.masked or (tile.j0 <= last and tile.j1 > first)) for tile in tiles]
@@ -124,16 +136,16 @@ def _even(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
         yield start + piece * (end - start) // pieces, start + (piece + 1) * (end - start) // pieces
 
 
-def _cut(i0: int, i1: int, a0: int, a1: int, c0: int, c1: int, masked: bool, symmetric: bool) -> Iterator[Tile]:
+def _cut(i0: int, i1: int, a0: int, a1: int, c0: int, c1: int, symmetric: bool) -> Iterator[Tile]:
     """Tiles of rows i0:i1 and columns c0:c1. In self-contrast, anchors left of the block have already met its rows."""
     parts = [(c0, c1, False)]
     if symmetric:
         if c0 < i1 and c1 > i0:
-            yield Tile(i0, i1, i0, i1, diagonal=True, masked=masked)
+            yield Tile(i0, i1, i0, i1, diagonal=True)
         parts = [(c0, min(c1, a0), False), (max(c0, i1), min(c1, a1), True), (max(c0, a1), c1, False)]
     for first, last, mirrored in parts:
         for j0, j1 in _even(first, last, BLOCK * BLOCK // (i1 - i0)):
-            yield Tile(i0, i1, j0, j1, mirrored=mirrored, masked=masked)
+            yield Tile(i0, i1, j0, j1, mirrored=mirrored)
 
 
 def _allowed(tile: Tile, at: Pairs, rule: str, symmetric: bool) -> Tensor:
@@ -163,14 +175,25 @@ def _allowed(tile: Tile, at: Pairs, rule: str, symmetric: bool) -> Tensor:
 
 
 class Tiles:
-    """Similarity tiles of one call, each computed into the same buffer."""
+    """Similarity tiles of one call, each computed into the same buffer.
 
-    def __init__(self, anchors: Tensor, keys: Tensor | None, at: Pairs, rule: str, anchor_scale: Tensor | float = 1.0):
+    by_class: cut the tiles where positives begin and end, so that few hold some positives and other pairs too.
+    """
+
+    def __init__(
+        self,
+        anchors: Tensor,
+        keys: Tensor | None,
+        at: Pairs,
+        rule: str,
+        anchor_scale: Tensor | float = 1.0,
+        by_class: bool = False,
+    ):
         self.symmetric = keys is None
         self.anchors = anchors
         self.keys = anchors if keys is None else keys
         self.at, self.rule, self.anchor_scale = at, rule, anchor_scale
-        self.blocks = _schedule(at, self.keys.shape[0], rule, self.symmetric)
+        self.blocks = _schedule(at, self.keys.shape[0], rule, self.symmetric, by_class)
         self.buffers: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[Tile, Tensor]]:
@@ -197,12 +220,40 @@ class Tiles:
             values.fill_diagonal_(fill)
         return values
 
+    def positives(self, tile: Tile) -> Tensor:
+        """Which pairs of the tile are positives, [rows, columns]."""
+        return _allowed(tile, self.at, "positives", self.symmetric)
+
     def scatter(self, tile: Tile, slope: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None) -> None:
         """Add slope @ keys to the rows and slope.T @ anchors to the columns (a diagonal tile's rows have both)."""
         if d_anchors is not None:
             d_anchors[tile.i0 : tile.i1].addmm_(slope, self.keys[tile.j0 : tile.j1])
         if d_keys is not None and not tile.diagonal:
             d_keys[tile.j0 : tile.j1].addmm_(slope.T, self.anchors[tile.i0 : tile.i1])
+
+
+class Side(NamedTuple):
+    """One direction of a tile: statistics of the anchors `own` lie along its rows (dim 1 summed) or columns (dim 0)."""
+
+    own: slice
+    other: slice
+    dim: int
+
+    def along(self, values: Tensor) -> Tensor:
+        return self.lay(values[self.own])
+
+    def across(self, values: Tensor) -> Tensor:
+        return values[self.other] if self.dim == 1 else values[self.other, None]
+
+    def lay(self, values: Tensor) -> Tensor:
+        """Values of the own anchors alone, as they lie along the tile."""
+        return values[:, None] if self.dim == 1 else values
+
+
+def sides(tile: Tile, both: bool) -> list[Side]:
+    """The direction in which the rows are anchors, and with `both` the one in which the columns are."""
+    rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+    return [Side(rows, columns, 1), Side(columns, rows, 0)][: 2 if both else 1]
 
 
 def accumulation(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:

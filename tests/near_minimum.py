@@ -1,0 +1,214 @@
+"""Losses near their minimum: fp32 beside the same loss in plain PyTorch, both against float64.
+
+    python tests/near_minimum.py      the table of hpcloss/DESIGN.md
+
+The plain form is what a careful user writes: logits of all pairs, `log_softmax`, the mean over the positives. Its
+gradient forms p - w per pair. A loss that subtracts two sums instead returns rounding errors where p is close to w.
+The exact form is `-log p_ij = log(1 + sum of the others / e^{l_ij})` of each positive in float64, which never cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hpcloss import functional
+
+TEMPERATURES = (0.01, 0.02, 0.05, 0.1)
+# How far rows lie from the centre of their class, and classes from each other.
+SPREADS = {"random": 10.0, "0.3": 0.3, "0.03": 0.03, "0.001": 1e-3, "0": 0.0, "all one point": None}
+ROWS, DIM = 256, 64
+MAP = (2, 8, 16)  # batch and extents of a label map with as many pixels
+
+
+class Case(NamedTuple):
+    """loss(features, temperature, **options) and its plain form; features [ROWS, DIM] of `classes` classes."""
+
+    loss: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    classes: int
+
+
+def features(classes: int, spread: float | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of class i % classes; spread None: all classes in one point but for a little noise."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(classes, DIM, generator=generator)
+    noise = torch.randn(ROWS, DIM, generator=generator)
+    if spread is None:
+        return (centres[:1] + 1e-3 * noise).to(dtype)
+    return (centres[torch.arange(ROWS) % classes] + spread * noise).to(dtype)
+
+
+def labels(classes: int) -> Tensor:
+    return torch.arange(ROWS) % classes
+
+
+def as_map(z: Tensor) -> Tensor:
+    """Rows as pixels of a feature map."""
+    return z.view(*MAP, DIM).movedim(-1, 1)
+
+
+def cross_entropy(logits: Tensor, positives: Tensor, others: Tensor, hardness: float = 0.0) -> Tensor:
+    """Mean over the rows of -sum_j w_ij log p_ij."""
+    weight = torch.softmax(torch.where(positives, -hardness * logits.detach(), -torch.inf), 1)
+    if logits.dtype == torch.float64:
+        anchor, key = positives.nonzero(as_tuple=True)
+        rest = torch.where(others, logits, -torch.inf)[anchor].scatter(1, key[:, None], -torch.inf)
+        terms = torch.logaddexp(torch.logsumexp(rest, 1) - logits[anchor, key], torch.zeros(()).double())
+        return (weight[anchor, key] * terms).sum() / len(logits)
+    log_p = torch.log_softmax(torch.where(others, logits, -torch.inf), 1)
+    return -(weight * torch.where(positives, log_p, 0.0)).sum(1).mean()
+
+
+def plain_by_label(z: Tensor, temperature: float, classes: int, regions: Tensor | None = None, hardness: float = 0.0):
+    x, y = normalize(z), labels(classes)
+    others = ~torch.eye(ROWS, dtype=torch.bool)
+    if regions is not None:
+        others &= regions[:, None] == regions
+    return cross_entropy(x @ x.T / temperature, (y[:, None] == y) & others, others, hardness * temperature)
+
+
+def plain_in(z: Tensor, temperature: float, classes: int) -> Tensor:
+    x, y = normalize(z), labels(classes)
+    others = ~torch.eye(ROWS, dtype=torch.bool)
+    positives = (y[:, None] == y) & others
+    logits = x @ x.T / temperature
+    if z.dtype == torch.float64:
+        of_positives, of_negatives = (
+            torch.logsumexp(torch.where(mask, logits, -torch.inf), 1) for mask in (positives, others & ~positives)
+        )
+        ratio = torch.logaddexp(of_negatives - of_positives, torch.zeros(()).double())
+        return (positives.sum(1).log().double() + ratio).mean()
+    log_p = torch.log_softmax(torch.where(others, logits, -torch.inf), 1)
+    return (positives.sum(1).log() - torch.logsumexp(torch.where(positives, log_p, -torch.inf), 1)).mean()
+
+
+def plain_against(z: Tensor, temperature: float, classes: int) -> Tensor:
+    """The first half of the rows against the second half as keys."""
+    x, y = normalize(z), labels(classes)
+    half = ROWS // 2
+    positives = y[:half, None] == y[half:]
+    return cross_entropy(x[:half] @ x[half:].T / temperature, positives, torch.ones_like(positives))
+
+
+def plain_infonce(z: Tensor, temperature: float, symmetric: bool = False) -> Tensor:
+    query, key = normalize(z[: ROWS // 2]), normalize(z[ROWS // 2 :])
+    logits, own = query @ key.T / temperature, torch.eye(ROWS // 2, dtype=torch.bool)
+    loss = cross_entropy(logits, own, torch.ones_like(own))
+    return (loss + cross_entropy(logits.T, own, torch.ones_like(own))) / 2 if symmetric else loss
+
+
+def _regions() -> Tensor:
+    """Region of each pixel of `MAP` with cells of 8 x 8, pooled over the batch."""
+    _, height, width = MAP
+    cell = torch.arange(height)[:, None] // 8 * (width // 8) + torch.arange(width) // 8
+    return cell.expand(MAP).reshape(-1)
+
+
+HALF = ROWS // 2
+CASES = {
+    "InfoNCE": Case(
+        lambda z, t, **k: functional.infonce_loss(z[:HALF], z[HALF:], temperature=t, **k), plain_infonce, HALF
+    ),
+    "InfoNCE, symmetric": Case(
+        lambda z, t, **k: functional.infonce_loss(z[:HALF], z[HALF:], temperature=t, symmetric=True, **k),
+        lambda z, t: plain_infonce(z, t, symmetric=True),
+        HALF,
+    ),
+    "NT-Xent": Case(
+        lambda z, t, **k: functional.ntxent_loss(z[:HALF], z[HALF:], t, **k),
+        lambda z, t: plain_by_label(z, t, HALF),
+        HALF,
+    ),
+    "SupCon, 2 a class": Case(
+        lambda z, t, **k: functional.supcon_loss(z, labels(HALF), temperature=t, **k),
+        lambda z, t: plain_by_label(z, t, HALF),
+        HALF,
+    ),
+    "SupCon, 16 a class": Case(
+        lambda z, t, **k: functional.supcon_loss(z, labels(16), temperature=t, **k),
+        lambda z, t: plain_by_label(z, t, 16),
+        16,
+    ),
+    "SupCon, inside the log": Case(
+        lambda z, t, **k: functional.supcon_loss(z, labels(16), temperature=t, form="in", **k),
+        lambda z, t: plain_in(z, t, 16),
+        16,
+    ),
+    "SupCon, other keys": Case(
+        lambda z, t, **k: functional.supcon_loss(
+            z[:HALF], labels(16)[:HALF], z[HALF:], labels(16)[HALF:], temperature=t, **k
+        ),
+        lambda z, t: plain_against(z, t, 16),
+        16,
+    ),
+    "RegionSupCon": Case(
+        lambda z, t, **k: functional.region_supcon_loss(
+            as_map(z), labels(4).view(MAP), 8, temperature=t, background=None, **k
+        ),
+        lambda z, t: plain_by_label(z, t, 4, _regions()),
+        4,
+    ),
+    'PHPC, denominator="all"': Case(
+        lambda z, t, **k: functional.region_phpc_loss(
+            as_map(z), labels(4).view(MAP), 8, temperature=t, denominator="all", background=None, **k
+        ),
+        lambda z, t: plain_by_label(z, t, 4, _regions(), hardness=1.0),
+        4,
+    ),
+}
+
+
+class Errors(NamedTuple):
+    """Value and gradient norm in float64, and the errors of a plain fp32 computation and of ours."""
+
+    value: float
+    norm: float
+    plain_value: float
+    plain_gradient: float
+    our_value: float
+    our_gradient: float
+    lowest: float  # our loss itself
+
+
+def value_and_gradient(loss: Callable[..., Tensor], z: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    value = loss(z, *args, **options)
+    return value.detach().double(), torch.autograd.grad(value, z)[0].double()
+
+
+def errors(
+    case: Case, spread: float | None, temperature: float, dtype: torch.dtype = torch.float32, **options
+) -> Errors:
+    z = features(case.classes, spread, dtype)
+    exact, exact_gradient = value_and_gradient(case.plain, z.double(), temperature)
+    plain, plain_gradient = value_and_gradient(case.plain, z.float(), temperature)
+    ours, gradient = value_and_gradient(case.loss, z, temperature, **options)
+    return Errors(
+        exact.item(),
+        exact_gradient.norm().item(),
+        (plain - exact).abs().item(),
+        (plain_gradient - exact_gradient).norm().item(),
+        (ours - exact).abs().item(),
+        (gradient - exact_gradient).norm().item(),
+        ours.item(),
+    )
+
+
+def main() -> None:
+    print("| loss | temperature | spread | value | fp32 plain: error | ours | gradient | fp32 plain: error | ours |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, case in CASES.items():
+        for temperature in TEMPERATURES:
+            for spread, distance in SPREADS.items():
+                e = errors(case, distance, temperature)
+                numbers = (e.value, e.plain_value, e.our_value, e.norm, e.plain_gradient, e.our_gradient)
+                print(f"| {name} | {temperature} | {spread} | {' | '.join(f'{number:.1e}' for number in numbers)} |")
+
+
+if __name__ == "__main__":
+    main()
