@@ -27,6 +27,7 @@ from hpcloss.backends.blockwise.tiles import (
 from hpcloss.partition import Pairs
 
 LN2 = math.log(2)
+LOWEST = torch.finfo(torch.float32).min / 4  # below every logit, and still finite when a logit is subtracted
 
 
 def pair_cross_entropy(
@@ -47,7 +48,7 @@ def pair_cross_entropy(
     scale = scale.to(anchors.dtype)
     mass = weight_mass(anchors, keys, None, hardness, at)
     positives = _Positives(at, mass, hardness, scale)
-    largest = anchors.new_full(anchors.shape[:1], -INF)
+    largest = anchors.new_full(anchors.shape[:1], LOWEST)
     total, far, gap, met = (anchors.new_zeros(anchors.shape[0]) for _ in range(4))
     safe = is_safe_for(anchors, keys, scale_bound, twice=True)
     tiles = Tiles(anchors, keys, at, "others", scale * LOG2E, by_class=True)
@@ -62,20 +63,16 @@ def pair_cross_entropy(
         tiles.exclude(tile, logits, -INF)
         for side, weight in zip(directions, weights):
             # As attention accumulates its values: what was summed so far moves down when a larger logit comes.
-            before = largest[side.own]
-            now = torch.maximum(before, logits.amax(side.dim))
-            base = torch.where(now == -INF, 0.0, now)
-            rise = torch.where(before == -INF, 0.0, base - before)
-            below = torch.sub(side.lay(base), logits, out=tiles.buffer("below", tile))
-            terms = torch.neg(below, out=tiles.buffer("terms", tile)).exp2_()
-            total[side.own] = total[side.own] * torch.exp2(-rise) + terms.sum(side.dim)
+            now = torch.maximum(largest[side.own], logits.amax(side.dim))
+            rise = now - largest[side.own]
+            above = torch.sub(logits, side.lay(now), out=tiles.buffer("above", tile))
             gap[side.own] += met[side.own] * rise
-            largest[side.own] = now
             if tile.positives != "none":
-                below = positives.only(tiles, tile, below)  # an excluded pair lies infinitely far below
-                gap[side.own] += (below if weight is None else below.mul_(weight)).sum(side.dim)
-                met[side.own] += positives.among(side) if weight is None else weight.sum(side.dim)
-    shift = torch.where(largest == -INF, 0.0, largest)
+                gap[side.own] -= positives.sum(tiles, tile, above, weight, side)
+                met[side.own] += positives.among(tile, side) if weight is None else weight.sum(side.dim)
+            total[side.own] = total[side.own] * torch.exp2(-rise) + above.exp2_().sum(side.dim)
+            largest[side.own] = now
+    shift = torch.where(largest == LOWEST, 0.0, largest)
     total = (total + far * torch.exp2(-shift)).masked_fill_(~at.is_anchor(), 0.0)
     log_total = total.log2()
     loss = torch.where(mass == -INF, 0.0, (log_total + gap / torch.where(met > 0, met, 1.0)) * LN2)
@@ -121,11 +118,10 @@ def pair_cross_entropy_backward(
                 factors = torch.add(factors, of_far[tile.j0 : tile.j1], out=tiles.buffer("factors", tile))
             slope = tiles.exclude(tile, logits.exp2_().mul_(factors), 0.0)
         else:
-            slopes = []
-            for side in sides(tile, both=tile.mirrored):
-                slope = torch.sub(logits, side.along(shift), out=tiles.buffer(f"slope{side.dim}", tile))
-                slope.exp2_().mul_(side.along(of_all))
-                slopes.append(positives.subtract(tiles, tile, slope, logits, side, of_positives))
+            slopes = [
+                positives.slope(tiles, tile, logits, side, shift, of_all, of_positives)
+                for side in sides(tile, both=tile.mirrored)
+            ]
             slope = tiles.exclude(tile, slopes[0].add_(slopes[1]) if tile.mirrored else slopes[0], 0.0)
             if tile.diagonal:
                 # Not from its columns: s_ji may be rounded unlike s_ij, from which the row statistics are.
@@ -155,28 +151,41 @@ class _Positives:
         if self.hardness == 0 or tile.positives == "none":
             return None
         weight = torch.mul(logits, self.hardness_of_logits, out=tiles.buffer(f"weight{side.dim}", tile))
-        return self.only(tiles, tile, weight.sub_(side.along(self.mass)).exp2_())
+        return tiles.exclude(tile, weight.sub_(side.along(self.mass)).exp2_(), 0.0, "positives")
 
-    def only(self, tiles: Tiles, tile: Tile, values: Tensor) -> Tensor:
-        """Overwrite with 0 what is no positive."""
-        if tile.positives == "all":
-            return tiles.exclude(tile, values, 0.0)
-        return values.masked_fill_(~tiles.positives(tile), 0.0)
+    def sum(self, tiles: Tiles, tile: Tile, values: Tensor, weight: Tensor | None, side: Side) -> Tensor:
+        """Weighted sum of the positives' values, for each of the own anchors; values of excluded pairs are -inf."""
+        if weight is None and self.are_all(tile):
+            return values.sum(side.dim)
+        kept = tiles.buffer("kept", tile).copy_(values)
+        tiles.exclude(tile, kept, 0.0, "positives")
+        return (kept if weight is None else kept.mul_(weight)).sum(side.dim)
 
-    def among(self, side: Side) -> Tensor:
+    def are_all(self, tile: Tile) -> bool:
+        """Whether every pair of the tile is a positive."""
+        return tile.positives == "all" and not tile.diagonal and not tile.has_self
+
+    def among(self, tile: Tile, side: Side) -> Tensor | int:
         """How many of the tile's pairs are positives, for each of the own anchors."""
+        if self.are_all(tile):
+            return side.other.stop - side.other.start
         start = self.at.pos_start[side.own].clamp(min=side.other.start)
         end = self.at.pos_end[side.own].clamp(max=side.other.stop)
         own = self.at.self_pos[side.own]
         return (end - start - ((own >= start) & (own < end)).to(end.dtype)).clamp(min=0)
 
-    def subtract(self, tiles: Tiles, tile: Tile, slope: Tensor, logits: Tensor, side: Side, factor: Tensor) -> Tensor:
-        """slope less factor_i w_ij of the positives; what the rule excludes is overwritten later."""
+    def slope(
+        self, tiles: Tiles, tile: Tile, logits: Tensor, side: Side, shift: Tensor, of_all: Tensor, of_positives: Tensor
+    ) -> Tensor:
+        """of_all_i 2^(logit - shift_i) - of_positives_i w_ij; what the rule excludes is overwritten later."""
+        power = torch.sub(logits, side.along(shift), out=tiles.buffer("power", tile)).exp2_()
+        slope = torch.mul(power, side.along(of_all), out=tiles.buffer(f"slope{side.dim}", tile))
         if tile.positives == "none":
             return slope
         weight = self.weights(tiles, tile, logits, side)
         if weight is not None:
-            return slope.addcmul_(weight, side.along(factor), value=-1)
+            return slope.sub_(weight.mul_(side.along(of_positives)))
         if tile.positives == "all":
-            return slope.sub_(side.along(factor))
-        return slope.sub_(torch.where(tiles.positives(tile), side.along(factor), 0.0))
+            return slope.sub_(side.along(of_positives))
+        uniform = power.copy_(side.along(of_positives).expand_as(power))
+        return slope.sub_(tiles.exclude(tile, uniform, 0.0, "positives"))

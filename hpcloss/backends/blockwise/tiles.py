@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,10 @@ class Tile(NamedTuple):
 
     mirrored: the columns are anchors too and their pairs with the rows belong to this tile (self-contrast).
     diagonal: the columns are the rows (self-contrast); both directions of a pair are inside.
-    masked: some pairs of the tile are outside the rule, beyond the diagonal itself.
+    has_self: some anchors may meet themselves in the tile, elsewhere than on a diagonal.
     positives: whether "none", "some" or "all" of the tile's pairs are positives, the anchor itself apart; known to be
         "none" or "all" only where tiles are cut by class.
+    mixed: the tile may hold pairs that are in no region at all.
     """
 
     i0: int
@@ -44,8 +46,9 @@ class Tile(NamedTuple):
     j1: int
     mirrored: bool = False
     diagonal: bool = False
-    masked: bool = False
+    has_self: bool = False
     positives: str = "some"
+    mixed: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------- schedule
@@ -62,22 +65,25 @@ def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[
     for i0 in range(0, num_rows, STATIC_BLOCK):
         i1 = min(i0 + STATIC_BLOCK, num_rows)
         if symmetric:
-            tiles = [Tile(i0, i1, i0, i1, diagonal=True, masked=True)]
+            tiles = [Tile(i0, i1, i0, i1, diagonal=True, mixed=True)]
             first = i1
         else:
             tiles, first = [], 0
         for j0 in range(first, num_keys, STATIC_BLOCK):
-            tiles.append(Tile(i0, i1, j0, min(j0 + STATIC_BLOCK, num_keys), mirrored=symmetric, masked=True))
+            tiles.append(Tile(i0, i1, j0, min(j0 + STATIC_BLOCK, num_keys), mirrored=symmetric, mixed=True))
         if tiles:
             yield tiles
 
 
 def _sliced_schedule(at: Pairs, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
     by_class = by_class or rule in ("positives", "negatives")  # else nobody asks which keys are positives
-    runs = run_edges(at) if by_class else []
     has_self = rule != "every" and not symmetric and bool((at.self_pos >= 0).any())
+    edges = run_edges(at) if by_class else []
+    runs = zip([0, *edges], [*edges, at.pos_start.numel()])
+    long_runs = [(first, last) for first, last in runs if last - first >= LONG_RUN]
     for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at.intervals()[3:]), strict=True):
-        for i0, i1, pure in _row_blocks(a0, a1, runs):
+        one_run = bisect_right(edges, a0) == bisect_left(edges, a1)
+        for i0, i1, pure in _row_blocks(a0, a1, [(a0, a1)] if one_run else long_runs):
             starts, ends = at.pos_start[i0:i1], at.pos_end[i0:i1]
             p0, p1 = (int(starts[0]), int(ends[0])) if pure else (int(starts.min()), int(ends.max()))
             p0 = min(max(p0, k0), k1)  # an empty interval may lie anywhere
@@ -93,17 +99,21 @@ def _sliced_schedule(at: Pairs, rule: str, symmetric: bool, by_class: bool) -> I
                 spans = [(k0, k1, "some")]
             if rule == "negatives" and pure:
                 del spans[1]
-            masked = rule in ("positives", "negatives")
             tiles = [
-                tile._replace(masked=masked and positives == "some", positives=positives)
+                tile._replace(positives=positives)
                 for first, last, positives in spans
                 for tile in _cut(i0, i1, a0, a1, first, last, symmetric)
             ]
             if has_self:
                 first, last = int(at.self_pos[i0:i1].min()), int(at.self_pos[i0:i1].max())
-                tiles = [tile._replace(masked=tile.masked or (tile.j0 <= last and tile.j1 > first)) for tile in tiles]
+                tiles = [tile._replace(has_self=tile.j0 <= last and tile.j1 > first) for tile in tiles]
             if tiles:
                 yield tiles
+
+
+def _has_one_positive(at: Pairs) -> bool:
+    """Whether every interval of positives holds at most one key; asked on the CPU alone, where looking is free."""
+    return at.pos_start.device.type == "cpu" and bool((at.pos_end - at.pos_start <= 1).all())
 
 
 def run_edges(at: Pairs) -> list[int]:
@@ -112,19 +122,17 @@ def run_edges(at: Pairs) -> list[int]:
     return (changes.nonzero().view(-1) + 1).tolist()
 
 
-def _row_blocks(start: int, end: int, runs: list[int]) -> Iterator[tuple[int, int, bool]]:
-    """Cut anchors start:end into blocks (i0, i1, pure); a pure block lies in one run of equal positives."""
-    if start >= end:
-        return
-    edges = [start, *runs[bisect_right(runs, start) : bisect_left(runs, end)], end]
-    pieces: list[tuple[int, int, bool]] = []  # neighbouring short runs share a piece
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
-        pure = last - first >= LONG_RUN or len(edges) == 2
-        if not pure and pieces and not pieces[-1][2] and last - pieces[-1][0] <= BLOCK:
-            pieces[-1] = (pieces[-1][0], last, False)
-        else:
-            pieces.append((first, last, pure))
-    for first, last, pure in pieces:
+def _row_blocks(start: int, end: int, runs: list[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
+    """Cut anchors start:end into blocks (i0, i1, pure); a pure block lies in one of the runs of equal positives."""
+    pieces: list[tuple[int, int, bool]] = []
+    done = start
+    for first, last in runs[bisect_right(runs, start, key=itemgetter(1)) :]:
+        first, last = max(first, start), min(last, end)
+        if first >= end:
+            break
+        pieces += (done, first, False), (first, last, True)
+        done = last
+    for first, last, pure in [*pieces, (done, end, False)]:
         for i0, i1 in _even(first, last, BLOCK):
             yield i0, i1, pure
 
@@ -149,10 +157,10 @@ def _cut(i0: int, i1: int, a0: int, a1: int, c0: int, c1: int, symmetric: bool) 
 
 
 def _allowed(tile: Tile, at: Pairs, rule: str, symmetric: bool) -> Tensor:
-    """Which pairs of a masked tile the rule counts, [rows, columns]."""
+    """Which pairs of a mixed tile the rule counts, [rows, columns]."""
     rows = slice(tile.i0, tile.i1)
     keys = torch.arange(tile.j0, tile.j1, device=at.pos_start.device)
-    inside = (keys >= at.pos_start[rows, None]) & (keys < at.pos_end[rows, None])
+    inside = _inside(tile, at)
     if rule == "positives":
         allowed = inside
     else:
@@ -169,6 +177,13 @@ def _allowed(tile: Tile, at: Pairs, rule: str, symmetric: bool) -> Tensor:
     if rule != "every":
         allowed &= keys != at.self_pos[rows, None]
     return allowed
+
+
+def _inside(tile: Tile, at: Pairs) -> Tensor:
+    """Which keys of the tile lie in the anchor's interval of positives, [rows, columns]."""
+    rows = slice(tile.i0, tile.i1)
+    keys = torch.arange(tile.j0, tile.j1, dtype=at.pos_start.dtype, device=at.pos_start.device)
+    return (keys >= at.pos_start[rows, None]).logical_and_(keys < at.pos_end[rows, None])
 
 
 # -------------------------------------------------------------------------------------------------------- tiles
@@ -195,6 +210,7 @@ class Tiles:
         self.at, self.rule, self.anchor_scale = at, rule, anchor_scale
         self.blocks = _schedule(at, self.keys.shape[0], rule, self.symmetric, by_class)
         self.buffers: dict[str, Tensor] = {}
+        self.one_positive = rule == "negatives" and _has_one_positive(at)
 
     def __iter__(self) -> Iterator[tuple[Tile, Tensor]]:
         """Each tile with its similarities times `anchor_scale`; the next tile overwrites them."""
@@ -212,17 +228,30 @@ class Tiles:
             held = self.buffers[name] = self.anchors.new_empty(shape[0] * shape[1])
         return held[: shape[0] * shape[1]].view(shape)
 
-    def exclude(self, tile: Tile, values: Tensor, fill: float) -> Tensor:
-        """Overwrite the pairs of the tile that the rule does not count."""
-        if tile.masked:
-            values.masked_fill_(~_allowed(tile, self.at, self.rule, self.symmetric), fill)
-        elif tile.diagonal and self.rule != "every":
+    def exclude(self, tile: Tile, values: Tensor, fill: float, rule: str | None = None) -> Tensor:
+        """Overwrite the pairs of the tile that the rule, by default that of all tiles, does not count."""
+        rule = rule or self.rule
+        if tile.mixed:
+            return values.masked_fill_(~_allowed(tile, self.at, rule, self.symmetric), fill)
+        if rule == "positives" and tile.positives != "all":
+            values.masked_fill_(~_inside(tile, self.at), fill)
+        elif rule == "negatives" and tile.positives == "some":
+            if self.one_positive:
+                self._overwrite(tile, values, self.at.pos_start, self.at.pos_end > self.at.pos_start, fill)
+            else:
+                values.masked_fill_(_inside(tile, self.at), fill)
+        if rule != "every" and tile.diagonal:
             values.fill_diagonal_(fill)
+        elif rule != "every" and tile.has_self:
+            self._overwrite(tile, values, self.at.self_pos, self.at.self_pos >= 0, fill)
         return values
 
-    def positives(self, tile: Tile) -> Tensor:
-        """Which pairs of the tile are positives, [rows, columns]."""
-        return _allowed(tile, self.at, "positives", self.symmetric)
+    def _overwrite(self, tile: Tile, values: Tensor, key: Tensor, there: Tensor, fill: float) -> None:
+        """Overwrite one pair of each anchor, that with row `key` [N] of the keys, where it is `there` [N]."""
+        rows = slice(tile.i0, tile.i1)
+        column = key[rows] - tile.j0
+        row = (there[rows] & (column >= 0) & (column < values.shape[1])).nonzero().view(-1)
+        values[row, column[row].long()] = fill
 
     def scatter(self, tile: Tile, slope: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None) -> None:
         """Add slope @ keys to the rows and slope.T @ anchors to the columns (a diagonal tile's rows have both)."""
