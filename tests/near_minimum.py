@@ -9,20 +9,21 @@ The exact form is `-log p_ij = log(1 + sum of the others / e^{l_ij})` of each po
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from hpcloss import functional
 
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1)
 # How far rows lie from the centre of their class, and classes from each other.
 SPREADS = {"random": 10.0, "0.3": 0.3, "0.03": 0.03, "0.001": 1e-3, "0": 0.0, "all one point": None}
-ROWS, DIM = 256, 64
-MAP = (2, 8, 16)  # batch and extents of a label map with as many pixels
+ROWS, DIM = 128, 64
+MAP = (2, 8, 8)  # batch and extents of a label map with as many pixels
 
 
 class Case(NamedTuple):
@@ -52,8 +53,26 @@ def as_map(z: Tensor) -> Tensor:
     return z.view(*MAP, DIM).movedim(-1, 1)
 
 
+def normalize(z: Tensor) -> Tensor:
+    """Unit rows; of `Halved` features the rows as the kernels pack them, in fp16, with the gradient of a unit row."""
+    if not isinstance(z, Halved):
+        return torch.nn.functional.normalize(z)
+    z = z.as_subclass(Tensor)
+    order = torch.arange(len(z))
+    data, _ = torch.ops.hpcloss.pack(z.detach().half(), order, torch.tensor([len(z)]), True, "triton")
+    data, direction = data.to(z), z / z.detach().norm(dim=1, keepdim=True)
+    tangent = direction - data * (data * direction).sum(1, keepdim=True)
+    return data + tangent - tangent.detach()
+
+
+class Halved(Tensor):
+    """Features that come in half precision, whatever the plain form computes in."""
+
+
 def cross_entropy(logits: Tensor, positives: Tensor, others: Tensor, hardness: float = 0.0) -> Tensor:
     """Mean over the rows of -sum_j w_ij log p_ij."""
+    if _round_slopes:
+        logits.register_hook(_rounded)
     weight = torch.softmax(torch.where(positives, -hardness * logits.detach(), -torch.inf), 1)
     if logits.dtype == torch.float64:
         anchor, key = positives.nonzero(as_tuple=True)
@@ -77,6 +96,8 @@ def plain_in(z: Tensor, temperature: float, classes: int) -> Tensor:
     others = ~torch.eye(ROWS, dtype=torch.bool)
     positives = (y[:, None] == y) & others
     logits = x @ x.T / temperature
+    if _round_slopes:
+        logits.register_hook(_rounded)
     if z.dtype == torch.float64:
         of_positives, of_negatives = (
             torch.logsumexp(torch.where(mask, logits, -torch.inf), 1) for mask in (positives, others & ~positives)
@@ -124,12 +145,12 @@ CASES = {
         lambda z, t: plain_by_label(z, t, HALF),
         HALF,
     ),
-    "SupCon, 2 a class": Case(
+    "SupCon, classes of 2": Case(
         lambda z, t, **k: functional.supcon_loss(z, labels(HALF), temperature=t, **k),
         lambda z, t: plain_by_label(z, t, HALF),
         HALF,
     ),
-    "SupCon, 16 a class": Case(
+    "SupCon, 16 classes": Case(
         lambda z, t, **k: functional.supcon_loss(z, labels(16), temperature=t, **k),
         lambda z, t: plain_by_label(z, t, 16),
         16,
@@ -173,30 +194,78 @@ class Errors(NamedTuple):
     our_value: float
     our_gradient: float
     lowest: float  # our loss itself
+    half_gradient: float  # the error of a plain computation whose gradient of the logits is rounded to fp16
 
 
-def value_and_gradient(loss: Callable[..., Tensor], z: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    loss: Callable[..., Tensor], z: Tensor, loss_scale: float, *args, **options
+) -> tuple[Tensor, Tensor]:
+    """The value, and the gradient of loss_scale times it, divided by loss_scale: as in mixed precision."""
     z = z.detach().requires_grad_()
     value = loss(z, *args, **options)
-    return value.detach().double(), torch.autograd.grad(value, z)[0].double()
+    (gradient,) = torch.autograd.grad(value * loss_scale, z)
+    return value.detach().double(), gradient.as_subclass(Tensor).double() / loss_scale
 
 
 def errors(
     case: Case, spread: float | None, temperature: float, dtype: torch.dtype = torch.float32, **options
 ) -> Errors:
     z = features(case.classes, spread, dtype)
-    exact, exact_gradient = value_and_gradient(case.plain, z.double(), temperature)
-    plain, plain_gradient = value_and_gradient(case.plain, z.float(), temperature)
-    ours, gradient = value_and_gradient(case.loss, z, temperature, **options)
+    as_packed = z.as_subclass(Halved if dtype == torch.float16 else Tensor)
+    exact, exact_gradient = value_and_gradient(case.plain, as_packed.double(), 1.0, temperature)
+    plain, plain_gradient = value_and_gradient(case.plain, as_packed.float(), 1.0, temperature)
+    with half_precision_slopes():
+        _, half_gradient = value_and_gradient(case.plain, as_packed.double(), 1.0, temperature)
+    # Entries near 1: features in fp16 would round a gradient of 1e-10 to 0.
+    norm = exact_gradient.norm().item()
+    loss_scale = 2.0 ** round(-math.log2(max(norm, plain_gradient.norm().item(), 2.0**-60)))
+    ours, gradient = value_and_gradient(case.loss, z, loss_scale, temperature, **options)
     return Errors(
         exact.item(),
-        exact_gradient.norm().item(),
+        norm,
         (plain - exact).abs().item(),
         (plain_gradient - exact_gradient).norm().item(),
         (ours - exact).abs().item(),
         (gradient - exact_gradient).norm().item(),
         ours.item(),
+        (half_gradient - exact_gradient).norm().item(),
     )
+
+
+def assert_near(case: Case, spread: float | None, temperature: float, dtype: torch.dtype = torch.float32, **options):
+    """The bar: the gradient is off by at most 10 times the error of plain fp32, plus 1e-3 of its norm.
+
+    In half precision also by twice what rounding the slopes to fp16 does to an otherwise exact gradient. Where classes
+    are points plain fp32 may be exact by luck: logits of equal rows are equal. Rounded, they give slopes of eps / t
+    along the row itself, of which the projection to the sphere leaves eps.
+    """
+    found = errors(case, spread, temperature, dtype, **options)
+    assert found.lowest >= 0
+    allowed = 10 * found.plain_gradient + 1e-3 * found.norm + torch.finfo(torch.float32).eps ** 2 / temperature
+    if dtype == torch.float16:
+        allowed += 2 * found.half_gradient
+    assert found.our_gradient <= allowed, found
+    assert found.our_value <= 10 * found.plain_value + 1e-6 * max(found.value, 1), found
+
+
+@contextlib.contextmanager
+def half_precision_slopes():
+    """Gradients of logits are rounded to fp16 before their product with the rows, as a matrix unit takes them."""
+    global _round_slopes
+    _round_slopes = True
+    try:
+        yield
+    finally:
+        _round_slopes = False
+
+
+_round_slopes = False
+
+
+def _rounded(slopes: Tensor) -> Tensor:
+    """fp16 with the largest slope there can be near 8192, 1 / ROWS for each row."""
+    lift = 8192.0 * ROWS / 2
+    return (slopes * lift).half().to(slopes) / lift
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hpcloss.backends.bounds import is_safe
 from hpcloss.backends.triton import configs, launch, segments
 from hpcloss.backends.triton import pack as pack_kernels
+from hpcloss.backends.triton import pair_cross_entropy as cross_entropy_kernels
 from hpcloss.backends.triton import pair_lse as lse_kernels
 from hpcloss.backends.triton import pair_mean as mean_kernels
 from hpcloss.backends.triton.backward import backward_kernel
@@ -98,12 +99,12 @@ def pair_lse_backward(
 
 
 def pair_lse_both(
-    anchors: Tensor, keys: Tensor, scale: Tensor, scale_bound: float | None, intervals: list[Tensor]
+    anchors: Tensor, keys: Tensor, scale: Tensor, scale_bound: float | None, intervals: list[Tensor], rule: str
 ) -> tuple[Tensor, Tensor]:
     """lse over the keys of each anchor [N] and over the anchors of each key [M]; -inf for an empty set."""
     keys = _keys(anchors, keys)
-    rows = pair_lse(anchors, keys, None, scale, scale_bound, intervals, "every")
-    return rows, pair_lse(keys, anchors, None, scale, scale_bound, _exchanged(keys, intervals), "every")
+    rows = pair_lse(anchors, keys, None, scale, scale_bound, intervals, rule)
+    return rows, pair_lse(keys, anchors, None, scale, scale_bound, _exchanged(keys, intervals, rule), rule)
 
 
 def pair_lse_both_backward(
@@ -116,6 +117,7 @@ def pair_lse_both_backward(
     scale: Tensor,
     scale_bound: float | None,
     intervals: list[Tensor],
+    rule: str,
     needs_anchors: bool,
     needs_keys: bool,
     needs_scale: bool,
@@ -126,7 +128,7 @@ def pair_lse_both_backward(
     pair = {
         "SLOPE": lse_kernels.slope,
         "TERM": "lse",
-        "RULE": "every",
+        "RULE": rule,
         "ONLINE": not is_safe(count, scale_bound, torch.float32, twice=True),
     }
     # One lift for both sides: their slopes add.
@@ -137,7 +139,7 @@ def pair_lse_both_backward(
     gradients, parts = [], []
     for own, other, of_own, of_other, at, wanted in (
         (anchors, keys, of_anchors, of_keys, intervals, needs_anchors),
-        (keys, anchors, of_keys, of_anchors, _exchanged(keys, intervals), needs_keys),
+        (keys, anchors, of_keys, of_anchors, _exchanged(keys, intervals, rule), needs_keys),
     ):
         *positives, own_start, own_end, other_start, other_end = int32(at)
         parts.append(torch.zeros_like(of_own[:, 0]) if needs_scale else None)
@@ -146,11 +148,66 @@ def pair_lse_both_backward(
     return *gradients, _sum_if_wanted(torch.cat(parts) if needs_scale else None, anchors)
 
 
-def _exchanged(keys: Tensor, intervals: list[Tensor]) -> list[Tensor]:
-    """The regions with anchors and keys exchanged; rule "every" knows no positives."""
-    anchor_start, anchor_end, key_start, key_end = intervals[3:]
-    nothing = torch.zeros(keys.shape[0], dtype=torch.int32, device=keys.device)
-    return [nothing, nothing, nothing, key_start, key_end, anchor_start, anchor_end]
+def _exchanged(keys: Tensor, intervals: list[Tensor], rule: str) -> list[Tensor]:
+    """The pairs with anchors and keys exchanged; rule "every" knows no positives, else they are their own inverse."""
+    *positives, anchor_start, anchor_end, key_start, key_end = intervals
+    if rule == "every":
+        positives = [torch.zeros(keys.shape[0], dtype=torch.int32, device=keys.device)] * 3
+    return [*positives, key_start, key_end, anchor_start, anchor_end]
+
+
+def pair_cross_entropy(
+    anchors: Tensor,
+    keys: Tensor | None,
+    scale: Tensor,
+    scale_bound: float | None,
+    hardness: float,
+    intervals: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss_i = sum_{j in positives(i)} w_ij (lse_i - scale s_ij), w = softmax over the positives of (-hardness s_ij).
+
+    Returns loss, lse, the weights' lse ("mass"), and for the backward pass the largest similarity ("shift") and the sum
+    relative to it, [N] each.
+    """
+    results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
+    at, tiles = int32(intervals), config("pair_cross_entropy", anchors)
+    _launch(
+        cross_entropy_kernels.forward_kernel, results[0], tiles,
+        anchors, _keys(anchors, keys), _fp32(scale), _weighting(hardness, None), *results,
+        *at, anchors.shape[0], at[3].numel(), D=anchors.shape[1], **_tiling(tiles, anchors),
+    )  # fmt: skip
+    return tuple(results)
+
+
+def pair_cross_entropy_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    mass: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    anchors: Tensor,
+    keys: Tensor | None,
+    scale: Tensor,
+    scale_bound: float | None,
+    hardness: float,
+    intervals: list[Tensor],
+    needs_anchors: bool,
+    needs_keys: bool,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dS_ij = scale ((g_i + h_i) p_ij - g_i w_ij), for incoming gradients g of the loss and h of the lse."""
+    weighting, grad_lse = _weighting(hardness, None), _fp32(grad_lse)
+    statistics, lift, largest_grads, grad = _statistics(grad, mass, anchors, grad_lse, total)
+    launch.run(
+        cross_entropy_kernels.statistics_kernel, triton.cdiv(mass.numel(), ROWS), mass,
+        grad, grad.stride(0), grad_lse, mass, shift, total, *int32(intervals[:3]), _fp32(scale), weighting,
+        largest_grads, lift, statistics, mass.numel(), BLOCK=ROWS,
+    )  # fmt: skip
+    return _backward(
+        anchors, keys, statistics, lift, None, scale, weighting, None, None, intervals,
+        dict(SLOPE=cross_entropy_kernels.slope, TERM="cross_entropy", RULE="others", ONLINE=True),
+        needs_anchors, needs_keys, needs_scale,
+    )  # fmt: skip
 
 
 def pair_mean(
@@ -308,10 +365,13 @@ def _lse_statistics(
     return statistics, lift
 
 
-def _statistics(grad: Tensor, empty: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+def _statistics(
+    grad: Tensor, empty: Tensor, rows: Tensor, grad_lse: Tensor | None = None, total: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Room for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradients.
 
-    empty [N]: -inf for a row without pairs, whose incoming gradient means nothing.
+    empty [N]: -inf for a row without pairs, whose incoming gradient means nothing. grad_lse: a second gradient, which
+    means nothing where `total` [N] is 0.
     """
     grad = grad.to(torch.float32)  # that of a mean has stride 0
     statistics = grad.new_empty(grad.numel(), 4)
@@ -319,7 +379,11 @@ def _statistics(grad: Tensor, empty: Tensor, rows: Tensor) -> tuple[Tensor, Tens
         return statistics, None, None, grad
     blocks = triton.cdiv(grad.numel(), ROWS)
     largest = grad.new_empty(blocks)
-    launch.run(largest_kernel, blocks, grad, grad, grad.stride(0), empty, largest, grad.numel(), BLOCK=ROWS)
+    bound = grad
+    if grad_lse is not None:
+        bound = torch.where(empty == -math.inf, 0.0, grad.abs()) + torch.where(total == 0, 0.0, grad_lse.abs())
+        empty = bound
+    launch.run(largest_kernel, blocks, bound, bound, bound.stride(0), empty, largest, bound.numel(), BLOCK=ROWS)
     return statistics, grad.new_empty(()), largest, grad
 
 

@@ -1,4 +1,4 @@
-"""The backward pass of both primitives: one kernel that owns rows of one side and streams the rows of the other.
+"""The backward pass of every primitive: one kernel that owns rows of one side and streams the rows of the other.
 
 A pair (i, j) has up to two directions: i as the anchor (ROW, from the statistics of the own rows) and j as the anchor
 (COL, from those of the other rows). Self-contrast needs both, so one pass gives dX_i = sum_j (dS_ij + dS_ji) x_j; of
@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hpcloss.backends.triton.pair_cross_entropy import subtract_positives
 from hpcloss.backends.triton.tile import (
     counts,
     hulls,
@@ -91,6 +92,18 @@ def backward_kernel(
             slopes, along_scale = SLOPE(
                 similarity, own_side, other, own_bias, other_bias, logit_scale, hardness, pull, discount, TERM, ONLINE
             )
+            if TERM == "cross_entropy":
+                if ROW:
+                    positive = counts(start[:, None], end[:, None], own[:, None], columns[None, :], "positives")
+                    near = (first < outer_end) & (first + BLOCK_J > outer_start)
+                else:
+                    starts, ends, key = row_intervals(pos_start, pos_end, self_pos, columns, inside)
+                    positive = counts(starts[None, :], ends[None, :], key[None, :], rows[:, None], "positives")
+                    near = True
+                if near:
+                    slopes, along_scale = subtract_positives(
+                        slopes, along_scale, similarity, positive, own_side, other, logit_scale, hardness
+                    )
             if ROW:
                 clean = is_clean(
                     outer_start, outer_end, inner_start, inner_end, key_start, key_end, first, first + BLOCK_J, RULE

@@ -16,6 +16,7 @@ from hpcloss.backends.triton.tile import (
     lift_of,
     load_rows,
     meeting,
+    number_of_positives,
     reciprocal,
     row_intervals,
     similarities,
@@ -60,8 +61,7 @@ def forward_kernel(
             tl.load(key_start + region), tl.load(key_end + region), "positives",
         )  # fmt: skip
         if hardness is None:
-            inside = (own >= start) & (own < end)
-            weights += tl.where(member, (end - start - tl.where(inside, 1, 0)).to(tl.float32), 0.0)
+            weights += tl.where(member, number_of_positives(start, end, own), 0.0)
         for first in range(begin, stop, BLOCK_J):
             columns = first + tl.arange(0, BLOCK_J)
             y = load_rows(keys, columns, columns < stop, D, BLOCK_D)

@@ -44,6 +44,12 @@ def row_intervals(pos_start, pos_end, self_pos, rows, there):
 
 
 @triton.jit
+def number_of_positives(start, end, own):
+    """How many keys are positives of each row, as fp32."""
+    return (end - start - tl.where((own >= start) & (own < end), 1, 0)).to(tl.float32)
+
+
+@triton.jit
 def hulls(start, end, own, member):
     """Over the member rows: hull and intersection of the positives, hull of the own keys. Empty ones end at 0."""
     filled = member & (start < end)

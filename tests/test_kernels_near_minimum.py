@@ -1,0 +1,21 @@
+"""Near its minimum a loss is no rounding error in the Triton kernels either, in fp32 and fp16."""
+
+import pytest
+import torch
+from kernels import DEVICE, needs_kernels
+from near_minimum import CASES, SPREADS, assert_near
+
+pytestmark = [
+    needs_kernels,
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="the plain form of the cases is on the CPU"),
+    # A GPU says nothing: what does not count may overflow before it is masked.
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient(name, dtype):
+    turn = list(CASES).index(name)
+    for number, spread in enumerate(SPREADS.values()):
+        assert_near(CASES[name], spread, (0.01, 0.02, 0.05, 0.1)[(number + turn) % 4], dtype, backend="triton")
