@@ -621,6 +621,7 @@ SET = [
     ("open_clip", "world_size", 2, ValueError),
     ("open_clip", "labels", {}, AttributeError),
     ("open_clip", "prev_num_logits", 6, AttributeError),
+    ("contrastiveseg", "configer", Configer(), lambda: drawn(*DRAWN.tolist())),  # asked at first alone, as there
     ("contrastiveseg", "temperature", 0.5, lambda: drawn(*DRAWN.tolist(), temperature=0.5)),
     ("contrastiveseg", "temperature", -1.0, ValueError),
     ("contrastiveseg", "base_temperature", 1.0, lambda: drawn(*DRAWN.tolist(), base_temperature=1.0)),

@@ -33,6 +33,7 @@ class PixelContrastLoss(nn.Module):
     Args:
         configer: has `get` and `exists`, as theirs; what it says of `contrast` (temperature, base_temperature,
             max_samples, max_views), of the ignored label and of the number of classes holds in place of what follows.
+            It is asked here alone: later the attributes of these names hold.
         ignore_label: label of pixels that take no part; other negative labels take none either.
         num_classes: None to look for the largest label in each call, which waits for the device.
         legacy_sampling: leave out, as they do, classes of at most max_views pixels in an image; else those of fewer
@@ -62,6 +63,7 @@ class PixelContrastLoss(nn.Module):
             if configer.exists("data", "num_classes"):
                 num_classes = configer.get("data", "num_classes")
         check_vector_options(temperature, "mean")
+        self.configer = configer
         self.temperature = temperature
         self.base_temperature = base_temperature
         self.max_samples = count("max_samples", max_samples)
