@@ -53,11 +53,11 @@ class NTXentLoss(PeerLoss):
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         self.memory_bank = None
-        alone = isinstance(memory_bank_size, int)
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
-        if any(extent < 0 for extent in size) or not (alone or size == (0,) or len(size) == 2):
+        shaped = len(size) == 2 or size == (0,) or isinstance(memory_bank_size, int)
+        if any(extent < 0 for extent in size) or not shaped:
             raise ValueError(f"memory_bank_size must be (rows, dim), or 0 for none, got {memory_bank_size}")
-        if size[0] and alone:
+        if size[0] and len(size) == 1:
             warnings.warn(
                 f"memory_bank_size={size[0]} leaves the dimension to the first batch; with ({size[0]}, dim) the bank is"
                 " part of state_dict from the start",
