@@ -13,6 +13,7 @@ import torch
 from cases import assert_same, integers, rows
 from numerics import assert_exact
 from peer_formulas import draw_infonce, draw_pml, draw_two_views, unit
+from test_compat import INDICES, SET, SETTABLE, settable
 
 from benchmarks.peers import Stubs
 from hpcloss.compat import infonce, lightly, monai, pml
@@ -95,6 +96,18 @@ def test_lightly_bank():
         assert_exact(both[0].memory_bank.embeddings[0], both[1].memory_bank.bank)
 
 
+def test_lightly_bank_of_a_number_of_rows():
+    """lightly 1.6 refuses what it took before; here it gives what the library gives for both numbers."""
+    with pytest.raises(ValueError, match="does not specify the feature dimension"):
+        NTXentLoss(0.1, memory_bank_size=12)
+    ours = lightly.NTXentLoss(0.1, memory_bank_size=12)
+    x, y = [view.float() for view in (rows(4, 5), rows(4, 5, seed=1))]
+    torch.manual_seed(0)
+    theirs = NTXentLoss(0.1, memory_bank_size=(12, 5))
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours(x, y), theirs(x, y))
+
+
 @pytest.mark.parametrize("miner", ["MultiSimilarityMiner", "TripletMarginMiner", "BatchHardMiner"])
 @pytest.mark.parametrize(("ours", "theirs"), [(pml.SupConLoss, losses.SupConLoss), (pml.NTXentLoss, losses.NTXentLoss)])
 def test_pml_miners(miner, ours, theirs):
@@ -128,6 +141,109 @@ def test_pml_parts_by_pairs(options):
     indices = (*torch.where(labels[:, None] == labels), *torch.where(labels[:, None] != labels))
     ours, theirs = pml.NTXentLoss(**options), losses.NTXentLoss(**options)
     assert_same(lambda x: ours(x, None, indices), lambda x: theirs(x, None, indices), rows(40, 8))
+
+
+# ---- what scripts set after a loss was built
+
+THEIRS = {
+    "pml SupConLoss": lambda: losses.SupConLoss(distance=distances.DotProductSimilarity()),
+    "pml NTXentLoss": lambda: losses.NTXentLoss(distance=distances.DotProductSimilarity()),
+    "lightly": NTXentLoss,
+    "monai": ContrastiveLoss,
+    "infonce": InfoNCE,
+    "infonce paired": InfoNCE,
+}
+
+
+@pytest.mark.parametrize("peer", THEIRS)
+def test_what_can_be_set_there_is_tried_here(peer):
+    assert settable(THEIRS[peer]()) <= {attribute.split(".")[0] for name, attribute, *_ in SET if name == peer}
+    if peer.startswith("pml"):
+        tried = {attribute.split(".")[1] for name, attribute, *_ in SET if name == peer and "." in attribute}
+        assert settable(THEIRS[peer]().distance) == tried | {"collect_stats"}  # which has a test below
+
+
+# The rows with a value, and not an error or an object of ours.
+VALUES = [
+    (peer, attribute, value)
+    for peer, attribute, value, expected in SET
+    if peer in THEIRS and not peer.startswith("pml") and not isinstance(expected, type) and attribute != "memory_bank"
+]
+
+
+@pytest.mark.parametrize(("peer", "attribute", "value"), VALUES)
+def test_what_is_set_later_holds_there_too(peer, attribute, value):
+    (ours, call), theirs = SETTABLE[peer], THEIRS[peer]()
+    values = []
+    for loss in (ours(), theirs):
+        setattr(loss, attribute, value)
+        values.append(call(loss))
+    assert_exact(*values)
+
+
+PML = [(pml.SupConLoss, losses.SupConLoss), (pml.NTXentLoss, losses.NTXentLoss)]
+OF_DISTANCE = [{"normalize_embeddings": False}, {"p": 1}, {"power": 2}, {"is_inverted": False}]
+
+
+@pytest.mark.parametrize("settings", OF_DISTANCE)
+@pytest.mark.parametrize("distance", [distances.DotProductSimilarity, distances.CosineSimilarity])
+@pytest.mark.parametrize(("ours", "theirs"), PML)
+def test_pml_distance_that_is_changed_later(ours, theirs, distance, settings):
+    """The same value, or an error that says what there is none of."""
+    x, labels = rows(20, 8), integers(4, 20)
+    both = [build(1.0, distance=distance()) for build in (ours, theirs)]
+    before = both[1](x, labels)
+    for loss in both:
+        for name, value in settings.items():
+            setattr(loss.distance, name, value)
+    assert abs(both[1](x, labels) - before) > 1e-3
+    if "normalize_embeddings" in settings:
+        assert_same(*[functools.partial(loss, labels=labels) for loss in both], x)
+        assert_same(*[functools.partial(loss, labels=labels, indices_tuple=INDICES) for loss in both], x)
+    else:
+        (name, value), *_ = settings.items()
+        with pytest.raises(NotImplementedError, match=f"{name}={value}"):
+            both[0](x, labels)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("ours", "theirs"), PML)
+def test_pml_statistics_of_the_distance(ours, theirs, normalize):
+    x, other, labels = rows(20, 8), rows(20, 8, seed=1), integers(4, 20)
+    for arguments in ((labels,), (labels, None, other, labels.clone()), (None, INDICES)):
+        found = []
+        for build in (ours, theirs):
+            distance = distances.DotProductSimilarity(normalize_embeddings=normalize, collect_stats=True)
+            build(distance=distance)(x, *arguments)
+            found.append([getattr(distance, name) for name in distance._record_these_stats])
+        assert found[0] == pytest.approx(found[1]) and len(found[0]) == 4 and min(found[0]) > 0
+
+
+def test_pml_reducers_of_every_kind():
+    """One that does nothing, several at once, one that counts; one reducer for two losses."""
+    x, labels, regular = rows(20, 8), integers(4, 20), regularizers.LpRegularizer()
+    nothing = [
+        build(reducer=reducers.DoNothingReducer(), embedding_regularizer=regular)(x, labels)
+        for build in (pml.SupConLoss, losses.SupConLoss)
+    ]
+    assert nothing[0].keys() == nothing[1].keys()
+    for part in nothing[1]:
+        assert nothing[0][part]["reduction_type"] == nothing[1][part]["reduction_type"]
+        assert_exact(nothing[0][part]["losses"], nothing[1][part]["losses"])
+    several = reducers.MultipleReducers({"loss": reducers.ThresholdReducer(low=1.0)})
+    assert_same(
+        *[
+            functools.partial(build(reducer=several, embedding_regularizer=regular), labels=labels)
+            for build in (pml.SupConLoss, losses.SupConLoss)
+        ],
+        x,
+    )
+    counting = reducers.ThresholdReducer(low=1.0, collect_stats=True)
+    ours, theirs = [build(reducer=counting) for build in (pml.SupConLoss, losses.SupConLoss)]
+    ours(x, labels), theirs(x, labels)
+    assert ours.reducer.num_past_filter == theirs.reducer.num_past_filter > 0 == counting.num_past_filter
+    with pytest.raises(NotImplementedError, match="without collect_stats"):
+        pml.NTXentLoss(reducer=reducers.MeanReducer(collect_stats=True))(x, labels)
 
 
 def curve(loss, by_labels):
@@ -202,7 +318,7 @@ REFUSED = {
     "infonce, paired": (infonce.InfoNCE(negative_mode="paired"), InfoNCE(negative_mode="paired"), (X, Y, Y)),
     "infonce, reduction": (lambda *x: infonce.InfoNCE(reduction="all")(*x), InfoNCE(reduction="all"), (X, Y)),
     "lightly, temperature": (lambda: lightly.NTXentLoss(1e-9), lambda: NTXentLoss(1e-9), ()),
-    "lightly, bank": (lambda: lightly.NTXentLoss(0.5, 5), lambda: NTXentLoss(0.5, 5), ()),
+    "lightly, bank": (lambda: lightly.NTXentLoss(0.5, (5,)), lambda: NTXentLoss(0.5, (5,)), ()),
     "lightly, negative": (lambda: lightly.NTXentLoss(0.5, (-1, 2)), lambda: NTXentLoss(0.5, (-1, 2)), ()),
     "lightly, three": (lambda: lightly.NTXentLoss(0.5, (1, 2, 3)), lambda: NTXentLoss(0.5, (1, 2, 3)), ()),
 }

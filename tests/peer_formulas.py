@@ -64,12 +64,15 @@ def pairs_of(embeddings, labels, indices_tuple, ref_emb, ref_labels):
     return positive, [(i, j) for i, j, same in every if not same]
 
 
-def cosines(embeddings, ref_emb):
-    return unit(embeddings) @ unit(embeddings if ref_emb is None else ref_emb).T
+def similarities(embeddings, ref_emb, normalize):
+    ref_emb = embeddings if ref_emb is None else ref_emb
+    return unit(embeddings) @ unit(ref_emb).T if normalize else embeddings @ ref_emb.T
 
 
-def pml_supcon(embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, temperature=0.1):
-    logits = cosines(embeddings, ref_emb) / temperature
+def pml_supcon(
+    embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, temperature=0.1, normalize=True
+):
+    logits = similarities(embeddings, ref_emb, normalize) / temperature
     positive, negative = pairs_of(embeddings, labels, indices_tuple, ref_emb, ref_labels)
     losses = []
     if positive and negative and len(positive) + len(negative) > 2:
@@ -81,8 +84,10 @@ def pml_supcon(embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_la
     return torch.stack(losses).mean() if losses else logits.sum() * 0
 
 
-def pml_ntxent(embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, temperature=0.07):
-    logits = cosines(embeddings, ref_emb) / temperature
+def pml_ntxent(
+    embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, temperature=0.07, normalize=True
+):
+    logits = similarities(embeddings, ref_emb, normalize) / temperature
     positive, negative = pairs_of(embeddings, labels, indices_tuple, ref_emb, ref_labels)
     if not positive or not negative or len(positive) + len(negative) <= 2:
         return logits.sum() * 0

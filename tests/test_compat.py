@@ -1,12 +1,14 @@
 """hpcloss.compat: value, gradient and refusals of the libraries whose signatures it takes."""
 
+import copy
 import functools
 import inspect
+import operator
 import re
 
 import pytest
 import torch
-from cases import ROOT, assert_same, choice, integers, rows, value_and_grads
+from cases import NOISE, ROOT, assert_same, choice, integers, rows, value_and_grads
 from numerics import assert_exact
 from peer_formulas import (
     clip,
@@ -141,7 +143,7 @@ REFUSED = {
     "pml, tuple": (lambda: pml.NTXentLoss()(X, LABELS, (LABELS,) * 2), "3 tensors .triplets. or 4 .pairs., got 2"),
     "pml, ref_emb": (lambda: pml.SupConLoss()(X, LABELS, ref_emb=Y[:5]), "ref_emb must have shape .6, 4., got"),
     "lightly, temperature": (lambda: lightly.NTXentLoss(1e-9), "Illegal temperature"),
-    "lightly, bank": (lambda: lightly.NTXentLoss(0.5, 12), "memory_bank_size must be .rows, dim., .*got 12"),
+    "lightly, bank": (lambda: lightly.NTXentLoss(0.5, (12,)), "memory_bank_size must be .rows, dim., .*got .12,."),
     "lightly, negative": (lambda: lightly.NTXentLoss(0.5, (-1, 3)), "memory_bank_size must be"),
     "monai, 3-D": (lambda: monai.ContrastiveLoss()(X[None], Y[None]), "at most 2 dimensions, got .1, 6, 4."),
     "monai, shapes": (lambda: monai.ContrastiveLoss()(X, Y[:5]), "target must have the shape of input"),
@@ -165,15 +167,18 @@ def test_refused(case):
         call()
 
 
-class Distance:
+class Distance(torch.nn.Module):
     """A distance as pytorch-metric-learning describes its own."""
 
+    collect_stats, is_inverted = False, False
+
     def __init__(self, p=2, power=1, normalize_embeddings=True):
+        super().__init__()
         self.p, self.power, self.normalize_embeddings = p, power, normalize_embeddings
 
 
 class DotProductSimilarity(Distance):
-    pass
+    is_inverted = True
 
 
 def test_what_is_not_there_says_so():
@@ -231,6 +236,41 @@ def test_pml_parts():
     options = {"distance": plain, "reducer": reducer, "embedding_regularizer": torch.sum, "embedding_reg_weight": 0.5}
     expected = sum(i * value for i, value in enumerate(losses)) + 0.5 * X.sum()
     assert_exact(pml.SupConLoss(2.0, **options)(X, LABELS), expected)
+
+
+class DoNothingReducer:
+    """A reducer of pytorch-metric-learning's."""
+
+    def __call__(self, losses, embeddings, labels):
+        return losses
+
+
+def test_pml_reducer_that_does_nothing():
+    """The losses come out as they are, that of the regularizer among them."""
+    found = pml.SupConLoss(reducer=DoNothingReducer(), embedding_regularizer=torch.sum)(X, LABELS)
+    assert found["embedding_reg_loss"] == {"losses": X.sum(), "indices": None, "reduction_type": "already_reduced"}
+    assert_exact(found["loss"]["losses"].mean(), pml_supcon(X, LABELS))
+
+
+def test_pml_a_reducer_belongs_to_one_loss():
+    """It is copied, as the library does: what two losses count does not mix."""
+
+    class Reducer:
+        def __call__(self, losses, embeddings, labels):
+            self.labels = labels
+            return losses["loss"]["losses"].sum()
+
+    reducer = Reducer()
+    loss = pml.SupConLoss(reducer=reducer)
+    assert loss(X, LABELS.numpy()) > 0
+    assert torch.equal(loss.reducer.labels, LABELS) and not hasattr(reducer, "labels")
+
+
+def test_pml_labels_of_named_pairs_are_looked_at():
+    with pytest.raises(ValueError, match="labels must have shape .6., got .5."):
+        pml.SupConLoss()(X, LABELS[:5], INDICES)
+    with pytest.raises(ValueError, match="ref_labels must have shape .6., got .5."):
+        pml.SupConLoss()(X, LABELS, INDICES, Y, LABELS[:5])
 
 
 def test_pml_labels_of_any_kind():
@@ -359,6 +399,87 @@ def test_bank():
     assert torch.equal(other(X, Y), loss(X, Y))
 
 
+def integer_bank(temperature, rows):
+    with pytest.warns(UserWarning, match=f"memory_bank_size={rows} leaves the dimension to the first batch"):
+        return lightly.NTXentLoss(temperature, rows)
+
+
+def test_bank_of_a_number_of_rows():
+    """The first batch says the dimension; from then on it is the bank that `(rows, dim)` gives."""
+    loss, same = integer_bank(0.2, 5), None
+    with pytest.raises(ValueError, match="out1 must have shape .6, 4., got .6, 3."):
+        loss(X, Y[:, :3])
+    assert loss.memory_bank == 5  # a batch that was refused decides nothing
+    for step in range(4):
+        x, y = rows(3, 4, seed=step).requires_grad_(), rows(3, 4, seed=10 + step)
+        torch.manual_seed(1)
+        value = loss(x, y)
+        if same is None:
+            torch.manual_seed(1)
+            same = lightly.NTXentLoss(0.2, (5, 4)).double()
+        assert torch.equal(value, same(x, y))
+        assert torch.equal(loss.memory_bank.embeddings, same.memory_bank.embeddings)
+    with pytest.raises(ValueError, match="negatives must have shape"):
+        loss(rows(3, 7), rows(3, 7))
+    float32 = integer_bank(0.2, 5)
+    float32(X.half(), Y.half())
+    assert float32.memory_bank.embeddings.dtype == torch.float32
+    assert lightly.NTXentLoss(0.2, (0, 4)).memory_bank is lightly.NTXentLoss(0.2, (0,)).memory_bank is None
+
+
+def test_state_of_a_bank_of_a_number_of_rows():
+    """Before the first batch it has none; what is loaded then says the dimension."""
+    saved, fresh = (torch.nn.ModuleDict({"loss": integer_bank(0.2, 5)}) for _ in range(2))
+    assert saved.state_dict() == {}
+    assert fresh.load_state_dict(saved.state_dict()) == ([], [])
+    saved["loss"](X.clone().requires_grad_(), Y)
+    state = saved.state_dict()
+    for resumed in (fresh, torch.nn.ModuleDict({"loss": lightly.NTXentLoss(0.2, (5, 4)).double()})):
+        resumed.load_state_dict(state)
+        assert all(torch.equal(entry, state[name]) for name, entry in resumed.state_dict().items())
+        assert torch.equal(resumed["loss"](X, Y), saved["loss"](X, Y))
+    other = torch.nn.ModuleDict({"loss": integer_bank(0.2, 6)})
+    with pytest.raises(RuntimeError, match="size mismatch for loss.memory_bank.embeddings"):
+        other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match='Missing key.* "loss.memory_bank.embeddings"'):
+        saved.load_state_dict({})
+    saved.load_state_dict({}, strict=False)
+    assert torch.equal(saved["loss"](X, Y), fresh["loss"](X, Y))
+    copied = copy.deepcopy(torch.nn.ModuleDict({"loss": integer_bank(0.2, 5)}))
+    copied.load_state_dict(state)
+    assert torch.equal(copied["loss"](X, Y), fresh["loss"](X, Y))
+
+
+@pytest.mark.parametrize("build", [lambda: lightly.NTXentLoss(0.2, (5, 4)), lambda: integer_bank(0.2, 5)])
+def test_bank_in_evaluation(build):
+    """Written where `out0` requires a gradient and nowhere else, whatever the mode."""
+    loss = build().eval()
+    loss(X, Y)
+    bank = loss.memory_bank.embeddings.clone()
+    with torch.no_grad():
+        loss(X, Y)
+    assert torch.equal(loss.memory_bank.embeddings, bank)
+    loss.train()(X, Y)
+    assert torch.equal(loss.memory_bank.embeddings, bank)
+    loss.eval()(X.clone().requires_grad_(), Y)
+    assert (loss.memory_bank.embeddings != bank).all()
+
+
+@pytest.mark.parametrize("build", [lambda: lightly.NTXentLoss(0.2, (5, 4)), lambda: integer_bank(0.2, 5)])
+def test_bank_moves_to_the_embeddings(build):
+    """lightly's examples never move the loss."""
+    loss = build()
+    assert loss(X.float().to("meta").requires_grad_(), Y.float().to("meta")).device.type == "meta"
+    assert {buffer.device.type for buffer in loss.buffers()} == {"meta"}
+
+
+def test_gather_distributed_needs_distributed(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    assert lightly.NTXentLoss()(X, Y) > 0
+    with pytest.raises(ValueError, match="gather_distributed=True needs torch.distributed"):
+        lightly.NTXentLoss(gather_distributed=True)
+
+
 def test_monai_says_that_the_batch_size_has_no_effect():
     with pytest.warns(UserWarning, match="batch_size=4 has no effect"):
         loss = monai.ContrastiveLoss(0.5, 4)
@@ -367,6 +488,13 @@ def test_monai_says_that_the_batch_size_has_no_effect():
 
 def test_clip_and_the_number_of_processes():
     with pytest.raises(ValueError, match="world_size=2, but the default process group has 1 processes"):
+        open_clip.ClipLoss(world_size=2)(X, Y, 10.0)
+
+
+def test_clip_and_the_rank_of_the_process(monkeypatch):
+    monkeypatch.setattr(open_clip, "ranks", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with pytest.raises(ValueError, match="rank=0, but this process has rank 1 of 2"):
         open_clip.ClipLoss(world_size=2)(X, Y, 10.0)
 
 
@@ -380,10 +508,173 @@ def test_clip_bias_and_dict():
     assert torch.equal(loss(X, Y, 10.0, 3.0), expected)
 
 
+# ------------------------------------------------------------------------------------------------ what scripts may set
+
+INDICES = (torch.tensor([0, 2, 4, 1]), torch.tensor([1, 3, 5, 0]), torch.tensor([0, 2]), torch.tensor([4, 5]))
+VIEWS, MASK, OWN = torch.stack([X, Y], 1), (LABELS[:, None] >= LABELS), torch.stack([X, Y], 1)
+# Pixels of a class are equal, so that the draw has no part in the value.
+OF_CLASS, DRAWN = rows(3, 4), torch.tensor([0] * 4 + [1] * 4 + [2])
+PARTS = {"embedding_regularizer": torch.sum}
+# How a loss is built, and how it is called once something was set.
+SETTABLE = {
+    "supcontrast": (supcontrast_compat.SupConLoss, lambda loss: loss(VIEWS, LABELS)),
+    "supcontrast mask": (supcontrast_compat.SupConLoss, lambda loss: loss(VIEWS, None, MASK)),
+    "pml SupConLoss": (lambda: pml.SupConLoss(distance=DotProductSimilarity(), **PARTS), lambda loss: loss(X, LABELS)),
+    "pml SupConLoss pairs": (
+        lambda: pml.SupConLoss(distance=DotProductSimilarity(), **PARTS), lambda loss: loss(X, None, INDICES, Y)
+    ),
+    "pml NTXentLoss": (lambda: pml.NTXentLoss(distance=DotProductSimilarity(), **PARTS), lambda loss: loss(X, LABELS)),
+    "pml NTXentLoss pairs": (
+        lambda: pml.NTXentLoss(distance=DotProductSimilarity(), **PARTS), lambda loss: loss(X, None, INDICES, Y)
+    ),
+    "lightly": (lightly.NTXentLoss, lambda loss: loss(X, Y)),
+    "monai": (monai.ContrastiveLoss, lambda loss: loss(X, Y)),
+    "infonce": (infonce.InfoNCE, lambda loss: loss(X, Y, X)),
+    "infonce paired": (infonce.InfoNCE, lambda loss: loss(X, Y, OWN)),
+    "open_clip": (open_clip.ClipLoss, lambda loss: loss(X, Y, 10.0)),
+    "contrastiveseg": (every_pixel, lambda loss: loss(OF_CLASS[DRAWN].T[None], DRAWN[None])),
+}  # fmt: skip
+
+
+def drawn(*classes, **options):
+    return pixel_contrast(OF_CLASS[list(classes)], torch.tensor(classes), **options)
+
+
+def full_queue():
+    queue = hpcloss.EmbeddingQueue(1, 3, 4).double()
+    queue.enqueue(rows(3, 4, seed=5), torch.zeros(3))
+    return queue
+
+
+def summed(losses, embeddings, labels):
+    return losses["loss"]["losses"].sum()
+
+
+def pml_settings(name, formula, *call):
+    """What both losses share; `call` are the arguments after the embeddings."""
+
+    def expected(regular=torch.sum, **options):
+        return lambda: formula(X, *call, **options) + regular(X)
+
+    return [
+        (name, "temperature", 0.5, expected(temperature=0.5)),
+        (name, "temperature", 0.0, ValueError),
+        (name, "distance", DotProductSimilarity(normalize_embeddings=False), expected(normalize=False)),
+        (name, "distance", None, expected()),
+        (name, "distance", Distance(), NotImplementedError),
+        (name, "distance.normalize_embeddings", False, expected(normalize=False)),
+        (name, "distance.p", 1, NotImplementedError),
+        (name, "distance.power", 2, NotImplementedError),
+        (name, "distance.is_inverted", False, NotImplementedError),
+        (name, "normalize", False, AttributeError),
+        (name, "embedding_regularizer", torch.mean, expected(torch.mean)),
+        (name, "embedding_regularizer", None, expected(lambda x: 0.0)),
+        (name, "embedding_reg_weight", 0.5, expected(lambda x: x.sum() / 2)),
+        (name, "collect_stats", True, expected()),  # these losses have no statistics there
+        (name, "loss_method", summed, AttributeError),
+    ]
+
+
+# The loss, an attribute that is set once it is built, to what, and the library's formula or the error that names it.
+SET = [
+    ("supcontrast", "temperature", 0.5, lambda: supcontrast(VIEWS, LABELS, temperature=0.5)),
+    ("supcontrast", "temperature", -1.0, ValueError),
+    ("supcontrast", "base_temperature", 1.0, lambda: supcontrast(VIEWS, LABELS, base_temperature=1.0)),
+    ("supcontrast", "contrast_mode", "one", lambda: supcontrast(VIEWS, LABELS, contrast_mode="one")),
+    ("supcontrast", "contrast_mode", "mode", ValueError),
+    ("supcontrast mask", "temperature", 0.5, lambda: supcontrast(VIEWS, None, MASK, temperature=0.5)),
+    ("supcontrast mask", "temperature", -1.0, ValueError),
+    ("supcontrast mask", "base_temperature", 1.0, lambda: supcontrast(VIEWS, None, MASK, base_temperature=1.0)),
+    ("supcontrast mask", "contrast_mode", "one", lambda: supcontrast(VIEWS, None, MASK, contrast_mode="one")),
+    *pml_settings("pml SupConLoss", pml_supcon, LABELS),
+    ("pml SupConLoss", "reducer", summed, lambda: 6 * pml_supcon(X, LABELS) + X.sum()),
+    *pml_settings("pml SupConLoss pairs", pml_supcon, None, INDICES, Y),
+    ("pml SupConLoss pairs", "reducer", summed, lambda: 2 * pml_supcon(X, None, INDICES, Y) + X.sum()),
+    *pml_settings("pml NTXentLoss", pml_ntxent, LABELS),
+    ("pml NTXentLoss", "reducer", summed, NotImplementedError),
+    *pml_settings("pml NTXentLoss pairs", pml_ntxent, None, INDICES, Y),
+    ("pml NTXentLoss pairs", "reducer", summed, lambda: 4 * pml_ntxent(X, None, INDICES, Y) + X.sum()),
+    ("lightly", "temperature", 0.2, lambda: ntxent(X, Y, 0.2)),
+    ("lightly", "temperature", -1.0, ValueError),
+    ("lightly", "gather_distributed", True, lambda: ntxent(X, Y)),  # of one process
+    ("lightly", "memory_bank", full_queue(), lambda: info_nce(X, Y, rows(3, 4, seed=5), 0.5)),
+    ("lightly", "memory_bank", hpcloss.EmbeddingQueue(1, 3, 4), ValueError),
+    ("lightly", "memory_bank", torch.nn.Identity(), TypeError),
+    ("lightly", "memory_bank", None, lambda: ntxent(X, Y)),
+    ("lightly", "cross_entropy", torch.nn.CrossEntropyLoss(label_smoothing=0.1), AttributeError),
+    ("lightly", "eps", 1e-4, AttributeError),
+    ("monai", "temperature", 0.25, lambda: ntxent(X, Y, 0.25)),
+    ("monai", "temperature", -1.0, ValueError),
+    ("monai", "reduction", "sum", lambda: ntxent(X, Y)),  # there, too, it is read nowhere
+    ("infonce", "temperature", 0.5, lambda: info_nce(X, Y, X, 0.5)),
+    ("infonce", "temperature", -1.0, ValueError),
+    ("infonce", "reduction", "none", lambda: info_nce(X, Y, X, reduction="none")),
+    ("infonce", "reduction", "all", ValueError),
+    ("infonce", "negative_mode", "both", ValueError),
+    ("infonce paired", "temperature", -1.0, ValueError),
+    ("infonce paired", "reduction", "all", ValueError),
+    ("infonce paired", "negative_mode", "paired", lambda: info_nce(X, Y, OWN, negative_mode="paired")),
+    ("open_clip", "local_loss", True, lambda: clip(X, Y, 10.0)),  # of one process, as the next three
+    ("open_clip", "gather_with_grad", True, lambda: clip(X, Y, 10.0)),
+    ("open_clip", "cache_labels", True, lambda: clip(X, Y, 10.0)),
+    ("open_clip", "rank", 1, lambda: clip(X, Y, 10.0)),
+    ("open_clip", "world_size", 2, ValueError),
+    ("open_clip", "labels", {}, AttributeError),
+    ("open_clip", "prev_num_logits", 6, AttributeError),
+    ("contrastiveseg", "configer", Configer(), lambda: drawn(*DRAWN.tolist())),  # asked at first alone, as there
+    ("contrastiveseg", "temperature", 0.5, lambda: drawn(*DRAWN.tolist(), temperature=0.5)),
+    ("contrastiveseg", "temperature", -1.0, ValueError),
+    ("contrastiveseg", "base_temperature", 1.0, lambda: drawn(*DRAWN.tolist(), base_temperature=1.0)),
+    ("contrastiveseg", "max_samples", 9, lambda: drawn(0, 0, 0, 1, 1, 1, 2)),
+    ("contrastiveseg", "max_samples", 0, ValueError),
+    ("contrastiveseg", "max_views", 2, lambda: drawn(0, 0, 1, 1, 2)),
+    ("contrastiveseg", "max_views", 0, ValueError),
+    ("contrastiveseg", "ignore_label", 1, lambda: drawn(0, 0, 0, 0, 2)),
+    ("contrastiveseg", "num_classes", 2, lambda: drawn(0, 0, 0, 0, 1, 1, 1, 1)),
+    ("contrastiveseg", "num_classes", 0, ValueError),
+    ("contrastiveseg", "legacy_sampling", True, lambda: 0 * X.sum()),  # no class has more than max_views pixels
+]
+
+
+@pytest.mark.parametrize(("name", "attribute", "value", "expected"), SET)
+def test_what_is_set_later_holds(name, attribute, value, expected):
+    build, call = SETTABLE[name]
+    loss = build()
+    *path, last = attribute.split(".")
+    owner = operator.attrgetter(".".join(path))(loss) if path else loss
+
+    def after(value):
+        setattr(owner, last, value)
+        return call(loss)
+
+    if isinstance(expected, type):
+        with pytest.raises(expected, match=last):
+            after(value)
+        return
+    assert_exact(after(value), expected(), floor=NOISE)
+    if attribute == "temperature":
+        learnt = after(torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)))
+        assert_exact(learnt.detach(), expected(), floor=NOISE)
+        assert torch.autograd.grad(learnt.sum(), loss.temperature)[0] != 0
+
+
+def settable(module):
+    """Names of the public attributes of a module, with those that its class computes."""
+    held = {*vars(module), *module._parameters, *module._buffers, *module._modules, *getattr(module, "lacks", ())}
+    computed = {name for name, value in inspect.getmembers(type(module)) if isinstance(value, property)}
+    return {name for name in held | computed if not name.startswith("_")} - {"training"}
+
+
+@pytest.mark.parametrize("name", SETTABLE)
+def test_every_attribute_is_tried(name):
+    loss = SETTABLE[name][0]()
+    tried = {attribute.split(".")[0] for of, attribute, *_ in SET if of == name}
+    assert tried == settable(loss)
+
+
 # ------------------------------------------------------------------------------------------------- what all must bear
 
 QUEUE = rows(3, 5, 4, seed=9)
-INDICES = (torch.tensor([0, 2, 4, 1]), torch.tensor([1, 3, 5, 0]), torch.tensor([0, 2]), torch.tensor([4, 5]))
 # The loss of a temperature, and how it is called on X and Y.
 CALLS = {
     "supcontrast": (supcontrast_compat.SupConLoss, lambda loss, x, y: loss(torch.stack([x, y], 1), LABELS)),
@@ -588,6 +879,6 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/differences.md").re
 def test_differences(number):
     """Each example of docs/differences.md says by itself what the library gives and what is given here."""
     names: dict = {}
-    assert len(BLOCKS) == 22 and "assert " in BLOCKS[number]
+    assert len(BLOCKS) == 26 and "assert " in BLOCKS[number]
     for block in (BLOCKS[0], BLOCKS[number]):
         exec(compile(block, f"docs/differences.md, block {number}", "exec"), names)

@@ -153,7 +153,8 @@ def lightly_bank(z, _, gather):
 def clip(local_loss, gather_with_grad):
     def loss(z, _, gather):
         ranks = distributed.world_size() if gather else 1
-        return open_clip.ClipLoss(local_loss, gather_with_grad, world_size=ranks)(z[:, 0], z[:, 1], 3.0)
+        rank = torch.distributed.get_rank() if ranks > 1 else 0
+        return open_clip.ClipLoss(local_loss, gather_with_grad, False, rank, ranks)(z[:, 0], z[:, 1], 3.0)
 
     return loss
 

@@ -33,6 +33,7 @@ class PixelContrastLoss(nn.Module):
     Args:
         configer: has `get` and `exists`, as theirs; what it says of `contrast` (temperature, base_temperature,
             max_samples, max_views), of the ignored label and of the number of classes holds in place of what follows.
+            It is asked here alone: later the attributes of these names hold.
         ignore_label: label of pixels that take no part; other negative labels take none either.
         num_classes: None to look for the largest label in each call, which waits for the device.
         legacy_sampling: leave out, as they do, classes of at most max_views pixels in an image; else those of fewer
@@ -62,6 +63,7 @@ class PixelContrastLoss(nn.Module):
             if configer.exists("data", "num_classes"):
                 num_classes = configer.get("data", "num_classes")
         check_vector_options(temperature, "mean")
+        self.configer = configer
         self.temperature = temperature
         self.base_temperature = base_temperature
         self.max_samples = count("max_samples", max_samples)
@@ -82,6 +84,7 @@ class PixelContrastLoss(nn.Module):
         queue [C, K, D]: embeddings of past pixels of each class, which are then the only keys, without gradient.
         Without labels: 0, joined to the graph.
         """
+        check_vector_options(self.temperature, "mean")  # a script may have set another
         if labels is None:
             return feats.reshape(-1)[:0].sum().to(statistics_dtype(feats.dtype))
         labels = labels_of_map(feats, labels)
@@ -97,7 +100,7 @@ class PixelContrastLoss(nn.Module):
                     f"labels hold {num_classes - 1}, not ignored (ignore_label={self.ignore_label}) nor likely a class:"
                     " pass num_classes, and larger ones are left out"
                 )
-        pixels, classes = self._draw(labels, wrong, num_classes)
+        pixels, classes = self._draw(labels, wrong, count("num_classes", num_classes))
         backend, key_order, keys = resolve("auto", feats), None, None
         if queue is None:
             pairs = partition(classes, ignore_index=(-1,))
@@ -118,6 +121,7 @@ class PixelContrastLoss(nn.Module):
 
     def _draw(self, labels: Tensor, wrong: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Pixels [K], flat indices, and the class of each, -1 for one that was not drawn after all."""
+        max_samples, max_views = count("max_samples", self.max_samples), count("max_views", self.max_views)
         flat, spatial = labels.reshape(-1), tuple(labels.shape[1:])
         if flat.numel() == 0:
             return flat, flat
@@ -125,14 +129,14 @@ class PixelContrastLoss(nn.Module):
         images = Grid(len(labels), spatial, region_shape(None, spatial), per_image=True)
         order, offsets, _ = class_sort(kinds, images, num_classes=2 * num_classes)
         hard, easy = offsets.long().diff().view(-1, 2).unbind(1)
-        present = hard + easy > (self.max_views if self.legacy_sampling else 0)
-        each = (self.max_samples // present.sum().clamp(min=1)).clamp(1, self.max_views)
+        present = hard + easy > (max_views if self.legacy_sampling else 0)
+        each = (max_samples // present.sum().clamp(min=1)).clamp(1, max_views)
         each = torch.where(present, torch.minimum(hard + easy, each), 0)
         # Half of them hard, and more of one kind where the other has too few.
         from_hard = torch.minimum(hard, torch.maximum(each // 2, each - easy))
         wanted = torch.stack([from_hard, each - from_hard], 1).reshape(-1)
         # How many are wanted depends on the data, so as many as may be are drawn and the rest is left out by lot.
-        drawn, ends = sample(order, offsets, min(self.max_views, flat.numel()), num_pixels=flat.numel())
+        drawn, ends = sample(order, offsets, min(max_views, flat.numel()), num_pixels=flat.numel())
         place = torch.arange(drawn.numel(), device=drawn.device)
         kind = torch.searchsorted(ends[1:].contiguous(), place, right=True)
         lot = torch.sort(kind + torch.rand(kind.shape, dtype=torch.float32, device=kind.device).double()).indices

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from hpcloss.checks import check_vector_options
+from hpcloss.checks import check_vector_options, check_vectors
+from hpcloss.compat.base import PeerLoss
 from hpcloss.distributed import gather_vectors, has_peers
 from hpcloss.functional.arithmetic import reduce
 from hpcloss.functional.supcon import infonce_loss, ntxent_loss
 from hpcloss.memory import EmbeddingQueue
+from hpcloss.ops import statistics_dtype
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(PeerLoss):
     """NT-Xent of Chen et al. (ICML 2020); with a bank the contrast of He et al. (MoCo, CVPR 2020), as lightly calls it.
 
     The bank starts with random unit rows; its rows are negatives alone, are read before they are written, and are
-    written only if `out0` requires a gradient.
+    written only if `out0` requires a gradient, in training and in evaluation. It moves to the device of the embeddings.
 
     Args:
         temperature: number of at least 1e-8, or a 0-dim tensor.
-        memory_bank_size: (rows, D) of the bank; 0 for none.
+        memory_bank_size: (rows, D) of the bank; 0 for none. A number of rows alone, as lightly took it up to 1.5, gives
+            a warning: D is that of the first batch, or of the `state_dict` that is loaded before it.
         gather_distributed: the loss of the whole batch that several processes hold. Without a bank the rows of all are
             keys; a bank has the rows of all written into it.
+
+    Attribute memory_bank: the bank, None, or the number of its rows as long as D is not known.
     """
 
-    memory_bank: EmbeddingQueue | None
+    lacks = ("cross_entropy", "eps")
+    memory_bank: EmbeddingQueue | int | None
 
     def __init__(
         self,
@@ -39,29 +48,66 @@ class NTXentLoss(nn.Module):
         check_vector_options(temperature, "mean")
         if not isinstance(temperature, Tensor) and temperature < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
+        if gather_distributed and not dist.is_available():
+            raise ValueError(f"gather_distributed={gather_distributed} needs torch.distributed, which torch lacks here")
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         self.memory_bank = None
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
-        if any(extent < 0 for extent in size) or (size != (0,) and len(size) != 2):
+        shaped = len(size) == 2 or size == (0,) or isinstance(memory_bank_size, int)
+        if any(extent < 0 for extent in size) or not shaped:
             raise ValueError(f"memory_bank_size must be (rows, dim), or 0 for none, got {memory_bank_size}")
-        if size[0]:
-            self.memory_bank = EmbeddingQueue(1, *size)
-            self._enqueue(torch.randn(size))
+        if size[0] and len(size) == 1:
+            warnings.warn(
+                f"memory_bank_size={size[0]} leaves the dimension to the first batch; with ({size[0]}, dim) the bank is"
+                " part of state_dict from the start",
+                stacklevel=2,
+            )
+            self.memory_bank = size[0]
+        elif size[0]:
+            self.memory_bank = _random_bank(*size)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """out0, out1 [N, D]: row i of both shows image i. With a bank, rows of out0 alone are anchors."""
         if self.memory_bank is None:
             return ntxent_loss(out0, out1, self.temperature, gather=self.gather_distributed)
+        check_vectors("out0", out0)
+        check_vectors("out1", out1, like=out0, same_length=True)
+        if isinstance(self.memory_bank, int):
+            self.memory_bank = _random_bank(self.memory_bank, out1.shape[1]).to(statistics_dtype(out1.dtype))
+        if self.memory_bank.embeddings.device != out1.device:
+            self.memory_bank.to(out1.device)
         bank = self.memory_bank.embeddings[0]
         dtype = torch.promote_types(out0.dtype, bank.dtype)
         # Packing copies what it reads, so the bank may be written before the backward pass.
         loss = infonce_loss(out0.to(dtype), out1.to(dtype), bank.to(dtype), self.temperature, reduction="none")
         gather = has_peers(self.gather_distributed)
         if out0.requires_grad:
-            self._enqueue(gather_vectors(out1) if gather else out1)
+            _enqueue(self.memory_bank, gather_vectors(out1) if gather else out1)
         return reduce(loss, torch.ones_like(loss, dtype=torch.bool), "mean", gather=gather)
 
-    def _enqueue(self, rows: Tensor) -> None:
-        if self.memory_bank is not None:
-            self.memory_bank.enqueue(rows.detach(), torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "memory_bank" and isinstance(value, EmbeddingQueue):
+            # Every row is a negative; one that holds nothing would be one of cosine 0.
+            if int(value.filled[0]) < value.size:
+                raise ValueError(f"memory_bank must be full, got {int(value.filled[0])} rows of {value.size}")
+        elif name == "memory_bank" and value is not None and not isinstance(value, int):
+            raise TypeError(f"memory_bank must be an EmbeddingQueue, a number of rows or None, got {value!r}")
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Children are loaded after this: one that waits for its first batch is made for what was saved.
+        saved = state_dict.get(f"{prefix}memory_bank.embeddings")
+        if isinstance(self.memory_bank, int) and saved is not None:
+            self.memory_bank = _random_bank(self.memory_bank, saved.shape[-1]).to(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _random_bank(rows: int, dim: int) -> EmbeddingQueue:
+    bank = EmbeddingQueue(1, rows, dim)
+    _enqueue(bank, torch.randn(rows, dim))
+    return bank
+
+
+def _enqueue(bank: EmbeddingQueue, rows: Tensor) -> None:
+    bank.enqueue(rows.detach(), torch.zeros(len(rows), dtype=torch.int64, device=rows.device))

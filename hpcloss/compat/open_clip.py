@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
+from hpcloss.compat.base import PeerLoss
 from hpcloss.distributed import world_size as ranks
 from hpcloss.functional.supcon import infonce_loss
 from hpcloss.ops import statistics_dtype
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(PeerLoss):
     """Radford et al., "Learning transferable visual models from natural language supervision" (2021), fig. 3.
 
     Args: open_clip's. world_size other than 1: images and texts of every process, with exact gradients under
-    DistributedDataParallel, whatever the other four say; ValueError in a call where there are not as many processes.
+    DistributedDataParallel, whatever the first three say; ValueError in a call where there are not as many processes,
+    or where `rank` is not that of the process.
     """
+
+    lacks = ("labels", "prev_num_logits")
 
     def __init__(
         self,
@@ -49,6 +54,8 @@ class ClipLoss(nn.Module):
         scale = torch.as_tensor(logit_scale, dtype=dtype, device=device)
         if self.world_size not in (1, ranks()):
             raise ValueError(f"world_size={self.world_size}, but the default process group has {ranks()} processes")
+        if self.world_size > 1 and self.rank != dist.get_rank():
+            raise ValueError(f"rank={self.rank}, but this process has rank {dist.get_rank()} of {ranks()}")
         loss = infonce_loss(
             image_features, text_features, None, 1 / scale, symmetric=True, normalize=False, gather=self.world_size > 1
         )

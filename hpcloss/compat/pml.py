@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpcloss.backends import resolve
 from hpcloss.checks import check_vector_options, check_vectors, labels_of_vectors
+from hpcloss.compat.base import PeerLoss
 from hpcloss.functional.arithmetic import inverse_temperature, softplus
 from hpcloss.ops import differentiable_once, statistics_dtype
 from hpcloss.pack import Rows, pack
@@ -29,17 +31,20 @@ class Named(NamedTuple):
     logits: Tensor
 
 
-class PairLoss(nn.Module):
+class PairLoss(PeerLoss):
     """What both losses share: options, and which pairs count.
 
     Args:
         temperature: positive number, or a 0-dim tensor.
-        distance: None, or the library's CosineSimilarity or DotProductSimilarity; NotImplementedError for others.
-        reducer: None (the default of the loss), or a reducer of the library.
+        distance: None, or the library's CosineSimilarity or DotProductSimilarity; NotImplementedError for others. What
+            a script sets on it later holds from the next call on.
+        reducer: None (the default of the loss), or a reducer of the library, which is copied as there.
         embedding_regularizer, embedding_reg_weight: adds `embedding_regularizer(embeddings) * embedding_reg_weight`.
-        collect_stats: without effect.
+        collect_stats: without effect there and here, as these losses have no statistics; those of the distance and of
+            the reducer are collected if they say so.
     """
 
+    lacks = ("loss_method",)
     kind: str  # what the losses belong to, in the words of the library's reducers
 
     def __init__(
@@ -56,10 +61,17 @@ class PairLoss(nn.Module):
         check_vector_options(temperature, "mean")
         self.temperature = temperature
         self.distance = distance
-        self.reducer = reducer
+        whole = type(reducer).__name__ in ("MultipleReducers", "DoNothingReducer")
+        self.reducer = reducer if whole else copy.deepcopy(reducer)
         self.embedding_regularizer = embedding_regularizer
         self.embedding_reg_weight = embedding_reg_weight
-        self.normalize = _normalizes(distance)
+        self.collect_stats = collect_stats
+        _normalizes(distance)
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the rows become unit rows, as the distance says at this moment."""
+        return _normalizes(self.distance)
 
     def forward(
         self,
@@ -75,25 +87,43 @@ class PairLoss(nn.Module):
         Positives and negatives are rows of ref_emb [M, D] with ref_labels [M], by default of the embeddings. A row is
         not its own key then, nor where ref_labels are the object `labels` or not given.
         """
+        check_vector_options(self.temperature, "mean")  # a script may have set another
         check_vectors("embeddings", embeddings)
         if ref_emb is not None:
             check_vectors("ref_emb", ref_emb, like=embeddings)
         if indices_tuple is not None:
+            if labels is not None:
+                labels_of_vectors("labels", embeddings, torch.as_tensor(labels))
+            if ref_emb is not None and ref_labels is not None:
+                labels_of_vectors("ref_labels", ref_emb, torch.as_tensor(ref_labels))
             losses, indices = self._of_named(*self._named(embeddings, indices_tuple, ref_emb), len(embeddings))
         elif labels is not None:
             losses, indices = self._of_labels(*self._sorted(embeddings, labels, ref_emb, ref_labels))
         else:
             raise ValueError("labels and indices_tuple cannot both be None")
+        if self.distance is not None and self.distance.collect_stats:
+            self._collect(embeddings, embeddings if ref_emb is None else ref_emb)
         if losses.dim() == 0:
             loss = losses
         elif self.reducer is None:
             loss = self._reduce(losses)
         else:
             info = {"losses": losses, "indices": indices, "reduction_type": self.kind}
-            loss = self.reducer({"loss": info}, embeddings, labels)
+            own_labels = None if labels is None else torch.as_tensor(labels).to(embeddings.device)
+            loss = self.reducer({"loss": info}, embeddings, own_labels)
         if self.embedding_regularizer is not None:
-            loss = loss + self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+            more = self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+            if isinstance(loss, dict):  # of a reducer that does nothing
+                loss["embedding_reg_loss"] = {"losses": more, "indices": None, "reduction_type": "already_reduced"}
+            else:
+                loss = loss + more
         return loss
+
+    def _collect(self, embeddings: Tensor, keys: Tensor) -> None:
+        """The statistics that the distance keeps of the norms."""
+        self.distance.reset_stats()
+        unit, unit_keys = [self.distance.maybe_normalize(x) for x in (embeddings, keys)]
+        self.distance.set_default_stats(embeddings, keys, unit, unit_keys)
 
     def _sorted(
         self, embeddings: Tensor, labels: Any, ref_emb: Tensor | None, ref_labels: Any
@@ -203,10 +233,11 @@ class NTXentLoss(PairLoss):
         super().__init__(temperature, **options)
 
     def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
-        if self.reducer is not None and type(self.reducer).__name__ != "MeanReducer":
+        name = type(self.reducer).__name__
+        if self.reducer is not None and (name != "MeanReducer" or self.reducer.collect_stats):
             raise NotImplementedError(
-                f"reducer {type(self.reducer).__name__} needs the loss of each pair, which labels do not give; use"
-                " MeanReducer or an indices_tuple"
+                f"reducer {name} needs the loss of each pair, which labels do not give; use MeanReducer without"
+                " collect_stats, or an indices_tuple"
             )
         scale, bound = inverse_temperature(self.temperature, rows, self.normalize)
         backend = resolve("auto", rows.data)
@@ -231,10 +262,12 @@ def _normalizes(distance: Any) -> bool:
     name = type(distance).__name__
     if distance is None:
         return True
-    if name in ("CosineSimilarity", "DotProductSimilarity") and distance.p == 2 and distance.power == 1:
-        return bool(distance.normalize_embeddings)
+    if name in ("CosineSimilarity", "DotProductSimilarity"):
+        if distance.p == 2 and distance.power == 1 and distance.is_inverted:
+            return bool(distance.normalize_embeddings)
+        name += f" with p={distance.p}, power={distance.power}, is_inverted={distance.is_inverted}"
     raise NotImplementedError(
-        f"distance must be CosineSimilarity or DotProductSimilarity, with p=2 and power=1, got {distance!r}"
+        f"distance must be CosineSimilarity or DotProductSimilarity, with p=2, power=1 and is_inverted=True, got {name}"
     )
 
 

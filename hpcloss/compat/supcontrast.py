@@ -37,12 +37,13 @@ class SupConLoss(nn.Module):
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """features [N, views, ...]; labels [N], or mask [N, N] whose entry (i, j) is how much image j is a positive of
         i, symmetric or not; with neither, the views of an image are each other's positives (SimCLR)."""
+        check_vector_options(self.temperature, "mean")  # a script may have set another
         if features.dim() < 3:
             raise ValueError(f"features must have shape [N, views, ...], got {tuple(features.shape)}")
         if labels is not None and mask is not None:
             raise ValueError("Cannot define both `labels` and `mask`")
         if self.contrast_mode not in ("all", "one"):
-            raise ValueError(f"Unknown mode: {self.contrast_mode}")
+            raise ValueError(f"Unknown mode: {self.contrast_mode}; contrast_mode must be 'all' or 'one'")
         images, views = features.shape[:2]
         rows = plain(features).flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
         if mask is None:
