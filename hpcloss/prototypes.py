@@ -108,7 +108,7 @@ def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 4,
     for _ in range(iterations):
         for axis in (-2, -1):
             total = torch.logsumexp(log_q, axis, keepdim=True)
-            log_q = log_q - torch.where(total.isinf(), 0.0, total)  # nothing in it: nothing to share
+            log_q = log_q - torch.where(total == -torch.inf, 0.0, total)  # nothing in it: nothing to share
     return log_q.exp()
 
 

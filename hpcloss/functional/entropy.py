@@ -54,12 +54,18 @@ def entropy_guided_contrast_loss(
     )  # fmt: skip
     check_probs(features, probs)
     probs = plain(probs)
-    labels = labels_of_map(features, probs.argmax(1) if labels is None else labels)
+    known = labels is not None
+    labels = labels_of_map(features, labels if labels is not None else probs.argmax(1))
     ignored = integers("ignore_index", ignore_index)
     num_classes, flat = probs.shape[1], labels.reshape(-1)
     check_classes_and_ignored(num_classes, ignored)
     backend, gather = resolve(backend, features), has_peers(gather)
-    high = _has_high_entropy(probs.detach(), ~is_ignored(labels, ignored, num_classes), threshold)
+    valid = ~is_ignored(labels, ignored, num_classes)
+    entropy = torch.special.entr(probs.detach().to(statistics_dtype(probs.dtype))).sum(1)
+    high = _is_high(entropy, valid, threshold, num_classes)
+    # Comparisons with NaN are False: without this factor such a pixel would pass for a certain one, and its image too.
+    unknown = ~entropy.isfinite() & (valid if known else True)
+    visible = torch.where(unknown.any(), math.nan, entropy.new_ones(()))
     # Sorted by (entropy, class): the low-entropy pixels are the first C segments, the others the last C.
     order, offsets, _ = class_sort(flat, high.long(), 2, ignore_index=ignored, num_classes=num_classes)
     if check_finite:
@@ -76,7 +82,7 @@ def entropy_guided_contrast_loss(
 
     def reduced(pairs: Pairs, keys: Rows | None) -> Tensor:
         loss, counted = recipe(pairs, keys)
-        return reduce(loss, counted, reduction, order, labels, gather=gather)
+        return reduce(loss * visible.to(loss.dtype), counted, reduction, order, labels, gather=gather)
 
     # Views, as compilers want no tensor twice among the arguments of a primitive.
     keys = rows.detach() if detach_keys else Rows(rows.data.view_as(rows.data), rows.companion.view_as(rows.companion))
@@ -99,11 +105,10 @@ def entropy_guided_contrast_loss(
     return (loss + reduced(from_offsets_against(order, of_low, high, num_classes), keys)) / 2
 
 
-def _has_high_entropy(probs: Tensor, valid: Tensor, threshold: float | str) -> Tensor:
-    """Pixels [B, *S] whose entropy is above the mean of their image's valid pixels, or above a share of ln C."""
-    entropy = torch.special.entr(probs.to(statistics_dtype(probs.dtype))).sum(1)
+def _is_high(entropy: Tensor, valid: Tensor, threshold: float | str, num_classes: int) -> Tensor:
+    """Pixels whose entropy [B, *S] is above the mean of their image's valid pixels, or above a share of ln C."""
     if not isinstance(threshold, str):
-        return entropy > threshold * math.log(probs.shape[1])
+        return entropy > threshold * math.log(num_classes)
     axes = tuple(range(1, entropy.dim()))
     total = torch.where(valid, entropy, 0.0).sum(axes, keepdim=True)
     return entropy > total / valid.sum(axes, keepdim=True).clamp(min=1)

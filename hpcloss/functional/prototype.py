@@ -75,6 +75,7 @@ def prototype_contrast_loss(
 def _entropy(probs: Tensor, counted: Tensor) -> Tensor:
     """Entropy of the probabilities of counted prototypes [N]; 0 log 0 = 0."""
     probs = torch.where(counted[:, None], probs, 0.0)
+    probs = torch.where(probs < math.inf, probs, math.nan)  # its entropy would be -inf: no weight, and nobody would see
     return -(probs * torch.where(probs > 0, probs, 1.0).log()).sum(1)
 
 
