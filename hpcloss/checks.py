@@ -359,7 +359,8 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
     if features.shape[1] == 0:
         raise ValueError(f"features must have at least one channel, got {tuple(features.shape)}")
     dims = features.dim()
-    if labels.dim() == dims and labels.shape[1] == 1:
+    channel = labels.dim() == dims and labels.shape[1] == 1
+    if channel:
         labels = labels.squeeze(1)
     elif labels.dim() == dims and labels.shape[0] == features.shape[0]:
         raise ValueError(
@@ -375,11 +376,12 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
             f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
             f" got {tuple(labels.shape)}"
         )
-    views = labels.shape[1:] == (features.shape[1], *features.shape[3:])
-    if dims == 5 and views and labels.shape[1:] != features.shape[2:]:
+    # As labels of this volume they would be coarser along its first axis alone, and exactly as coarse as it has channels.
+    views = dims == 5 and not channel and labels.shape[1:] == (features.shape[1], *features.shape[3:])
+    if views and labels.shape[1] < features.shape[2]:
         raise ValueError(
             f"features {tuple(features.shape)} with {name} {tuple(labels.shape)} look like views [B, V, D, H, W];"
-            f" pass features.flatten(0, 1) and {name}.flatten(0, 1)"
+            f" pass features.flatten(0, 1) and {name}.flatten(0, 1), or {name}[:, None] of a volume"
         )
     for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
         if (extent == 0) != (wanted == 0):

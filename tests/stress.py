@@ -111,10 +111,7 @@ class Draw(random.Random):
     def spelling(self, labels: Tensor) -> Tensor:
         """The same labels of another resolution, with another axis, of another dtype."""
         if self.random() < 0.15:
-            # Not the depth of a volume, which as many labels as channels would make look like views.
-            labels = labels.repeat_interleave(
-                self.choice([2, 3]), self.randrange(2 if labels.dim() > 3 else 1, labels.dim())
-            )
+            labels = labels.repeat_interleave(self.choice([2, 3]), self.randrange(1, labels.dim()))
         if self.random() < 0.3:
             labels = labels[:, None]
         fitting = [torch.int64]

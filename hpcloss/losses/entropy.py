@@ -43,8 +43,8 @@ class EntropyGuidedContrastLoss(Loss):
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and (except for "all") a
     negative. No counted anchor: 0, joined to the graph. Probabilities of a pixel that takes part which are negative or
-    not finite make the loss NaN. Raises ValueError for shapes and hyper-parameters, TypeError
-    for dtypes, NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
+    not finite make the loss NaN. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
+    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
     """
 
     def __init__(
