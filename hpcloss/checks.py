@@ -376,7 +376,7 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
             f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
             f" got {tuple(labels.shape)}"
         )
-    # As labels of this volume they would be coarser along its first axis alone, and exactly as coarse as it has channels.
+    # As labels of this volume they would be coarser along its first axis alone, with as many planes as it has channels.
     views = dims == 5 and not channel and labels.shape[1:] == (features.shape[1], *features.shape[3:])
     if views and labels.shape[1] < features.shape[2]:
         raise ValueError(

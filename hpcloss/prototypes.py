@@ -118,8 +118,8 @@ class PrototypeBank(nn.Module):
     Of a class with several prototypes each embedding moves those that `sinkhorn` assigns it to, as in Zhou et al.,
     "Rethinking semantic segmentation: a prototype view" (CVPR 2022); a prototype takes the first mean it sees as it is.
 
-    prototypes [C, K, D]: zero where `filled` [C, K] is False. Both are buffers and part of `state_dict`; each process
-    of a distributed run keeps its own.
+    prototypes [C, K, D], fp32: zero where `filled` [C, K] is False. Both are buffers and part of `state_dict`; each
+    process of a distributed run keeps its own.
 
     Args: num_classes C, dim D, per_class K; momentum in [0, 1). ValueError for other values.
     """
@@ -133,7 +133,7 @@ class PrototypeBank(nn.Module):
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         shape = count("num_classes", num_classes), count("per_class", per_class)
         self.momentum = momentum
-        self.register_buffer("prototypes", torch.zeros(*shape, count("dim", dim)))
+        self.register_buffer("prototypes", torch.zeros(*shape, count("dim", dim), dtype=torch.float32))
         self.register_buffer("filled", torch.zeros(shape, dtype=torch.bool))
 
     @torch.no_grad()

@@ -24,8 +24,8 @@ from hpcloss.functional.contrast import Contrast
 from hpcloss.pack import Rows, pack
 from hpcloss.pairs import pair_lse, pair_mean
 from hpcloss.partition import Pairs, against_cells, class_sort, from_offsets, partition
-from hpcloss.regions import Grid, cells_of_regions, choose_regions, region_shape
-from hpcloss.sampling import sample
+from hpcloss.regions import Grid, cells_of_regions, region_shape
+from hpcloss.sampling import choose_regions, sample
 from hpcloss.sorting import is_class, is_ignored
 
 
@@ -250,7 +250,7 @@ def _stats(
         stats = {} if outside is None else {"labels_outside": sum_of(outside, gather)}
         return {
             **stats,
-            "counted_anchors": number / anchors.clamp(min=1),
+            "counted_anchors": number.to(weight.dtype) / anchors.clamp(min=1),
             "positives_per_anchor": average(positives),
             "positive_similarity": average(positive_mean),
             "negative_similarity": average(negative_mean),

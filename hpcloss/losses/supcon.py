@@ -157,8 +157,8 @@ class InfoNCELoss(Loss):
 
     Args:
         temperature: positive number, or a 0-dim tensor.
-        learnable: make log(1 / temperature) a parameter of the module, `log_scale`, that starts at `temperature`
-            (CLIP's parametrisation, without its clamp).
+        learnable: make log(1 / temperature) a parameter of the module, `log_scale` in fp32, that starts at
+            `temperature` (CLIP's parametrisation, without its clamp).
         symmetric: each positive looks for its query as well (CLIP); ValueError with negatives.
         normalize, gather, check_finite, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
     """
@@ -183,7 +183,7 @@ class InfoNCELoss(Loss):
         )  # fmt: skip
         self.learnable = learnable
         if learnable:
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature))))
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature)), dtype=torch.float32))
 
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
         """query, positive [N, D]; negatives [M, D], shared by all queries."""
