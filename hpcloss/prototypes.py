@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
+    below_one,
     check_classes_and_ignored,
     check_probs,
-    check_sinkhorn,
     check_vectors,
     count,
     integers,
     labels_of_map,
     labels_of_vectors,
+    positive,
 )
 from hpcloss.ops import NORM_EPS, statistics_dtype
 from hpcloss.pack import pack
@@ -101,7 +102,8 @@ def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 4,
     scores [..., N, K]; a column of -inf is not there. mask [..., N]: rows where it is False take no part and are 0.
     Raises ValueError unless iterations is at least 1 and epsilon positive.
     """
-    check_sinkhorn(iterations, epsilon)
+    iterations = count("iterations", iterations)
+    positive("epsilon", epsilon)
     log_q = scores.to(statistics_dtype(scores.dtype)) / epsilon
     if mask is not None:
         log_q = torch.where(mask[..., None], log_q, -torch.inf)
@@ -129,8 +131,7 @@ class PrototypeBank(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, momentum: float = 0.999, per_class: int = 1):
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        below_one("momentum", momentum)
         shape = count("num_classes", num_classes), count("per_class", per_class)
         self.momentum = momentum
         self.register_buffer("prototypes", torch.zeros(*shape, count("dim", dim), dtype=torch.float32))

@@ -18,12 +18,12 @@ def region_shape(
     """One cell size per spatial axis; None is the whole map. ValueError for a wrong number of axes."""
     if size is None:
         return tuple(max(1, extent) for extent in spatial)
-    if isinstance(size, Sequence):
-        sizes = tuple(size)
-    elif isinstance(size, int) or not getattr(size, "ndim", 0):
+    if isinstance(size, int):
         sizes = (size,) * len(spatial)
+    elif hasattr(size, "__index__") and not getattr(size, "ndim", 0):  # which arrays have too
+        sizes = (operator.index(size),) * len(spatial)
     else:
-        sizes = tuple([operator.index(one) for one in size])  # an array
+        sizes = tuple([one if isinstance(one, int) else operator.index(one) for one in size])
     if len(sizes) != len(spatial):
         raise ValueError(f"{name} must have one value per spatial axis ({len(spatial)}), got {size!r}")
     return sizes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hpcloss import native
-from hpcloss.checks import check_backend
+from hpcloss.checks import RULES
 from hpcloss.sorting import INT32_MAX
 
 AUTO = ("triton", "blockwise")  # fastest first
@@ -32,7 +32,7 @@ def load(name: str) -> ModuleType:
 
 def resolve(backend: str, tensor: Tensor) -> str:
     """Name of the backend that runs a call on `tensor` [., D, ...]. An explicit request never falls back."""
-    check_backend(backend)
+    RULES["backend"]("backend", backend)
     if backend == "auto" and tensor.device.type == "cpu":
         return "blockwise"
     refusals = []

@@ -12,9 +12,9 @@ from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
     check_classes_and_ignored,
-    check_entropy_options,
     check_probs,
     check_used,
+    checked,
     count,
     integers,
     labels_of_map,
@@ -29,6 +29,7 @@ from hpcloss.sampling import sample
 from hpcloss.sorting import is_ignored
 
 
+@checked
 def entropy_guided_contrast_loss(
     features: Tensor,
     probs: Tensor,
@@ -48,10 +49,6 @@ def entropy_guided_contrast_loss(
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of high-entropy pixels with low-entropy ones; equations and arguments in `EntropyGuidedContrastLoss`."""
-    check_entropy_options(
-        temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
-        symmetric=symmetric, samples_per_class=samples_per_class, ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
     check_probs(features, probs)
     probs = plain(probs)
     known = labels is not None

@@ -11,8 +11,8 @@ from torch import Tensor
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
-    check_local_options,
     check_used,
+    checked,
     count,
     integers,
     labels_of_map,
@@ -28,6 +28,7 @@ from hpcloss.sampling import sample
 from hpcloss.segments import segment_mean
 
 
+@checked
 def local_contrast_loss(
     features: Tensor,
     labels: Tensor,
@@ -44,10 +45,6 @@ def local_contrast_loss(
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of pixels with class means of their image and its partner; see `LocalContrastLoss`."""
-    check_local_options(
-        temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,
-        ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
     labels, num_classes = labels_of_map(features, labels), count("num_classes", num_classes)
     if partner is not None:
         partner = labels_of_vectors("partner", features, partner)

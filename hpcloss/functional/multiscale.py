@@ -10,10 +10,10 @@ from torch import Tensor
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
-    check_multiscale_options,
     check_same_maps,
     check_sizes,
     check_used,
+    checked,
     count,
     integers,
     labels_of_map,
@@ -29,6 +29,7 @@ from hpcloss.segments import segment_mean
 from hpcloss.sorting import is_ignored
 
 
+@checked
 def multiscale_contrast_loss(
     features1: Tensor,
     features2: Tensor,
@@ -47,10 +48,6 @@ def multiscale_contrast_loss(
     backend: str = "auto",
 ) -> Tensor:
     """Patch-level and pixel-level contrast of two branches; equations and arguments in `MultiscaleContrastLoss`."""
-    check_multiscale_options(
-        patch_size, temperature, patch_positives=patch_positives, patch_weight=patch_weight, pixel_weight=pixel_weight,
-        num_classes=num_classes, samples_per_class=samples_per_class, ignore_index=ignore_index,
-    )  # fmt: skip
     check_same_maps("features2", features2, "features1", features1)
     if labels is None:
         if patch_positives == "majority":

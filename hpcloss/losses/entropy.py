@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, check_entropy_options
+from hpcloss.checks import IGNORED
 from hpcloss.functional.entropy import entropy_guided_contrast_loss
 from hpcloss.losses.base import Loss
 
@@ -64,13 +64,10 @@ class EntropyGuidedContrastLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            entropy_guided_contrast_loss,
             temperature=temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
             symmetric=symmetric, detach_keys=detach_keys, samples_per_class=samples_per_class,
             ignore_index=ignore_index, reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
-        )  # fmt: skip
-        check_entropy_options(
-            temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
-            symmetric=symmetric, samples_per_class=samples_per_class, ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
 
     def forward(self, features: Tensor, probs: Tensor, labels: Tensor | None = None) -> Tensor:

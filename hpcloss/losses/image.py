@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.checks import check_vector_options
+from hpcloss.checks import below_one, check_options
 from hpcloss.functional.image import NO_GROUP, UNFILLED, ihpc_loss
 from hpcloss.losses.base import Loss
 
@@ -55,6 +55,7 @@ class IHPCLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            ihpc_loss,
             temperature=temperature,
             hardness=hardness,
             beta=None,
@@ -64,12 +65,10 @@ class IHPCLoss(Loss):
             check_finite=check_finite,
             backend=backend,
         )
-        check_vector_options(temperature, reduction, hardness=hardness)
+        check_options(ihpc_loss, {"memory_bank": memory_bank})
         self.memory_bank = memory_bank
         if memory_bank is not None:
             rows, dim = memory_bank
-            if rows < 1 or dim < 1:
-                raise ValueError(f"memory_bank must be (rows, dim), both at least 1, got {memory_bank}")
             self.register_buffer("bank", torch.zeros(rows, dim, dtype=torch.float32))
             self.register_buffer("bank_groups", torch.full((rows,), UNFILLED, dtype=torch.int64))
             self.register_buffer("bank_next", torch.zeros((), dtype=torch.int64))
@@ -82,7 +81,7 @@ class IHPCLoss(Loss):
 
         Options are the constructor's without hardness, which has no part in it. ValueError unless 0 <= beta < 1.
         """
-        check_vector_options(0.5, "mean", beta=beta)
+        below_one("beta", beta)
         if "hardness" in options:
             raise TypeError(f"the published form has no hardness, got hardness={options['hardness']}")
         loss = cls(hardness=0.0, **options)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, check_local_options
+from hpcloss.checks import IGNORED
 from hpcloss.functional.local import local_contrast_loss
 from hpcloss.losses.base import Loss
 
@@ -54,13 +54,10 @@ class LocalContrastLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            local_contrast_loss,
             temperature=temperature, num_classes=num_classes, samples_per_class=samples_per_class,
             background=background, ignore_index=ignore_index, reduction=reduction, gather=gather,
             check_finite=check_finite, backend=backend,
-        )  # fmt: skip
-        check_local_options(
-            temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,
-            ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
 
     def forward(self, features: Tensor, labels: Tensor, partner: Tensor | None = None) -> Tensor:

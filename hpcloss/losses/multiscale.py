@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, check_multiscale_options
+from hpcloss.checks import IGNORED
 from hpcloss.functional.multiscale import multiscale_contrast_loss
 from hpcloss.losses.base import Loss
 
@@ -59,14 +59,10 @@ class MultiscaleContrastLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            multiscale_contrast_loss,
             patch_size=patch_size, temperature=temperature, patch_positives=patch_positives, patch_weight=patch_weight,
             pixel_weight=pixel_weight, num_classes=num_classes, samples_per_class=samples_per_class,
             ignore_index=ignore_index, gather=gather, check_finite=check_finite, backend=backend,
-        )  # fmt: skip
-        check_multiscale_options(
-            patch_size, temperature, patch_positives=patch_positives, patch_weight=patch_weight,
-            pixel_weight=pixel_weight, num_classes=num_classes, samples_per_class=samples_per_class,
-            ignore_index=ignore_index,
         )  # fmt: skip
 
     def forward(self, features1: Tensor, features2: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, VECTORS_IGNORED, check_assignment_options, check_prototype_options
+from hpcloss.checks import IGNORED, VECTORS_IGNORED
 from hpcloss.functional.prototype import prototype_assignment_loss, prototype_contrast_loss
 from hpcloss.losses.base import Loss
 
@@ -53,10 +53,10 @@ class PrototypeContrastLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            prototype_contrast_loss,
             temperature=temperature, hardness=hardness, detach_weights=detach_weights, ignore_index=ignore_index,
             reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
-        check_prototype_options(temperature, hardness, reduction)
 
     def forward(self, prototypes: Tensor, labels: Tensor, probs: Tensor | None = None) -> Tensor:
         """prototypes [M, D], labels [M], probs [M, C], differentiated too; as `layer_prototypes` gives them."""
@@ -106,10 +106,10 @@ class PrototypeAssignmentLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            prototype_assignment_loss,
             temperature=temperature, iterations=iterations, epsilon=epsilon, ignore_index=ignore_index,
             reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
-        check_assignment_options(temperature, iterations, epsilon, reduction)
 
     def forward(
         self, features: Tensor, labels: Tensor, prototypes: Tensor, teacher_features: Tensor | None = None
