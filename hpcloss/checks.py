@@ -22,7 +22,6 @@ IGNORED = (-100, -1, 255)  # label maps: what data sets and trainers use for "no
 VECTORS_IGNORED = (-100, -1)  # labels of vectors: with many classes or instance ids 255 is a class
 BACKEND_NAMES = ("auto", "blockwise", "triton")
 
-
 Rule = Callable[[str, Any], Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,11 +34,11 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     try:
-        if isinstance(value, (str, bytes)) or _is_bool(value):
-            raise TypeError
-        return float(value)
+        if not isinstance(value, (str, bytes)) and not _is_bool(value):
+            return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+        pass
+    raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def boolean(name: str, value: Any) -> None:
@@ -131,30 +130,33 @@ def _integers_of(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (tuple, list)) and all([_is_integer(one) for one in value]):
         return tuple(value)
     try:
-        if not isinstance(value, bool):
-            return (operator.index(value),)
+        return (_index(value),)
     except TypeError:
         pass
     try:
-        several = [] if isinstance(value, (str, bytes)) else list(value)
-        if isinstance(value, (str, bytes)) or any([isinstance(one, bool) for one in several]):
-            raise TypeError
-        return tuple([operator.index(one) for one in several])
+        if not isinstance(value, (str, bytes)):  # bytes are integers, one by one
+            return tuple([_index(one) for one in value])
     except TypeError:
-        raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}") from None
+        pass
+    raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}")
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _index(value: Any) -> int:
+    """`operator.index`, for which a bool is an integer; TypeError here."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
 def count(name: str, value: Any) -> int:
     """A number of things: an integer of at least 1, below 2^31."""
     if not _is_integer(value):
         try:
-            if isinstance(value, bool):
-                raise TypeError
-            value = operator.index(value)
+            value = _index(value)
         except TypeError:
             raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if not 1 <= value < 2**31:
