@@ -23,6 +23,8 @@ FORMS = {
     "symmetric, differentiated": {"symmetric": True, "detach_keys": False, "denominator": "all"},
     "entropy classes": {"entropy_classes": True},
     "entropy classes, differentiated": {"entropy_classes": True, "detach_keys": False},
+    "inner products": {"normalize": False},
+    "inner products, symmetric, differentiated": {"normalize": False, "symmetric": True, "detach_keys": False},
 }
 
 

@@ -70,20 +70,23 @@ CHANGED = {
     },  # fmt: skip
     "entropy_guided_contrast": {
         "temperature": 0.3, "threshold": 0.9, "entropy_classes": True, "denominator": "all", "symmetric": True,
-        "ignore_index": 1, "reduction": "sum",
+        "ignore_index": 1, "normalize": False, "reduction": "sum",
     },
     "multiscale_contrast": {
         "patch_size": (2, 4), "temperature": 0.3, "patch_positives": "majority", "patch_weight": 0.5,
-        "pixel_weight": 0.5, "num_classes": 2, "ignore_index": (1, 255),
+        "pixel_weight": 0.5, "num_classes": 2, "ignore_index": (1, 255), "normalize": False,
     },
     "pixel_contrast": {
         "temperature": 0.3, "num_classes": 2, "background": 0, "ignore_index": 1, "normalize": False,
         "reduction": "sum",
     },
     "local_contrast": {
-        "temperature": 0.3, "num_classes": 2, "background": 1, "ignore_index": (1, 255), "reduction": "sum",
+        "temperature": 0.3, "num_classes": 2, "background": 1, "ignore_index": (1, 255), "normalize": False,
+        "reduction": "sum",
     },
-    "prototype_contrast": {"temperature": 0.3, "hardness": 3.0, "ignore_index": 1, "reduction": "sum"},
+    "prototype_contrast": {
+        "temperature": 0.3, "hardness": 3.0, "ignore_index": 1, "normalize": False, "reduction": "sum",
+    },
     "prototype_assignment": {
         "temperature": 0.3, "iterations": 1, "epsilon": 0.5, "ignore_index": (1, 255), "reduction": "sum",
     },

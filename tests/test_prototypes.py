@@ -318,8 +318,9 @@ def test_contrast_by_hand():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("hardness", [None, 0.0, 2.0, -7.0])
 @pytest.mark.parametrize("temperature", [0.02, 0.05, 1.0])
-def test_contrast_is_as_printed(temperature, hardness, reduction):
-    options = {"temperature": temperature, "hardness": hardness, "reduction": reduction}
+@pytest.mark.parametrize("normalize", [True, False])
+def test_contrast_is_as_printed(normalize, temperature, hardness, reduction):
+    options = {"temperature": temperature, "hardness": hardness, "reduction": reduction, "normalize": normalize}
     for index, make in enumerate(LABELS.values()):
         labels = make((17,), index)
         x, probs = rows(17, 4, seed=index), probabilities(17, 3, seed=index)

@@ -43,6 +43,7 @@ def entropy_guided_contrast_loss(
     detach_keys: bool = True,
     samples_per_class: int | None = None,
     ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
     check_finite: bool = False,
@@ -73,8 +74,9 @@ def entropy_guided_contrast_loss(
     if check_finite:
         check_used(temperature=temperature)
         check_used(order, offsets[-1:], features=features)
-    rows = pack(features, order, offsets[-1:], normalize=True, permutation=samples_per_class is None, backend=backend)
-    scale, bound = inverse_temperature(temperature, rows, True)
+    whole = samples_per_class is None
+    rows = pack(features, order, offsets[-1:], normalize=normalize, permutation=whole, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
     recipe = Contrast(rows, denominator, 0.0, 0.0, scale, bound, True, backend)
 
     def reduced(pairs: Pairs, keys: Rows | None) -> Tensor:

@@ -39,6 +39,7 @@ def local_contrast_loss(
     samples_per_class: int | None = 3,
     background: int | None = 0,
     ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
     check_finite: bool = False,
@@ -60,20 +61,20 @@ def local_contrast_loss(
     pixels = pack(features, order, offsets[-1:], normalize=False, permutation=True, backend=backend)
     means = segment_mean(pixels, offsets, backend=backend).view(-1, num_classes, features.shape[1])
     present = (offsets.diff() > 0).view(-1, num_classes)
-    keys, key_offsets = _keys(means, present, None if flat.numel() == 0 else partner, backend)
+    keys, key_offsets = _keys(means, present, None if flat.numel() == 0 else partner, normalize, backend)
 
     if samples_per_class is not None and flat.numel():
         most = min(count("samples_per_class", samples_per_class), math.prod(spatial))
         order, offsets = sample(order, offsets, most, num_pixels=flat.numel())
     whole = samples_per_class is None
-    rows = pack(features, order, offsets[-1:], normalize=True, permutation=whole, backend=backend)
+    rows = pack(features, order, offsets[-1:], normalize=normalize, permutation=whole, backend=backend)
     pairs = from_offsets_against(order, offsets, key_offsets, num_classes)
-    scale, bound = inverse_temperature(temperature, rows, True)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
     loss, counted = Contrast(rows, "all", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
     return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
-def _keys(means: Tensor, present: Tensor, partner: Tensor | None, backend: str) -> tuple[Rows, Tensor]:
+def _keys(means: Tensor, present: Tensor, partner: Tensor | None, normalize: bool, backend: str) -> tuple[Rows, Tensor]:
     """The keys of every image, sorted by class, and the offsets of (image, class) [B * C + 1].
 
     means [B, C, D], present [B, C]. No two images share a key: the means of a partner are copied to who meets them.
@@ -92,4 +93,4 @@ def _keys(means: Tensor, present: Tensor, partner: Tensor | None, backend: str) 
     image = own[:, None, None].expand(labels.shape)
     order, offsets, _ = class_sort(labels, image, images, num_classes=num_classes)
     rows = keys.reshape(-1, dim)
-    return pack(rows, order, offsets[-1:], normalize=True, permutation=True, backend=backend), offsets
+    return pack(rows, order, offsets[-1:], normalize=normalize, permutation=True, backend=backend), offsets

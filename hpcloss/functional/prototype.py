@@ -40,6 +40,7 @@ def prototype_contrast_loss(
     *,
     detach_weights: bool = False,
     ignore_index: int | Sequence[int] = VECTORS_IGNORED,
+    normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
     check_finite: bool = False,
@@ -55,8 +56,8 @@ def prototype_contrast_loss(
     if check_finite:
         check_used(temperature=temperature)
         check_used(pairs.order, pairs.live(), prototypes=prototypes)
-    rows = pack(prototypes, pairs.order, pairs.live(), normalize=True, permutation=True, backend=backend)
-    scale, bound = inverse_temperature(temperature, rows, True)
+    rows = pack(prototypes, pairs.order, pairs.live(), normalize=normalize, permutation=True, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
     if hardness is None:
         hardness = -1 / float(temperature)
     keys = None

@@ -35,6 +35,8 @@ class EntropyGuidedContrastLoss(Loss):
         detach_keys: gradients reach anchors alone, so that certain pixels are not pulled to uncertain ones.
         samples_per_class: draw at most this many high-entropy and as many low-entropy pixels per class.
         ignore_index: label or labels of pixels that take no part; labels outside [0, C) take none either.
+        normalize: L2-normalise features; rows of norm up to 1e-12 become zero and get no gradient. False: the inner
+            product takes the place of the cosine.
         reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 where
             not counted).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
@@ -58,6 +60,7 @@ class EntropyGuidedContrastLoss(Loss):
         detach_keys: bool = True,
         samples_per_class: int | None = None,
         ignore_index: int | Sequence[int] = IGNORED,
+        normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
         check_finite: bool = False,
@@ -67,7 +70,8 @@ class EntropyGuidedContrastLoss(Loss):
             entropy_guided_contrast_loss,
             temperature=temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
             symmetric=symmetric, detach_keys=detach_keys, samples_per_class=samples_per_class,
-            ignore_index=ignore_index, reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
+            ignore_index=ignore_index, normalize=normalize, reduction=reduction, gather=gather,
+            check_finite=check_finite, backend=backend,
         )  # fmt: skip
 
     def forward(self, features: Tensor, probs: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -30,6 +30,8 @@ class PrototypeContrastLoss(Loss):
             alike, positive numbers favour dissimilar ones.
         detach_weights: weights w are constants to the gradient. As published they are not.
         ignore_index: label or labels of rows that take no part, such as prototypes without pixels.
+        normalize: L2-normalise the rows; those of norm up to 1e-12 become zero and get no gradient. False: the inner
+            product takes the place of the cosine, in the weights too.
         reduction: "mean" (above), "sum" (times the number of counted prototypes n) or "none" ([M]: n u_i L_i).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
@@ -47,6 +49,7 @@ class PrototypeContrastLoss(Loss):
         *,
         detach_weights: bool = False,
         ignore_index: int | Sequence[int] = VECTORS_IGNORED,
+        normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
         check_finite: bool = False,
@@ -55,7 +58,7 @@ class PrototypeContrastLoss(Loss):
         super().__init__(
             prototype_contrast_loss,
             temperature=temperature, hardness=hardness, detach_weights=detach_weights, ignore_index=ignore_index,
-            reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
+            normalize=normalize, reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
 
     def forward(self, prototypes: Tensor, labels: Tensor, probs: Tensor | None = None) -> Tensor:
@@ -87,10 +90,11 @@ class PrototypeAssignmentLoss(Loss):
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
-    A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not there; a pixel counts if its
-    class has a prototype. No pixel counted: 0, joined to the graph. The assignment holds a number for each pixel and
-    prototype, N C K of them. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
-    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
+    Features and prototypes are always normalised: a prototype is a direction, and the assignment balances cosines, of
+    which `epsilon` is the scale. A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not
+    there; a pixel counts if its class has a prototype. No pixel counted: 0, joined to the graph. The assignment holds a
+    number for each pixel and prototype, N C K of them. Raises ValueError for shapes and hyper-parameters, TypeError for
+    dtypes, NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
     """
 
     def __init__(
