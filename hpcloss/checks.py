@@ -244,7 +244,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
     """
     own = OF_ONE_LOSS.get(function.__name__, {})
     for name, value in options.items():
-        rule = own.get(name) or RULES.get(name)
+        rule = own.get(name, RULES.get(name))
         if rule is not None:
             rule(name, value)
     for together in TOGETHER.get(function.__name__, ()):

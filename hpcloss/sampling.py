@@ -64,7 +64,7 @@ import torch
 from torch import Tensor
 
 from hpcloss import native
-from hpcloss.checks import IGNORED, check_classes_and_ignored, check_sizes, count, integers
+from hpcloss.checks import IGNORED, boolean, check_classes_and_ignored, check_sizes, count, integers
 from hpcloss.ops import plain, register
 from hpcloss.partition import class_sort
 from hpcloss.regions import Grid, region_shape
@@ -175,6 +175,7 @@ def sample_anchors(
         if values.device != labels.device:
             raise ValueError(f"{name} must be on {labels.device}, as labels, got {values.device}")
     check_sizes("region_size", region_size)
+    boolean("per_image", per_image)
     spatial = tuple(labels.shape[1:])
     grid = Grid(labels.shape[0], spatial, region_shape(region_size, spatial), per_image)
     rows = class_sort(labels, grid, ignore_index=ignored, num_classes=num_classes)

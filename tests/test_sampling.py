@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpcloss import sampling
-from hpcloss.sampling import Sample, choose_regions, philox, sample, sample_hard_easy, sample_positives
+from hpcloss.sampling import (
+    Sample,
+    choose_regions,
+    philox,
+    sample,
+    sample_anchors,
+    sample_hard_easy,
+    sample_positives,
+)
 
 MASK = 0xFFFFFFFF
 # The emulated GPU is slow, and where it gives the same integers it gives the same distribution.
@@ -637,6 +645,10 @@ def test_other_errors():
         sample_positives(rows, rows.float(), rows, 2, seed=0)
     with pytest.raises(TypeError, match="counter must be int32 or int64, got torch.float32"):
         philox(0, rows.float())
+    for option in ({"per_image": "no"}, {"num_classes": True}, {"region_size": "8"}, {"ignore_index": None}):
+        ((name, value),) = option.items()
+        with pytest.raises(TypeError, match=f"{name} must be .*, got {value!r}"):
+            sample_anchors(torch.zeros(1, 4, 4, dtype=torch.int64), 2, **{"num_classes": 3, **option})
 
 
 def test_sample_is_a_named_pair():
