@@ -5,10 +5,12 @@ Values of tensors are looked at only where that does not wait for a device, or w
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,212 +21,98 @@ from hpcloss.sorting import is_ignored
 IGNORED = (-100, -1, 255)  # label maps: what data sets and trainers use for "no label"
 VECTORS_IGNORED = (-100, -1)  # labels of vectors: with many classes or instance ids 255 is a class
 BACKEND_NAMES = ("auto", "blockwise", "triton")
-DENOMINATORS = ("own", "all", "negatives")
+
+Rule = Callable[[str, Any], Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def check_region_options(
-    region_size: int | Sequence[int] | None,
-    temperature: float | Tensor,
-    hardness: float,
-    *,
-    num_classes: int | None,
-    samples_per_class: int | None,
-    max_regions: int | None,
-    local_size: int | Sequence[int] | None,
-    denominator: str,
-    discount: float,
-    background: int | None,
-    ignore_index: int | Sequence[int],
-    reduction: str,
-) -> None:
-    """Raise ValueError for hyper-parameters of the pixel losses that cannot be meant."""
-    _check_temperature(temperature)
-    _check_number("hardness", hardness)
-    if not -math.inf < hardness < math.inf:
-        raise ValueError(f"hardness must be a finite number, got {hardness}")
-    _check_choice("denominator", denominator, DENOMINATORS)
-    _check_choice("reduction", reduction, ("mean", "class", "region", "sum", "none"))
-    for name, number in (("samples_per_class", samples_per_class), ("max_regions", max_regions)):
-        if number is not None:
-            count(name, number)
-    if num_classes is not None:
-        check_classes_and_ignored(count("num_classes", num_classes), integers("ignore_index", ignore_index))
-    if samples_per_class is not None and num_classes is None:
-        raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
-    if discount and denominator != "own":
-        raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
-    if background is not None and (
-        isinstance(background, (tuple, list)) or len(integers("background", background)) != 1
-    ):
-        raise TypeError(f"background must be one label or None, got {background!r}")
-    if background is not None and background in integers("ignore_index", ignore_index):
-        raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")
-    if not 0 <= discount < math.inf:
-        raise ValueError(f"the discount beta must be a finite number of at least 0, got {discount}")
-    large, small = check_sizes("region_size", region_size), check_sizes("local_size", local_size)
-    if local_size is not None:
-        if region_size is None:
-            raise ValueError(f"local_size={local_size!r} needs a region_size, got None")
-        if len(large) != len(small):
-            large, small = large * len(small), small * len(large)
-        if any(whole % part for whole, part in zip(large, small)):
-            raise ValueError(f"local_size must divide region_size {region_size!r} on every axis, got {local_size!r}")
+# ---- rules of one option: they take its name and its value, and raise TypeError or ValueError with both
 
 
-def check_vector_options(
-    temperature: float | Tensor,
-    reduction: str,
-    reductions: Sequence[str] = ("mean", "sum", "none"),
-    *,
-    form: str = "out",
-    hardness: float = 0.0,
-    beta: float | None = None,
-) -> None:
-    """Raise ValueError for hyper-parameters of the vector losses that cannot be meant."""
-    _check_temperature(temperature)
-    _check_choice("reduction", reduction, reductions)
-    _check_choice("form", form, ("out", "in"))
-    _check_number("hardness", hardness)
-    if not -math.inf < hardness < math.inf:
-        raise ValueError(f"hardness must be a finite number, got {hardness}")
-    if beta is not None and not 0 <= beta < 1:
-        raise ValueError(f"beta must be in [0, 1), got {beta}")
+def number(name: str, value: Any) -> float:
+    """A real number. Not a bool, and not a string as configuration files bring them."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    try:
+        if not isinstance(value, (str, bytes)) and not _is_bool(value):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def check_hard_negatives(beta: float, tau_plus: float) -> None:
-    """Raise ValueError for weights of negatives that cannot be meant."""
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
-    if not 0 <= tau_plus < 1:
-        raise ValueError(f"tau_plus must be in [0, 1), got {tau_plus}")
+def boolean(name: str, value: Any) -> None:
+    """True or False, Python's or NumPy's."""
+    if not _is_bool(value):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_entropy_options(
-    temperature: float | Tensor,
-    *,
-    threshold: float | str,
-    entropy_classes: bool,
-    denominator: str,
-    symmetric: bool,
-    samples_per_class: int | None,
-    ignore_index: int | Sequence[int],
-    reduction: str,
-) -> None:
-    """Raise ValueError for hyper-parameters of the entropy-guided loss that cannot be meant."""
-    _check_temperature(temperature)
-    _check_choice("denominator", denominator, ("own", "all"))
-    _check_choice("reduction", reduction, ("mean", "class", "sum", "none"))
-    integers("ignore_index", ignore_index)
-    if isinstance(threshold, str):
-        _check_choice("threshold", threshold, ("mean",))
-    elif not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be 'mean' or a share of the largest entropy in [0, 1], got {threshold}")
-    if samples_per_class is not None:
-        count("samples_per_class", samples_per_class)
-    if symmetric and entropy_classes:
-        raise ValueError("symmetric=True has no meaning with entropy_classes=True, where every pixel is an anchor")
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (str(getattr(value, "dtype", "")) == "bool" and value.shape == ())
 
 
-def check_multiscale_options(
-    patch_size: int | Sequence[int],
-    temperature: float | Tensor,
-    *,
-    patch_positives: str,
-    patch_weight: float,
-    pixel_weight: float,
-    num_classes: int | None,
-    samples_per_class: int | None,
-    ignore_index: int | Sequence[int],
-) -> None:
-    """Raise ValueError for hyper-parameters of the multiscale loss that cannot be meant."""
-    _check_temperature(temperature)
-    _check_choice("patch_positives", patch_positives, ("instance", "majority"))
-    if not check_sizes("patch_size", patch_size):
-        raise ValueError(f"patch_size must be a size or several, got {patch_size!r}")
-    for name, weight in (("patch_weight", patch_weight), ("pixel_weight", pixel_weight)):
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
-    ignored = integers("ignore_index", ignore_index)
-    if num_classes is not None:
-        check_classes_and_ignored(count("num_classes", num_classes), ignored)
-    if samples_per_class is not None:
-        count("samples_per_class", samples_per_class)
+def _number_that(holds: Callable[[float], bool], words: str) -> Rule:
+    def rule(name: str, value: Any) -> None:
+        """A number of the range that its message names."""
+        if not holds(number(name, value)):
+            raise ValueError(f"{name} must be {words}, got {value}")
+
+    return rule
 
 
-def check_pixel_options(
-    temperature: float | Tensor,
-    *,
-    num_classes: int,
-    samples_per_class: int | None,
-    background: int | None,
-    ignore_index: int | Sequence[int],
-    reduction: str,
-) -> None:
-    """Raise ValueError for hyper-parameters of the sampled pixel loss that cannot be meant."""
-    count("num_classes", num_classes)
-    _check_choice("reduction", reduction, ("mean", "class", "sum", "none"))
-    check_region_options(
-        None, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class, max_regions=None,
-        local_size=None, denominator="own", discount=0.0, background=background, ignore_index=ignore_index,
-        reduction=reduction,
-    )  # fmt: skip
+positive = _number_that(lambda x: 0 < x < math.inf, "positive")
+finite = _number_that(lambda x: -math.inf < x < math.inf, "a finite number")
+at_least_zero = _number_that(lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+below_one = _number_that(lambda x: 0 <= x < 1, "in [0, 1)")
 
 
-def check_local_options(
-    temperature: float | Tensor,
-    *,
-    num_classes: int,
-    samples_per_class: int | None,
-    background: int | None,
-    ignore_index: int | Sequence[int],
-    reduction: str,
-) -> None:
-    """Raise ValueError for hyper-parameters of the local contrastive loss that cannot be meant."""
-    check_region_options(
-        None, temperature, 0.0, num_classes=count("num_classes", num_classes), samples_per_class=samples_per_class,
-        max_regions=None, local_size=None, denominator="all", discount=0.0, background=background,
-        ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
-    _check_choice("reduction", reduction, ("mean", "class", "sum", "none"))
+def _one_of(*choices: str) -> Rule:
+    def rule(name: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+    return rule
 
 
-def check_prototype_options(temperature: float | Tensor, hardness: float | None, reduction: str) -> None:
-    """Raise ValueError for hyper-parameters of the contrast of prototypes that cannot be meant."""
-    check_vector_options(temperature, reduction, hardness=0.0 if hardness is None else hardness)
-    if hardness is None and isinstance(temperature, Tensor):
-        raise ValueError("hardness=None stands for -1 / temperature, which must be a number then, got a tensor")
+def _or_none(other: Rule) -> Rule:
+    def rule(name: str, value: Any) -> None:
+        if value is not None:
+            other(name, value)
+
+    return rule
 
 
-def check_assignment_options(temperature: float | Tensor, iterations: int, epsilon: float, reduction: str) -> None:
-    """Raise ValueError for hyper-parameters of the assignment loss that cannot be meant."""
-    check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"))
-    check_sinkhorn(iterations, epsilon)
+def _temperature(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        positive(name, value)
+    elif value.numel() != 1:
+        raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
 
 
-def check_sinkhorn(iterations: int, epsilon: float) -> None:
-    """Raise ValueError for settings of a balanced assignment that cannot be meant."""
-    count("iterations", iterations)
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon must be positive, got {epsilon}")
+_share = _number_that(lambda x: 0 <= x <= 1, "'mean' or a share of the largest entropy in [0, 1]")
 
 
-def _check_temperature(temperature: float | Tensor) -> None:
-    if not isinstance(temperature, Tensor):
-        _check_number("temperature", temperature)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-    elif temperature.numel() != 1:
-        raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
+def _threshold(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        _one_of("mean")(name, value)
+    else:
+        _share(name, value)
 
 
-def _check_number(name: str, value: Any) -> None:
-    if value is None or isinstance(value, str):  # what configuration files bring
-        raise TypeError(f"{name} must be a number, got {value!r}")
+def _one_label(name: str, value: Any) -> None:
+    if isinstance(value, (tuple, list)) or len(integers(name, value)) != 1:
+        raise TypeError(f"{name} must be one label or None, got {value!r}")
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def _some_sizes(name: str, value: Any) -> None:
+    if not check_sizes(name, value):
+        raise ValueError(f"{name} must be a size or several, got {value!r}")
+
+
+def _rows_and_dim(name: str, value: Any) -> None:
+    sizes = integers(name, value)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"{name} must be (rows, dim), both at least 1, got {value!r}")
 
 
 def integers(name: str, value: Any) -> tuple[int, ...]:
@@ -237,25 +125,38 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
 
 def _integers_of(name: str, value: Any) -> tuple[int, ...]:
     # Plain integers first: older torch cannot trace the rest.
-    if isinstance(value, int):
+    if _is_integer(value):
         return (value,)
-    if isinstance(value, (tuple, list)) and all([isinstance(one, int) for one in value]):
+    if isinstance(value, (tuple, list)) and all([_is_integer(one) for one in value]):
         return tuple(value)
     try:
-        return (operator.index(value),)
+        return (_index(value),)
     except TypeError:
         pass
     try:
-        return tuple([operator.index(one) for one in value])
+        if not isinstance(value, (str, bytes)):  # bytes are integers, one by one
+            return tuple([_index(one) for one in value])
     except TypeError:
-        raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}") from None
+        pass
+    raise TypeError(f"{name} must be an integer or a sequence of integers, got {value!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _index(value: Any) -> int:
+    """`operator.index`, for which a bool is an integer; TypeError here."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def count(name: str, value: Any) -> int:
     """A number of things: an integer of at least 1, below 2^31."""
-    if not isinstance(value, int):
+    if not _is_integer(value):
         try:
-            value = operator.index(value)
+            value = _index(value)
         except TypeError:
             raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if not 1 <= value < 2**31:
@@ -280,9 +181,148 @@ def check_sizes(name: str, size: int | Sequence[int] | None) -> tuple[int, ...]:
     return sizes
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError for a name that no backend has."""
-    _check_choice("backend", backend, BACKEND_NAMES)
+# ---- the options of the losses
+
+# By name. `OF_ONE_LOSS` says where a loss differs.
+RULES: dict[str, Rule] = {
+    "background": _or_none(_one_label),
+    "backend": _one_of(*BACKEND_NAMES),
+    "beta": at_least_zero,
+    "check_finite": boolean,
+    "check_labels": boolean,
+    "denominator": _one_of("own", "all", "negatives"),
+    "detach_keys": boolean,
+    "detach_weights": boolean,
+    "discount": at_least_zero,
+    "entropy_classes": boolean,
+    "epsilon": positive,
+    "form": _one_of("out", "in"),
+    "gather": boolean,
+    "hardness": finite,
+    "ignore_index": integers,
+    "iterations": count,
+    "learnable": boolean,
+    "local_size": check_sizes,
+    "max_regions": _or_none(count),
+    "memory_bank": _or_none(_rows_and_dim),
+    "normalize": boolean,
+    "num_classes": _or_none(count),
+    "patch_positives": _one_of("instance", "majority"),
+    "patch_size": _some_sizes,
+    "patch_weight": at_least_zero,
+    "per_image": boolean,
+    "pixel_weight": at_least_zero,
+    "reduction": _one_of("mean", "class", "sum", "none"),
+    "region_size": check_sizes,
+    "return_stats": boolean,
+    "samples_per_class": _or_none(count),
+    "symmetric": boolean,
+    "tau_plus": below_one,
+    "temperature": _temperature,
+    "threshold": _threshold,
+}
+_OF_PAIRS = {"reduction": _one_of("mean", "sum", "none")}
+_OF_REGIONS = {"reduction": _one_of("mean", "class", "region", "sum", "none")}
+OF_ONE_LOSS: dict[str, dict[str, Rule]] = {
+    "entropy_guided_contrast_loss": {"denominator": _one_of("own", "all")},
+    "hard_negative_nce_loss": _OF_PAIRS,
+    "ihpc_loss": {**_OF_PAIRS, "beta": _or_none(below_one)},
+    "infonce_loss": _OF_PAIRS,
+    "local_contrast_loss": {"num_classes": count},
+    "ntxent_loss": _OF_PAIRS,
+    "pixel_contrast_loss": {"num_classes": count},
+    "prototype_contrast_loss": {**_OF_PAIRS, "hardness": _or_none(finite)},
+    "region_phpc_loss": _OF_REGIONS,
+    "region_supcon_loss": _OF_REGIONS,
+}
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for invalid options of the function of a loss, each by itself and all together.
+
+    What has no rule is an input, and is checked where it is used.
+    """
+    own = OF_ONE_LOSS.get(function.__name__, {})
+    for name, value in options.items():
+        rule = own.get(name, RULES.get(name))
+        if rule is not None:
+            rule(name, value)
+    for together in TOGETHER.get(function.__name__, ()):
+        together(**options)
+
+
+def checked(function: Function) -> Function:
+    """Decorate the function of a loss: a call begins with `check_options`."""
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+
+    @functools.wraps(function)
+    def call(*inputs: Any, **options: Any) -> Any:
+        check_options(function, {**defaults, **dict(zip(names, inputs)), **options})
+        return function(*inputs, **options)
+
+    return cast(Function, call)
+
+
+def _labels(*, ignore_index: Any, background: int | None = None, num_classes: int | None = None, **others: Any) -> None:
+    ignored = integers("ignore_index", ignore_index)
+    if num_classes is not None:
+        check_classes_and_ignored(num_classes, ignored)
+    if background is not None and background in ignored:
+        raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")
+
+
+def _samples(*, samples_per_class: int | None, num_classes: int | None, **others: Any) -> None:
+    if samples_per_class is not None and num_classes is None:
+        raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
+
+
+def _discount(*, discount: float, denominator: str, **others: Any) -> None:
+    if discount and denominator != "own":
+        raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
+
+
+def _cells(*, region_size: Any, local_size: Any, **others: Any) -> None:
+    if local_size is None:
+        return
+    if region_size is None:
+        raise ValueError(f"local_size={local_size!r} needs a region_size, got None")
+    large, small = check_sizes("region_size", region_size), check_sizes("local_size", local_size)
+    if len(large) != len(small):
+        large, small = large * len(small), small * len(large)
+    if any([whole % part for whole, part in zip(large, small)]):
+        raise ValueError(f"local_size must divide region_size {region_size!r} on every axis, got {local_size!r}")
+
+
+def _sides(*, symmetric: bool, entropy_classes: bool, **others: Any) -> None:
+    if symmetric and entropy_classes:
+        raise ValueError("symmetric=True has no meaning with entropy_classes=True, where every pixel is an anchor")
+
+
+def _published_hardness(*, hardness: float | None, temperature: float | Tensor, **others: Any) -> None:
+    if hardness is None and isinstance(temperature, Tensor):
+        raise ValueError("hardness=None stands for -1 / temperature, which must be a number then, got a tensor")
+
+
+TOGETHER: dict[str, tuple[Callable[..., None], ...]] = {
+    "entropy_guided_contrast_loss": (_sides,),
+    "local_contrast_loss": (_labels,),
+    "multiscale_contrast_loss": (_labels,),
+    "pixel_contrast_loss": (_labels,),
+    "prototype_contrast_loss": (_published_hardness,),
+    "region_phpc_loss": (_samples, _labels, _discount, _cells),
+    "region_supcon_loss": (_samples, _labels),
+}
+
+
+def check_vector_options(temperature: float | Tensor, reduction: str) -> None:
+    """Raise TypeError or ValueError for invalid options of `hpcloss.compat`."""
+    _temperature("temperature", temperature)
+    _OF_PAIRS["reduction"]("reduction", reduction)
+
+
+# ---- tensors
 
 
 def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_length: bool = False) -> None:
@@ -359,7 +399,8 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
     if features.shape[1] == 0:
         raise ValueError(f"features must have at least one channel, got {tuple(features.shape)}")
     dims = features.dim()
-    if labels.dim() == dims and labels.shape[1] == 1:
+    channel = labels.dim() == dims and labels.shape[1] == 1
+    if channel:
         labels = labels.squeeze(1)
     elif labels.dim() == dims and labels.shape[0] == features.shape[0]:
         raise ValueError(
@@ -375,11 +416,12 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
             f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
             f" got {tuple(labels.shape)}"
         )
-    views = labels.shape[1:] == (features.shape[1], *features.shape[3:])
-    if dims == 5 and views and labels.shape[1:] != features.shape[2:]:
+    # As labels of this volume they would be coarser along its first axis alone, with as many planes as it has channels.
+    views = dims == 5 and not channel and labels.shape[1:] == (features.shape[1], *features.shape[3:])
+    if views and labels.shape[1] < features.shape[2]:
         raise ValueError(
             f"features {tuple(features.shape)} with {name} {tuple(labels.shape)} look like views [B, V, D, H, W];"
-            f" pass features.flatten(0, 1) and {name}.flatten(0, 1)"
+            f" pass features.flatten(0, 1) and {name}.flatten(0, 1), or {name}[:, None] of a volume"
         )
     for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
         if (extent == 0) != (wanted == 0):

@@ -45,9 +45,10 @@ class EmbeddingQueue(nn.Module):
     The memory of Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021), without the
     defects of the published code: slots wrap around, pixels are those of their class, empty slots are no keys.
 
-    Buffers, in `state_dict`: embeddings [C, size, dim], unit rows in the slots that hold something; filled [C], how
-    many do; next [C], the slot written next. Half the memory, and no conversion for half-precision features on a GPU,
-    with `queue.half()`. Each process of a distributed run keeps its own: leave the queue out of what is wrapped.
+    Buffers, in `state_dict`: embeddings [C, size, dim], fp32, unit rows in the slots that hold something; filled [C],
+    how many do; next [C], the slot written next. `queue.half()` takes half the memory and needs no conversion for
+    half-precision features on a GPU. Each process of a distributed run keeps its own: leave the queue out of what is
+    wrapped.
 
     Args:
         num_classes: C. size: embeddings per class. dim: channels D.
@@ -64,7 +65,8 @@ class EmbeddingQueue(nn.Module):
         self.num_classes, self.size = count("num_classes", num_classes), count("size", size)
         self.dim = count("dim", dim)
         count("num_classes * size", self.num_classes * self.size)
-        self.register_buffer("embeddings", torch.zeros(self.num_classes, self.size, self.dim))
+        slots = torch.zeros(self.num_classes, self.size, self.dim, dtype=torch.float32)
+        self.register_buffer("embeddings", slots)
         self.register_buffer("filled", torch.zeros(self.num_classes, dtype=torch.int64))
         self.register_buffer("next", torch.zeros(self.num_classes, dtype=torch.int64))
 
@@ -123,7 +125,7 @@ class EmbeddingQueue(nn.Module):
         number = torch.arange(self.num_classes, device=self.filled.device)
         held = torch.where(is_ignored(number, ignore_index), 0, self.filled)
         slot = torch.arange(self.size, device=held.device)
-        log_bias = torch.where(slot < held[:, None], 0.0, -torch.inf).reshape(-1)
+        log_bias = torch.where(slot < held[:, None], 0.0, -torch.inf).reshape(-1).to(statistics_dtype(dtype))
         classes = classes.clamp(0, self.num_classes - 1)  # dead rows have any label
         first = classes * self.size
         against = pairs.replace(

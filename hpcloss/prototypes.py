@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
+    below_one,
     check_classes_and_ignored,
     check_probs,
-    check_sinkhorn,
     check_vectors,
     count,
     integers,
     labels_of_map,
     labels_of_vectors,
+    positive,
 )
 from hpcloss.ops import NORM_EPS, statistics_dtype
 from hpcloss.pack import pack
@@ -101,14 +102,15 @@ def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 4,
     scores [..., N, K]; a column of -inf is not there. mask [..., N]: rows where it is False take no part and are 0.
     Raises ValueError unless iterations is at least 1 and epsilon positive.
     """
-    check_sinkhorn(iterations, epsilon)
+    iterations = count("iterations", iterations)
+    positive("epsilon", epsilon)
     log_q = scores.to(statistics_dtype(scores.dtype)) / epsilon
     if mask is not None:
         log_q = torch.where(mask[..., None], log_q, -torch.inf)
     for _ in range(iterations):
         for axis in (-2, -1):
             total = torch.logsumexp(log_q, axis, keepdim=True)
-            log_q = log_q - torch.where(total.isinf(), 0.0, total)  # nothing in it: nothing to share
+            log_q = log_q - torch.where(total == -torch.inf, 0.0, total)  # nothing in it: nothing to share
     return log_q.exp()
 
 
@@ -118,8 +120,8 @@ class PrototypeBank(nn.Module):
     Of a class with several prototypes each embedding moves those that `sinkhorn` assigns it to, as in Zhou et al.,
     "Rethinking semantic segmentation: a prototype view" (CVPR 2022); a prototype takes the first mean it sees as it is.
 
-    prototypes [C, K, D]: zero where `filled` [C, K] is False. Both are buffers and part of `state_dict`; each process
-    of a distributed run keeps its own.
+    prototypes [C, K, D], fp32: zero where `filled` [C, K] is False. Both are buffers and part of `state_dict`; each
+    process of a distributed run keeps its own.
 
     Args: num_classes C, dim D, per_class K; momentum in [0, 1). ValueError for other values.
     """
@@ -129,11 +131,10 @@ class PrototypeBank(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, momentum: float = 0.999, per_class: int = 1):
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        below_one("momentum", momentum)
         shape = count("num_classes", num_classes), count("per_class", per_class)
         self.momentum = momentum
-        self.register_buffer("prototypes", torch.zeros(*shape, count("dim", dim)))
+        self.register_buffer("prototypes", torch.zeros(*shape, count("dim", dim), dtype=torch.float32))
         self.register_buffer("filled", torch.zeros(shape, dtype=torch.bool))
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
-"""Grid regions of a feature map, and the random choice of a few of them."""
+"""Grid regions of a feature map."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,12 +18,12 @@ def region_shape(
     """One cell size per spatial axis; None is the whole map. ValueError for a wrong number of axes."""
     if size is None:
         return tuple(max(1, extent) for extent in spatial)
-    if isinstance(size, Sequence):
-        sizes = tuple(size)
-    elif isinstance(size, int) or not getattr(size, "ndim", 0):
+    if isinstance(size, int):
         sizes = (size,) * len(spatial)
+    elif hasattr(size, "__index__") and not getattr(size, "ndim", 0):  # which arrays have too
+        sizes = (operator.index(size),) * len(spatial)
     else:
-        sizes = tuple([operator.index(one) for one in size])  # an array
+        sizes = tuple([one if isinstance(one, int) else operator.index(one) for one in size])
     if len(sizes) != len(spatial):
         raise ValueError(f"{name} must have one value per spatial axis ({len(spatial)}), got {size!r}")
     return sizes
@@ -104,39 +104,3 @@ def cells_of_regions(
             number = number * count + along
         numbers.append(torch.where(exists, number, num_cells))
     return numbers
-
-
-def choose_regions(
-    regions: Tensor,
-    num_regions: int,
-    labels: Tensor,
-    alive: Tensor,
-    anchor: Tensor,
-    keep: int,
-    agree: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Keep at most `keep` regions, drawn uniformly among those that can be contrasted, and renumber them 0 .. keep - 1.
-
-    A region can be contrasted if it holds an anchor and two labels. regions [N] ids, labels [N], alive [N] whether the
-    pixel takes part, anchor [N] whether it is an anchor. Returns the new ids [N], `keep` for the pixels of
-    regions left out (which removes them), and the old number of each kept region [keep].
-    Draws from torch's generator of the device, so `torch.manual_seed` fixes the choice. agree: makes several ranks draw
-    the same, from the largest of what each has seen in a region and the tickets of one of them.
-    """
-    anchors = torch.zeros(num_regions, dtype=torch.int64, device=regions.device).scatter_add_(0, regions, anchor.long())
-    bounds = torch.iinfo(torch.int64)
-    lowest, highest = (
-        torch.full((num_regions,), start, dtype=torch.int64, device=regions.device).scatter_reduce_(
-            0, regions, torch.where(alive, labels, start), how
-        )
-        for start, how in ((bounds.max, "amin"), (bounds.min, "amax"))
-    )
-    seen, ticket = torch.stack([anchors, ~lowest, highest]), torch.rand(num_regions, device=regions.device)
-    if agree is not None:
-        seen, ticket = agree(seen, ticket)
-    possible = (seen[0] > 0) & (~seen[1] < seen[2])
-    ticket = torch.where(possible, ticket, -1.0)
-    chosen = torch.topk(ticket, keep)
-    renumbered = torch.where(chosen.values >= 0, torch.arange(keep, device=regions.device), keep)
-    number = torch.full((num_regions,), keep, dtype=torch.int64, device=regions.device)
-    return number.scatter_(0, chosen.indices, renumbered)[regions], chosen.indices

@@ -1,4 +1,4 @@
-"""Sampling: a few pixels of every interval of a partition, and a few positives of every anchor.
+"""Sampling: a few pixels of every interval of a partition, a few positives of every anchor, and a few regions.
 
 This text is the definition. Every implementation (this one, C++, CUDA) gives the same integers, bit for bit.
 All arithmetic is on integers unless it says float32; `>>` is the arithmetic shift (floor), `x[a:b]` bits a to b - 1.
@@ -47,6 +47,9 @@ its interval without itself, numbered 0 ... n-1 in order, n <= 2^31; m = min(k, 
 and `t = (w * (j + 1)) >> 32` with `w` the word of draw d; take t, or j if t was taken before. Listed ascending. (A
 value's probability is off by at most n / 2^32 of itself, the price of multiply-shift.)
 
+**Regions.** Those that can be contrasted are one interval, in ascending order; they are drawn from it as pixels are,
+uniformly, with the number of a region in place of the pixel index.
+
 The native library (`native.py`) draws where it is there, the PyTorch text below elsewhere.
 Everything here has static shapes and reads no device data on the host: it compiles with fullgraph=True and can be
 captured in a CUDA graph, where the seed, a device tensor, gives every replay a fresh sample if the graph advances it.
@@ -61,7 +64,7 @@ import torch
 from torch import Tensor
 
 from hpcloss import native
-from hpcloss.checks import IGNORED, check_classes_and_ignored, check_sizes, count, integers
+from hpcloss.checks import IGNORED, boolean, check_classes_and_ignored, check_sizes, count, integers
 from hpcloss.ops import plain, register
 from hpcloss.partition import class_sort
 from hpcloss.regions import Grid, region_shape
@@ -172,6 +175,7 @@ def sample_anchors(
         if values.device != labels.device:
             raise ValueError(f"{name} must be on {labels.device}, as labels, got {values.device}")
     check_sizes("region_size", region_size)
+    boolean("per_image", per_image)
     spatial = tuple(labels.shape[1:])
     grid = Grid(labels.shape[0], spatial, region_shape(region_size, spatial), per_image)
     rows = class_sort(labels, grid, ignore_index=ignored, num_classes=num_classes)
@@ -288,6 +292,46 @@ def sample_positives(
         if values.device != pos_start.device:
             raise ValueError(f"{name} must be on {pos_start.device}, as pos_start, got {values.device}")
     return torch.ops.hpcloss.sample_positives(pos_start, pos_end, self_pos, k, _seed(seed, pos_start.device))
+
+
+def choose_regions(
+    regions: Tensor,
+    num_regions: int,
+    labels: Tensor,
+    alive: Tensor,
+    anchor: Tensor,
+    keep: int,
+    agree: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    *,
+    seed: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keep at most `keep` regions, drawn uniformly among those that can be contrasted, and renumber them 0 .. keep - 1.
+
+    A region can be contrasted if it holds an anchor and two labels. regions [N] ids, labels [N], alive [N] whether the
+    pixel takes part, anchor [N] whether it is an anchor. Returns the new ids [N], `keep` for the pixels of
+    regions left out (which removes them), and the old number of each kept region [keep], ascending, then 0 where there
+    are fewer. agree: makes several ranks draw the same, from the largest of what each has seen in a region and the seed
+    of one of them. seed: as for `sample`.
+    """
+    anchors = torch.zeros(num_regions, dtype=torch.int64, device=regions.device).scatter_add_(0, regions, anchor.long())
+    bounds = torch.iinfo(torch.int64)
+    lowest, highest = (
+        torch.full((num_regions,), start, dtype=torch.int64, device=regions.device).scatter_reduce_(
+            0, regions, torch.where(alive, labels, start), how
+        )
+        for start, how in ((bounds.max, "amin"), (bounds.min, "amax"))
+    )
+    seen, seed = torch.stack([anchors, ~lowest, highest]), _seed(seed, regions.device)
+    if agree is not None:
+        seen, seed = agree(seen, seed)
+    possible = (seen[0] > 0) & (~seen[1] < seen[2])
+    rows = class_sort(torch.where(possible, 0, -1), num_classes=1)
+    chosen, offsets = sample(rows.order, rows.offsets, keep, seed=seed)
+    new = torch.arange(keep, device=regions.device)
+    # The unused tail names region 0; it writes to a place that no pixel reads.
+    place = torch.where(new < offsets[-1], chosen.long(), num_regions)
+    number = torch.full((num_regions + 1,), keep, dtype=torch.int64, device=regions.device)
+    return number.scatter_(0, place, new)[regions], chosen.long()
 
 
 # ---- operators: the native library's, or the PyTorch text

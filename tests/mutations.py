@@ -485,6 +485,16 @@ MUTATIONS = [
         "test_entropy: not compile",
     ),
     Mutation(
+        "a probability that is NaN makes its pixel certain", "hpcloss/functional/entropy.py",
+        "loss * visible.to(loss.dtype)", "loss",
+        "test_entropy: visible",
+    ),
+    Mutation(
+        "regions without a pair may be drawn", "hpcloss/sampling.py",
+        "torch.where(possible, 0, -1)", "torch.zeros_like(anchors)",
+        "test_sampling: region",
+    ),
+    Mutation(
         "both directions are added", "hpcloss/functional/entropy.py",
         "of_low, high, num_classes), keys)) / 2", "of_low, high, num_classes), keys))",
         "test_entropy: not compile",

@@ -111,10 +111,7 @@ class Draw(random.Random):
     def spelling(self, labels: Tensor) -> Tensor:
         """The same labels of another resolution, with another axis, of another dtype."""
         if self.random() < 0.15:
-            # Not the depth of a volume, which as many labels as channels would make look like views.
-            labels = labels.repeat_interleave(
-                self.choice([2, 3]), self.randrange(2 if labels.dim() > 3 else 1, labels.dim())
-            )
+            labels = labels.repeat_interleave(self.choice([2, 3]), self.randrange(1, labels.dim()))
         if self.random() < 0.3:
             labels = labels[:, None]
         fitting = [torch.int64]
@@ -288,6 +285,7 @@ def entropy_case(at: Draw, name: str):
     options["detach_keys"] = at.random() < 0.5
     options |= {"entropy_classes": at.random() < 0.3, "ignore_index": at.choice([(-100, -1, 255), (), 1])}
     options["symmetric"] = not options["entropy_classes"] and at.random() < 0.4
+    options["normalize"] = at.random() < 0.7
     chosen = {}
     if options["threshold"] != "mean" and at.random() < 0.5:  # the mean is over all pixels, also those not drawn
         chosen["samples_per_class"] = at.choice([1, 3, 1000])
@@ -315,6 +313,7 @@ def multiscale_case(at: Draw, name: str):
     options |= {"pixel_weight": at.choice([0.5, 1.0]), "patch_weight": at.choice([0.0, 1.0, 2.0])}
     options |= {"num_classes": None if labels is None else classes, "ignore_index": at.choice([(-100, -1, 255), (), 1])}
     options["patch_positives"] = "instance" if labels is None else at.choice(["instance", "majority"])
+    options["normalize"] = at.random() < 0.7
     samples, seen = at.choice([None, 2, 1000]), []
     given = None if labels is None else at.spelling(labels)
 
@@ -330,7 +329,8 @@ def multiscale_case(at: Draw, name: str):
         patches = ORACLE[name](a, b, labels, **{**options, "pixel_weight": 0.0})
         # Of each branch its own pixels are drawn: as one image of both branches they may be ignored one by one.
         together, pair = torch.cat([a, b]), torch.cat([labels, labels])
-        pixels = {"temperature": options["temperature"], "num_classes": classes, "ignore_index": NOWHERE}
+        pixels = {name: options[name] for name in ("temperature", "normalize")}
+        pixels |= {"num_classes": classes, "ignore_index": NOWHERE}
         drawn = ORACLE["pixel_contrast"](together, only(pair, seen[-1]), **pixels)
         return patches + options["pixel_weight"] * drawn
 
@@ -365,6 +365,7 @@ def local_case(at: Draw, name: str):
     x, labels = at.tensor(*shape), at.labels(shape[0], *shape[2:], classes=classes)
     partner = at.choice([None, integers(shape[0] + 2, shape[0]) - 1])
     options = {**at.temperature(), "num_classes": classes, "background": at.choice([None, 0, 1])}
+    options["normalize"] = at.random() < 0.7
     reduction, samples, seen, given = at.reduction("class"), at.choice([None, 1, 3, 1000]), [], at.spelling(labels)
 
     def fast(x):
@@ -391,6 +392,7 @@ def prototype_case(at: Draw, name: str):
     probs = at.choice([[], [probabilities(at, count, 3)]])
     options = {**at.temperature(), "hardness": at.choice([None, 0.0, 4.0, -10.0]), "reduction": at.reduction()}
     options |= {"detach_weights": at.random() < 0.5, "ignore_index": at.choice([(-100, -1), (), 1])}
+    options["normalize"] = at.random() < 0.7
 
     def call(loss):
         return lambda x, probs=None: loss(x, labels, probs, **options)

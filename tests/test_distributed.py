@@ -250,6 +250,8 @@ OPTIONS = [
     ("entropy_guided_contrast", {"samples_per_class": 1000, "symmetric": True}),
     ("multiscale_contrast", {"patch_positives": "majority", "patch_size": (2, 3), "samples_per_class": 1000}),
     ("prototype_contrast", {"with_probs": False, "hardness": 1.0}),
+    *((name, {"normalize": False}) for name in ("local_contrast", "entropy_guided_contrast", "multiscale_contrast",
+                                                "prototype_contrast")),
 ]  # fmt: skip
 
 
@@ -332,6 +334,21 @@ def test_a_rank_without_anchors(worlds, name):
     worlds(2).run(check_ignored, name, (3, 2), [0])
     worlds(2).run(check_ignored, name, (3, 2), [0, 1])
     worlds(4).run(check_ignored, name, (2, 0, 3, 1), [0, 2])
+
+
+def check_unknown_probability(options):
+    """NaN in the probabilities of one rank, whose pixels are keys of the others', shows in the value of all of them."""
+    x, _ = batch("entropy_guided_contrast", 2)
+    probs = torch.softmax(2 * x, -1).movedim(-1, 1)
+    if dist.get_rank() == 0:
+        probs[0, 0, 0, 0] = torch.nan
+    z = network()(x).movedim(-1, 1)
+    assert hpcloss.entropy_guided_contrast_loss(z, probs, gather=True, **options).isnan()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "class"}, {"entropy_classes": True, "samples_per_class": 2}])
+def test_a_probability_that_is_nan_shows_on_all_ranks(worlds, options):
+    worlds(2).run(check_unknown_probability, options)
 
 
 def check_empty_batch(name):

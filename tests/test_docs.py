@@ -1,5 +1,6 @@
 """The pages in docs/ and the README: their code runs, their links lead somewhere, their numbers are those measured."""
 
+import inspect
 import json
 import re
 import runpy
@@ -55,6 +56,15 @@ def test_the_code_of_the_readme_runs():
     assert names["rows"].shape == (labels.numel(), 8)
     assert (names["queue"].filled > 0).any() and (names["bank"].prototypes.norm(dim=-1) > 0).any()
     assert names["loss"] > 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
+def test_the_losses_with_statistics_are_those_that_are_named(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (paragraph,) = [part for part in text.split("\n\n") if "return_stats=True" in part and "host" in part]
+    losses = [thing for name, thing in vars(hpcloss).items() if name.endswith("Loss")]
+    having = {loss.__name__ for loss in losses if "return_stats" in inspect.signature(loss.forward).parameters}
+    assert set(re.findall(r"`(\w+Loss)`", paragraph)) == having
 
 
 @pytest.mark.parametrize("page", EVERY)

@@ -23,6 +23,8 @@ FORMS = {
     "symmetric, differentiated": {"symmetric": True, "detach_keys": False, "denominator": "all"},
     "entropy classes": {"entropy_classes": True},
     "entropy classes, differentiated": {"entropy_classes": True, "detach_keys": False},
+    "inner products": {"normalize": False},
+    "inner products, symmetric, differentiated": {"normalize": False, "symmetric": True, "detach_keys": False},
 }
 
 
@@ -202,6 +204,29 @@ def test_ignored_pixels_are_dropped():
         assert_exact(value, expected)
         assert_exact(grad[..., kept], expected_grad)
         assert not grad[..., ~kept].any()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, -0.1])
+@pytest.mark.parametrize("form", FORMS)
+def test_probabilities_without_an_entropy_stay_visible(form, poison):
+    """One pixel that takes part, or all of them: a comparison with NaN is False, so the pixel would count as certain
+    and, by the mean, its whole image too."""
+    shape = (2, 5, 8, 6)
+    x, labels = rows(*shape), choice([0, 1, 2, 3, 255], 2, 8, 6)
+    for here in (labels == 2, torch.ones_like(labels, dtype=torch.bool)):
+        probs = torch.where(here[:, None] & (torch.arange(4) == 2)[:, None, None], poison, probabilities(shape))
+        for known in (labels, None):
+            for reduction in ("mean", "class", "sum", "none"):
+                value = fast(x, probs, known, reduction=reduction, **FORMS[form])
+                assert value.isnan().any() and value.isnan().all() == value.isnan().any()
+    one = probabilities(shape)
+    one[0, 1, 0, 0] = poison
+    value, (grad,) = value_and_grads(lambda x: fast(x, one, **FORMS[form]), x)
+    assert value.isnan() and grad.isnan().any()
+    # Nobody knows its class without labels: it is not ignored, whatever the largest probability is.
+    assert fast(x, one, ignore_index=1, **FORMS[form]).isnan()
+    nobody = torch.full(shape, poison)[:, :4].double()
+    assert fast(x, nobody, **FORMS[form]).isnan() and fast(x, nobody, torch.full((2, 8, 6), 255), **FORMS[form]) == 0
 
 
 @pytest.mark.parametrize("form", FORMS)

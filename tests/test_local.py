@@ -99,18 +99,22 @@ def test_degenerate_maps(shape, labels, partner):
     shape = MAPS[shape]
     labels = LABELS[labels]((shape[0], *shape[2:]), 0)
     for reduction in REDUCTIONS:
-        assert_as_printed(labels, rows(*shape), PARTNERS[partner](shape[0]), reduction=reduction)
+        for normalize in (True, False):
+            options = {"reduction": reduction, "normalize": normalize}
+            assert_as_printed(labels, rows(*shape), PARTNERS[partner](shape[0]), **options)
 
 
 @pytest.mark.parametrize("background", [0, 2, None, 77])
 @pytest.mark.parametrize("ignore_index", [(-100, -1, 255), (), 3, (1, -1)])
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 100.0])
-def test_options(temperature, ignore_index, background):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_options(normalize, temperature, ignore_index, background):
     labels = choice([0, 1, 2, 3, 4, 255, -1], 4, 6, 7)
     features, partner = rows(4, 5, 6, 7), torch.tensor([2, 2, 0, -1])
     options = {"temperature": temperature, "ignore_index": ignore_index, "background": background}
     for reduction in REDUCTIONS:
-        assert_as_printed(labels, features, partner, reduction=reduction, num_classes=5, **options)
+        options |= {"reduction": reduction, "normalize": normalize}
+        assert_as_printed(labels, features, partner, num_classes=5, **options)
 
 
 def test_gradient_of_the_temperature():

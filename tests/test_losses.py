@@ -153,6 +153,16 @@ def test_labels_of_another_resolution(size):
     assert_same(lambda x: phpc(x, labels, 3), lambda x: phpc(x, resized, 3), features)
 
 
+@pytest.mark.parametrize("depth,channel", [(16, False), (16, True), (8, False), (4, True)])
+def test_labels_of_a_volume_as_deep_as_it_has_channels(depth, channel):
+    """Labels of the same, of finer or of coarser resolution along the depth; coarser ones need their channel axis."""
+    features = rows(1, depth, 8, 3, 2)
+    labels = choice([0, 1, 2, 255], 1, depth, 3, 2)
+    given = labels[:, None] if channel else labels
+    resized = F.interpolate(labels[:, None].double(), (8, 3, 2), mode="nearest")
+    assert_same(lambda x: phpc(x, given, 4), lambda x: phpc(x, resized, 4), features)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e308])
 @pytest.mark.parametrize(
     "options", [{}, {"local_size": 1}, {"denominator": "all", "normalize": False}, {"num_classes": 3}]
@@ -888,6 +898,10 @@ def test_errors_of_the_region_loss():
             phpc(x, y, background=background)
     assert torch.equal(phpc(x, y, np.array([4, 3])), phpc(x, y, (4, 3)))
     assert torch.equal(phpc(x, y, np.int64(4)), phpc(x, y, 4))
+    views, of_views = rows(2, 3, 8, 4, 4), integers(3, 2, 3, 4, 4)
+    with bad(r"features \(2, 3, 8, 4, 4\) with labels \(2, 3, 4, 4\) look like views.*labels\[:, None\] of a volume"):
+        phpc(views, of_views)
+    assert phpc(views, of_views[:, None]) > 0 and phpc(views.flatten(0, 1), of_views.flatten(0, 1)) > 0
     with bad(r"labels must have shape \[B, \*S\]"):
         phpc(x, y[0])
     with bad(r"labels must have shape \[B, \*S\]"):

@@ -70,20 +70,23 @@ CHANGED = {
     },  # fmt: skip
     "entropy_guided_contrast": {
         "temperature": 0.3, "threshold": 0.9, "entropy_classes": True, "denominator": "all", "symmetric": True,
-        "ignore_index": 1, "reduction": "sum",
+        "ignore_index": 1, "normalize": False, "reduction": "sum",
     },
     "multiscale_contrast": {
         "patch_size": (2, 4), "temperature": 0.3, "patch_positives": "majority", "patch_weight": 0.5,
-        "pixel_weight": 0.5, "num_classes": 2, "ignore_index": (1, 255),
+        "pixel_weight": 0.5, "num_classes": 2, "ignore_index": (1, 255), "normalize": False,
     },
     "pixel_contrast": {
         "temperature": 0.3, "num_classes": 2, "background": 0, "ignore_index": 1, "normalize": False,
         "reduction": "sum",
     },
     "local_contrast": {
-        "temperature": 0.3, "num_classes": 2, "background": 1, "ignore_index": (1, 255), "reduction": "sum",
+        "temperature": 0.3, "num_classes": 2, "background": 1, "ignore_index": (1, 255), "normalize": False,
+        "reduction": "sum",
     },
-    "prototype_contrast": {"temperature": 0.3, "hardness": 3.0, "ignore_index": 1, "reduction": "sum"},
+    "prototype_contrast": {
+        "temperature": 0.3, "hardness": 3.0, "ignore_index": 1, "normalize": False, "reduction": "sum",
+    },
     "prototype_assignment": {
         "temperature": 0.3, "iterations": 1, "epsilon": 0.5, "ignore_index": (1, 255), "reduction": "sum",
     },
@@ -292,6 +295,93 @@ def test_bad_hyper_parameters_raise_at_construction(name, options, message):
     if "memory_bank" not in options:
         with pytest.raises(ValueError, match=message):
             function(name, **options)
+
+
+# ------------------------------------------------------------------------------------------------- the default dtype
+
+DRAWN = {
+    "region_phpc": {"region_size": 2, "max_regions": 3, "num_classes": 4, "samples_per_class": 2},
+    "region_supcon": {"region_size": 2, "max_regions": 3},
+    "infonce": {"learnable": True},
+    "ihpc": {"memory_bank": (50, 4)},
+    "entropy_guided_contrast": {"samples_per_class": 3},
+    "multiscale_contrast": {"num_classes": 4, "samples_per_class": 3},
+    "pixel_contrast": {"num_classes": 4, "samples_per_class": 3},
+    "local_contrast": {"num_classes": 4, "samples_per_class": 2},
+}  # samples, and what a module keeps between calls
+
+
+def under(dtype, function):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(5)
+        return function()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def same(found, expected):
+    """Tensors, or structures of them, of the same dtypes and bits."""
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        found, expected = list(found.items()), list(expected.items())
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODULES)
+def test_the_default_dtype_changes_no_bit(name, inputs, dtype):
+    """Of values, gradients, samples and statistics; memory banks and learnt temperatures are float32."""
+    first, *rest = (x.to(inputs) if x.is_floating_point() else x for x in INPUTS[name])
+    stats = {"return_stats": True} if name.startswith("region") else {}
+
+    def step():
+        results = []
+        for options in ({}, DRAWN.get(name, {})):
+            module = build(name, **options)
+            for _ in range(2):
+                x = first.clone().requires_grad_()
+                result = module(x, *rest, **stats)
+                value = result[0] if stats else result
+                results += [result, torch.autograd.grad(value, x), module.state_dict()]
+        return results
+
+    assert same(under(dtype, step), under(torch.float32, step))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.float64])
+def test_the_default_dtype_changes_no_bit_of_what_goes_with_the_losses(inputs, dtype):
+    x, labels, probs = X.to(inputs), LABELS, PROBS.to(inputs)
+    vectors, classes = x.movedim(1, -1).reshape(-1, 4), labels.reshape(-1)
+
+    def step():
+        queue, bank = hpcloss.EmbeddingQueue(4, 5, 4), hpcloss.PrototypeBank(4, 4, 0.9, 2)
+        results = []
+        for _ in range(2):
+            queue.enqueue(x, labels, samples_per_class=2)
+            queue.enqueue_means(x, labels)
+            bank.update(vectors, classes)
+            results += [queue.state_dict(), bank.state_dict()]
+            results.append(hpcloss.pixel_contrast_loss(x, labels, None, queue, num_classes=4, samples_per_class=2))
+            results.append(hpcloss.prototype_assignment_loss(x, labels, bank.prototypes))
+        pairs = torch.zeros(96, dtype=torch.int64), torch.full((96,), 96), torch.arange(96)
+        return [
+            *results,
+            hpcloss.layer_prototypes(x, labels, labels, 4, 4, probs),
+            hpcloss.sinkhorn(x.flatten(2).transpose(1, 2)),
+            hpcloss.sample_anchors(labels, 3, num_classes=4, weights=probs[:, 0]),
+            hpcloss.sample_anchors(labels, 3, num_classes=4, scores=probs[:, 0]),
+            hpcloss.sample_anchors(labels, 3, num_classes=4),
+            hpcloss.sample_positives(*pairs, 3),
+        ]
+
+    assert same(under(dtype, step), under(torch.float32, step))
 
 
 # ----------------------------------------------------------------------------------------- what any module must do

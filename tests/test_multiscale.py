@@ -21,6 +21,8 @@ FORMS = {
     "several sizes": {"patch_size": (1, 2, 4), "patch_weight": 0.3},
     "several sizes, majority": {"patch_size": (2, 100), "patch_positives": "majority", "pixel_weight": 0.4},
     "patches alone": {"patch_size": 2, "pixel_weight": 0.0},
+    "inner products": {"patch_size": (2, 3), "normalize": False},
+    "inner products, majority": {"patch_size": 3, "patch_positives": "majority", "normalize": False},
 }
 
 
@@ -56,7 +58,8 @@ def test_equal_to_the_reference(shape, labels):
 @pytest.mark.parametrize("shape", MAPS)
 def test_equal_to_the_reference_without_labels(shape):
     for size in (1, 2, 3, (2, 5), 100):
-        assert_same(*both(patch_size=size), *branches(*MAPS[shape]))
+        for normalize in (True, False):
+            assert_same(*both(patch_size=size, normalize=normalize), *branches(*MAPS[shape]))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -20,7 +20,7 @@ from hpcloss.partition import (
     partition,
     partition_against,
 )
-from hpcloss.regions import Grid, cells_of_regions, choose_regions, grid_regions, grid_shape, region_shape
+from hpcloss.regions import Grid, cells_of_regions, grid_regions, grid_shape, region_shape
 from hpcloss.sorting import INT32_MAX, index_dtype, is_ignored, segment_bounds
 
 FAST = settings(max_examples=80, deadline=None, database=None, derandomize=True)
@@ -340,29 +340,3 @@ def test_grid_regions(spatial, size, per_image):
     for pixel, (image, *place) in enumerate(itertools.product(range(2), *map(range, spatial))):
         cell = grid.index(tuple(p // s for p, s in zip(place, size, strict=True)))
         assert int(ids[pixel]) == cell + per_image * image * len(grid)
-
-
-@pytest.mark.parametrize("keep", [1, 2, 4, 6])
-def test_choose_regions(keep):
-    regions, anchor, labels = integers(8, 400), torch.rand(400) < 0.5, integers(3, 400)
-    alive = torch.rand(400) < 0.9
-    anchor[(regions == 1) | (regions == 4)] = False  # four regions hold an anchor and two labels
-    labels[regions == 6] = 2
-    alive[(regions == 7) & (labels != 1)] = False
-    ids, old = choose_regions(regions, 8, labels, alive, anchor, keep)
-    assert old.shape == (keep,) and len(set(old.tolist())) == keep
-    kept = ids < keep
-    assert set(regions[kept].tolist()) <= {0, 2, 3, 5} and len(regions[kept].unique()) == min(keep, 4)
-    assert torch.equal(old[ids[kept]], regions[kept])  # renumbered as `old` says
-    assert (ids[~kept] == keep).all()
-    assert all(kept[regions == region].unique().numel() == 1 for region in range(8))  # whole regions
-
-
-def test_regions_are_chosen_uniformly():
-    regions, anchor = torch.arange(5).repeat(2), torch.tensor([True, True, False, True, True]).repeat(2)
-    labels, alive = torch.arange(10), torch.ones(10, dtype=torch.bool)
-    seen = torch.zeros(5)
-    for _ in range(600):
-        ids, _ = choose_regions(regions, 5, labels, alive, anchor, 2)
-        seen[ids[:5] < 2] += 1
-    assert seen[2] == 0 and (seen[anchor[:5]] > 230).all()  # 300 each; 5.7 standard deviations

@@ -122,6 +122,13 @@ def test_sinkhorn_is_balanced():
     assert (unbalanced - 10).abs().max() > 1  # which a softmax alone is not
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_sinkhorn_shows_scores_that_are_not_finite(poison):
+    scores = rows(20, 3)
+    scores[4, 1] = poison
+    assert sinkhorn(scores).isnan().all()
+
+
 def test_sinkhorn_of_masked_rows_is_that_of_the_others():
     scores, mask = rows(20, 3), integers(2, 20).bool()
     share = sinkhorn(torch.where(mask[:, None], scores, math.nan), mask)
@@ -311,8 +318,9 @@ def test_contrast_by_hand():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("hardness", [None, 0.0, 2.0, -7.0])
 @pytest.mark.parametrize("temperature", [0.02, 0.05, 1.0])
-def test_contrast_is_as_printed(temperature, hardness, reduction):
-    options = {"temperature": temperature, "hardness": hardness, "reduction": reduction}
+@pytest.mark.parametrize("normalize", [True, False])
+def test_contrast_is_as_printed(normalize, temperature, hardness, reduction):
+    options = {"temperature": temperature, "hardness": hardness, "reduction": reduction, "normalize": normalize}
     for index, make in enumerate(LABELS.values()):
         labels = make((17,), index)
         x, probs = rows(17, 4, seed=index), probabilities(17, 3, seed=index)
@@ -343,6 +351,16 @@ def test_contrast_never_is_nan():
             assert loss.isfinite() and x.grad.isfinite().all() and pi.grad.isfinite().all()
             if len(labels.unique()) != 2:
                 assert loss == 0 and (x.grad == 0).all() and (pi.grad == 0).all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_contrast_shows_probabilities_that_are_not_finite(poison):
+    labels, x, probs = torch.tensor([0, 0, 1, 1, 2]), rows(5, 3), probabilities(5, 3)
+    probs[4, 0] = poison  # not counted
+    expected = contrast(x, labels, probs, reduction="none")
+    assert expected.isfinite().all()
+    probs[1, 0] = poison
+    assert contrast(x, labels, probs).isnan() and contrast(x, labels, probs, reduction="none").isnan().any()
 
 
 def test_contrast_single_prototype_is_a_negative_and_no_more():

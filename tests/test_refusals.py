@@ -1,6 +1,8 @@
 """What the Triton backend refuses, and how it says so; with the interpreter and without."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +69,35 @@ def test_info():
         assert line == "backend triton: available"
     elif not torch.cuda.is_available():
         assert "not available, " in line and "'cpu'" in line and "TRITON_INTERPRET=1" in line
+
+
+def installed(folder, version, **direct_url):
+    """The folder as a place of installed distributions, of which it has this version of the package."""
+    information = folder / f"hpcloss-{version}.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: hpcloss\nVersion: {version}\n")
+    if direct_url:
+        (information / "direct_url.json").write_text(json.dumps(direct_url))
+    return str(folder)
+
+
+def test_info_says_which_package_was_imported(tmp_path, monkeypatch):
+    """A checkout in the working directory is imported before the package that is installed."""
+    package = Path(hpcloss.__file__).resolve().parent
+    other = tmp_path / "another checkout"
+    said = {
+        "": [installed(tmp_path / "own", "0.1.0", url=package.parent.as_uri(), dir_info={"editable": True})],
+        f", not the installed 0.0.7 in {tmp_path.resolve() / 'site/hpcloss'}": [installed(tmp_path / "site", "0.0.7")],
+        f", not the installed 0.2 in {other.resolve() / 'hpcloss'}": [
+            installed(tmp_path / "editable", "0.2", url=other.as_uri(), dir_info={"editable": True})
+        ],
+        ", which is not installed": [],
+    }
+    # Metadata in the checkout itself, as a build leaves it, does not hide the installation.
+    both = [*said[""], str(tmp_path / "site")]
+    for remark, path in [*said.items(), (list(said)[1], both)]:
+        monkeypatch.setattr(sys, "path", path)
+        assert hpcloss.info().splitlines()[0] == f"hpcloss: imported from {package}{remark}"
 
 
 def test_auto_on_the_cpu_is_blockwise():

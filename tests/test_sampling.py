@@ -7,13 +7,21 @@ import struct
 import numpy as np
 import pytest
 import torch
-from cases import implementations
+from cases import choice, implementations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpcloss import sampling
-from hpcloss.sampling import Sample, philox, sample, sample_hard_easy, sample_positives
+from hpcloss.sampling import (
+    Sample,
+    choose_regions,
+    philox,
+    sample,
+    sample_anchors,
+    sample_hard_easy,
+    sample_positives,
+)
 
 MASK = 0xFFFFFFFF
 # The emulated GPU is slow, and where it gives the same integers it gives the same distribution.
@@ -528,6 +536,69 @@ def test_cuda_equals_cpu_without_sync():
     assert all(torch.equal(r.cpu(), e) for r, e in zip(results, expected, strict=True))
 
 
+# ---- regions ----
+
+
+@pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+def some_regions():
+    """400 pixels in 8 regions, of which 0, 2, 3 and 5 hold an anchor and two labels."""
+    regions, labels, alive, anchor = (choice(range(high), 400, seed=high) for high in (8, 3, 10, 2))
+    alive, anchor = alive > 0, anchor > 0
+    anchor[(regions == 1) | (regions == 4)] = False
+    labels[regions == 6] = 2
+    alive[(regions == 7) & (labels != 1)] = False
+    return regions, 8, labels, alive, anchor
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4, 6])
+def test_choose_regions(keep):
+    regions, *rest = some_regions()
+    ids, old = choose_regions(regions, *rest, keep)
+    number = min(keep, 4)
+    assert old.shape == (keep,) and len(set(old[:number].tolist())) == number and not old[number:].any()
+    kept = ids < keep
+    assert set(regions[kept].tolist()) <= {0, 2, 3, 5} and ids[kept].unique().tolist() == list(range(number))
+    assert torch.equal(old[ids[kept]], regions[kept])  # renumbered as `old` says
+    assert (ids[~kept] == keep).all()
+    assert all(kept[regions == region].unique().numel() == 1 for region in range(8))  # whole regions
+
+
+@pytest.mark.parametrize("seed", [0, 1, -5, 2**62 + 12345])
+def test_regions_are_chosen_as_defined(seed, default_dtype):
+    """The same at any default dtype."""
+    for keep in (1, 2, 3, 4):
+        expected = sorted(sorted((0, 2, 3, 5), key=lambda region: (pixel_word(seed, region), region))[:keep])
+        assert choose_regions(*some_regions(), keep, seed=seed)[1].tolist() == expected
+
+
+@drawn_often
+def test_regions_are_chosen_uniformly(default_dtype):
+    regions, anchor = torch.arange(5).repeat(2), torch.tensor([True, True, False, True, True]).repeat(2)
+    labels, alive = torch.arange(10), torch.ones(10, dtype=torch.bool)
+    seen = torch.zeros(5, dtype=torch.int64)
+    for _ in range(600):
+        ids, _ = choose_regions(regions, 5, labels, alive, anchor, 2)
+        seen += ids[:5] < 2
+    assert seen[2] == 0 and (seen[anchor[:5]] > 230).all()  # 300 each; 5.7 standard deviations
+
+
+def test_many_regions_are_chosen_uniformly(default_dtype):
+    """Keys of few digits would tie, and ties go to the first regions."""
+    n, keep = 100_000, 1000
+    regions = torch.arange(n).repeat(2)
+    everywhere = torch.ones(2 * n, dtype=torch.bool)
+    _, old = choose_regions(regions, n, torch.arange(2 * n), everywhere, everywhere, keep)
+    assert len(old.unique()) == keep
+    assert abs(old.double().mean().item() / n - 0.5) < 5 * math.sqrt(1 / 12 / keep)
+
+
 # ---- errors ----
 
 
@@ -574,6 +645,10 @@ def test_other_errors():
         sample_positives(rows, rows.float(), rows, 2, seed=0)
     with pytest.raises(TypeError, match="counter must be int32 or int64, got torch.float32"):
         philox(0, rows.float())
+    for option in ({"per_image": "no"}, {"num_classes": True}, {"region_size": "8"}, {"ignore_index": None}):
+        ((name, value),) = option.items()
+        with pytest.raises(TypeError, match=f"{name} must be .*, got {value!r}"):
+            sample_anchors(torch.zeros(1, 4, 4, dtype=torch.int64), 2, **{"num_classes": 3, **option})
 
 
 def test_sample_is_a_named_pair():

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 import platform
 import warnings
+from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
 from hpcloss import native
-from hpcloss.checks import check_backend
+from hpcloss.checks import RULES
 from hpcloss.sorting import INT32_MAX
 
 AUTO = ("triton", "blockwise")  # fastest first
 MAX_CHANNELS = 512  # of a row of the Triton kernels
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @functools.cache
@@ -32,7 +38,7 @@ def load(name: str) -> ModuleType:
 
 def resolve(backend: str, tensor: Tensor) -> str:
     """Name of the backend that runs a call on `tensor` [., D, ...]. An explicit request never falls back."""
-    check_backend(backend)
+    RULES["backend"]("backend", backend)
     if backend == "auto" and tensor.device.type == "cpu":
         return "blockwise"
     refusals = []
@@ -86,9 +92,27 @@ def info() -> str:
     """What this installation found, and why the rest is not there: `print(hpcloss.info())`."""
     cuda = torch.cuda.is_available()
     lines = [
+        f"hpcloss: imported from {_PACKAGE}{_installation()}",
         f"torch {torch.__version__}, CUDA {'available' if cuda else 'not available'}",
         "backend blockwise: available",
     ]
     refused = _triton_refusals("cuda" if cuda else "cpu", torch.cuda.current_device() if cuda else None, torch.float32)
     lines.append(f"backend triton: {'not available, ' + '; '.join(refused) if refused else 'available'}")
     return "\n".join([*lines, native.info()])
+
+
+def _installation() -> str:
+    """What to say of the installation: nothing where it is the package that was imported."""
+    found = [(one.version, _folder(one)) for one in importlib.metadata.distributions(name="hpcloss")]
+    if not found:
+        return ", which is not installed"
+    others = [f"{version} in {folder}" for version, folder in found if folder != _PACKAGE]
+    return f", not the installed {others[0]}" if others else ""
+
+
+def _folder(distribution: importlib.metadata.Distribution) -> Path:
+    """Where the package of a distribution is: of an editable one in its checkout."""
+    source = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if source.get("dir_info", {}).get("editable"):
+        return Path(url2pathname(urlsplit(source["url"]).path), "hpcloss").resolve()
+    return Path(str(distribution.locate_file("hpcloss"))).resolve()

@@ -12,9 +12,9 @@ from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
     check_classes_and_ignored,
-    check_entropy_options,
     check_probs,
     check_used,
+    checked,
     count,
     integers,
     labels_of_map,
@@ -29,6 +29,7 @@ from hpcloss.sampling import sample
 from hpcloss.sorting import is_ignored
 
 
+@checked
 def entropy_guided_contrast_loss(
     features: Tensor,
     probs: Tensor,
@@ -42,24 +43,27 @@ def entropy_guided_contrast_loss(
     detach_keys: bool = True,
     samples_per_class: int | None = None,
     ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of high-entropy pixels with low-entropy ones; equations and arguments in `EntropyGuidedContrastLoss`."""
-    check_entropy_options(
-        temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
-        symmetric=symmetric, samples_per_class=samples_per_class, ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
     check_probs(features, probs)
     probs = plain(probs)
-    labels = labels_of_map(features, probs.argmax(1) if labels is None else labels)
+    known = labels is not None
+    labels = labels_of_map(features, labels if labels is not None else probs.argmax(1))
     ignored = integers("ignore_index", ignore_index)
     num_classes, flat = probs.shape[1], labels.reshape(-1)
     check_classes_and_ignored(num_classes, ignored)
     backend, gather = resolve(backend, features), has_peers(gather)
-    high = _has_high_entropy(probs.detach(), ~is_ignored(labels, ignored, num_classes), threshold)
+    valid = ~is_ignored(labels, ignored, num_classes)
+    entropy = torch.special.entr(probs.detach().to(statistics_dtype(probs.dtype))).sum(1)
+    high = _is_high(entropy, valid, threshold, num_classes)
+    # Comparisons with NaN are False: without this factor such a pixel would pass for a certain one, and its image too.
+    unknown = ~entropy.isfinite() & (valid if known else True)
+    visible = torch.where(unknown.any(), math.nan, entropy.new_ones(()))
     # Sorted by (entropy, class): the low-entropy pixels are the first C segments, the others the last C.
     order, offsets, _ = class_sort(flat, high.long(), 2, ignore_index=ignored, num_classes=num_classes)
     if check_finite:
@@ -70,13 +74,14 @@ def entropy_guided_contrast_loss(
     if check_finite:
         check_used(temperature=temperature)
         check_used(order, offsets[-1:], features=features)
-    rows = pack(features, order, offsets[-1:], normalize=True, permutation=samples_per_class is None, backend=backend)
-    scale, bound = inverse_temperature(temperature, rows, True)
+    whole = samples_per_class is None
+    rows = pack(features, order, offsets[-1:], normalize=normalize, permutation=whole, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
     recipe = Contrast(rows, denominator, 0.0, 0.0, scale, bound, True, backend)
 
     def reduced(pairs: Pairs, keys: Rows | None) -> Tensor:
         loss, counted = recipe(pairs, keys)
-        return reduce(loss, counted, reduction, order, labels, gather=gather)
+        return reduce(loss * visible.to(loss.dtype), counted, reduction, order, labels, gather=gather)
 
     # Views, as compilers want no tensor twice among the arguments of a primitive.
     keys = rows.detach() if detach_keys else Rows(rows.data.view_as(rows.data), rows.companion.view_as(rows.companion))
@@ -99,11 +104,10 @@ def entropy_guided_contrast_loss(
     return (loss + reduced(from_offsets_against(order, of_low, high, num_classes), keys)) / 2
 
 
-def _has_high_entropy(probs: Tensor, valid: Tensor, threshold: float | str) -> Tensor:
-    """Pixels [B, *S] whose entropy is above the mean of their image's valid pixels, or above a share of ln C."""
-    entropy = torch.special.entr(probs.to(statistics_dtype(probs.dtype))).sum(1)
+def _is_high(entropy: Tensor, valid: Tensor, threshold: float | str, num_classes: int) -> Tensor:
+    """Pixels whose entropy [B, *S] is above the mean of their image's valid pixels, or above a share of ln C."""
     if not isinstance(threshold, str):
-        return entropy > threshold * math.log(probs.shape[1])
+        return entropy > threshold * math.log(num_classes)
     axes = tuple(range(1, entropy.dim()))
     total = torch.where(valid, entropy, 0.0).sum(axes, keepdim=True)
     return entropy > total / valid.sum(axes, keepdim=True).clamp(min=1)

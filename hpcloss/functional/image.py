@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpcloss.checks import check_used, check_vector_options, check_vectors, labels_of_vectors
+from hpcloss.checks import check_used, check_vectors, checked, labels_of_vectors
 from hpcloss.distributed import has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, merge, reduce, softmax, softplus, sum_of
 from hpcloss.functional.supcon import images, two_views
@@ -17,6 +17,7 @@ from hpcloss.partition import partition_against
 UNFILLED, NO_GROUP = torch.iinfo(torch.int64).min + 1, torch.iinfo(torch.int64).min + 2
 
 
+@checked
 def ihpc_loss(
     view1: Tensor,
     view2: Tensor,
@@ -39,7 +40,6 @@ def ihpc_loss(
     not differentiated;
     bank_groups [M]: their groups, of which those equal to `UNFILLED` mark rows that do not exist yet.
     """
-    check_vector_options(temperature, reduction, hardness=hardness, beta=beta)
     check_vectors("view1", view1)
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)

@@ -11,8 +11,8 @@ from torch import Tensor
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
-    check_local_options,
     check_used,
+    checked,
     count,
     integers,
     labels_of_map,
@@ -28,6 +28,7 @@ from hpcloss.sampling import sample
 from hpcloss.segments import segment_mean
 
 
+@checked
 def local_contrast_loss(
     features: Tensor,
     labels: Tensor,
@@ -38,16 +39,13 @@ def local_contrast_loss(
     samples_per_class: int | None = 3,
     background: int | None = 0,
     ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of pixels with class means of their image and its partner; see `LocalContrastLoss`."""
-    check_local_options(
-        temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,
-        ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
     labels, num_classes = labels_of_map(features, labels), count("num_classes", num_classes)
     if partner is not None:
         partner = labels_of_vectors("partner", features, partner)
@@ -63,20 +61,20 @@ def local_contrast_loss(
     pixels = pack(features, order, offsets[-1:], normalize=False, permutation=True, backend=backend)
     means = segment_mean(pixels, offsets, backend=backend).view(-1, num_classes, features.shape[1])
     present = (offsets.diff() > 0).view(-1, num_classes)
-    keys, key_offsets = _keys(means, present, None if flat.numel() == 0 else partner, backend)
+    keys, key_offsets = _keys(means, present, None if flat.numel() == 0 else partner, normalize, backend)
 
     if samples_per_class is not None and flat.numel():
         most = min(count("samples_per_class", samples_per_class), math.prod(spatial))
         order, offsets = sample(order, offsets, most, num_pixels=flat.numel())
     whole = samples_per_class is None
-    rows = pack(features, order, offsets[-1:], normalize=True, permutation=whole, backend=backend)
+    rows = pack(features, order, offsets[-1:], normalize=normalize, permutation=whole, backend=backend)
     pairs = from_offsets_against(order, offsets, key_offsets, num_classes)
-    scale, bound = inverse_temperature(temperature, rows, True)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
     loss, counted = Contrast(rows, "all", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
     return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
-def _keys(means: Tensor, present: Tensor, partner: Tensor | None, backend: str) -> tuple[Rows, Tensor]:
+def _keys(means: Tensor, present: Tensor, partner: Tensor | None, normalize: bool, backend: str) -> tuple[Rows, Tensor]:
     """The keys of every image, sorted by class, and the offsets of (image, class) [B * C + 1].
 
     means [B, C, D], present [B, C]. No two images share a key: the means of a partner are copied to who meets them.
@@ -95,4 +93,4 @@ def _keys(means: Tensor, present: Tensor, partner: Tensor | None, backend: str) 
     image = own[:, None, None].expand(labels.shape)
     order, offsets, _ = class_sort(labels, image, images, num_classes=num_classes)
     rows = keys.reshape(-1, dim)
-    return pack(rows, order, offsets[-1:], normalize=True, permutation=True, backend=backend), offsets
+    return pack(rows, order, offsets[-1:], normalize=normalize, permutation=True, backend=backend), offsets

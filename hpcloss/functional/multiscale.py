@@ -10,10 +10,10 @@ from torch import Tensor
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
-    check_multiscale_options,
     check_same_maps,
     check_sizes,
     check_used,
+    checked,
     count,
     integers,
     labels_of_map,
@@ -29,6 +29,7 @@ from hpcloss.segments import segment_mean
 from hpcloss.sorting import is_ignored
 
 
+@checked
 def multiscale_contrast_loss(
     features1: Tensor,
     features2: Tensor,
@@ -42,15 +43,12 @@ def multiscale_contrast_loss(
     num_classes: int | None = None,
     samples_per_class: int | None = 64,
     ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
     gather: bool = False,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Patch-level and pixel-level contrast of two branches; equations and arguments in `MultiscaleContrastLoss`."""
-    check_multiscale_options(
-        patch_size, temperature, patch_positives=patch_positives, patch_weight=patch_weight, pixel_weight=pixel_weight,
-        num_classes=num_classes, samples_per_class=samples_per_class, ignore_index=ignore_index,
-    )  # fmt: skip
     check_same_maps("features2", features2, "features1", features1)
     if labels is None:
         if patch_positives == "majority":
@@ -71,7 +69,7 @@ def multiscale_contrast_loss(
     def contrast(rows: Rows, pairs: Pairs, keys: Rows | None = None, labels: Tensor | None = None) -> Tensor:
         if labels is not None and gather:
             pairs, keys = gather_keys(rows, pairs, labels.reshape(-1)[pairs.order])
-        scale, bound = inverse_temperature(temperature, rows, True)
+        scale, bound = inverse_temperature(temperature, rows, normalize)
         loss, counted = Contrast(rows, "own", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
         return reduce(loss, counted, "mean", gather=gather)
 
@@ -82,12 +80,12 @@ def multiscale_contrast_loss(
         if patch_positives == "majority":
             majority = torch.where(present, votes.argmax(1), -1)
             order, offsets, _ = class_sort(majority, num_classes=classes)
-            rows = pack(patches, order, offsets[-1:], normalize=True, permutation=True, backend=backend)
+            rows = pack(patches, order, offsets[-1:], normalize=normalize, permutation=True, backend=backend)
             scales.append(contrast(rows, from_offsets(order, offsets, classes, False), labels=majority))
             continue
         pairs = _same_patch(present[: len(present) // 2], max(features1.shape[0], 1))
         branch1, branch2 = [
-            pack(half, pairs.order, pairs.live(), normalize=True, permutation=True, backend=backend)
+            pack(half, pairs.order, pairs.live(), normalize=normalize, permutation=True, backend=backend)
             for half in patches[: 2 * pairs.order.numel()].chunk(2)
         ]
         scales.append((contrast(branch1, pairs, branch2.detach()) + contrast(branch2, pairs, branch1.detach())) / 2)
@@ -98,7 +96,8 @@ def multiscale_contrast_loss(
     if samples_per_class is not None and pixels.numel():
         most = min(count("samples_per_class", samples_per_class), pixels.numel())
         order, offsets = sample(order, offsets, most, num_pixels=pixels.numel())
-    rows = pack(features, order, offsets[-1:], normalize=True, permutation=samples_per_class is None, backend=backend)
+    whole = samples_per_class is None
+    rows = pack(features, order, offsets[-1:], normalize=normalize, permutation=whole, backend=backend)
     return loss + pixel_weight * contrast(rows, from_offsets(order, offsets, classes, False), labels=pixels)
 
 

@@ -11,8 +11,8 @@ from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
     check_label_values,
-    check_pixel_options,
     check_used,
+    checked,
     count,
     integers,
     labels_of_map,
@@ -27,6 +27,7 @@ from hpcloss.sampling import sample_anchors
 from hpcloss.sorting import is_class
 
 
+@checked
 def pixel_contrast_loss(
     features: Tensor,
     labels: Tensor,
@@ -46,14 +47,11 @@ def pixel_contrast_loss(
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of sampled pixels of the whole batch; equation and arguments in `PixelContrastLoss`."""
-    check_pixel_options(
-        temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,
-        ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
     labels = labels_of_map(features, labels)
     wrong = None if predictions is None else labels_of_map(features, predictions, "predictions") != labels
     ignored, num_classes = integers("ignore_index", ignore_index), count("num_classes", num_classes)
     samples_per_class = samples_per_class and count("samples_per_class", samples_per_class)
+    background = None if background is None else integers("background", background)[0]
     if check_labels:
         check_label_values(labels, ignored, num_classes)
     backend, gather = resolve(backend, features), has_peers(gather)

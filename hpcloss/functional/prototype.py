@@ -12,11 +12,10 @@ from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
     VECTORS_IGNORED,
-    check_assignment_options,
     check_classes_and_ignored,
-    check_prototype_options,
     check_used,
     check_vectors,
+    checked,
     integers,
     labels_of_map,
     labels_of_vectors,
@@ -31,6 +30,7 @@ from hpcloss.partition import class_sort, from_offsets_against, paired, partitio
 from hpcloss.prototypes import sinkhorn, unit
 
 
+@checked
 def prototype_contrast_loss(
     prototypes: Tensor,
     labels: Tensor,
@@ -40,13 +40,13 @@ def prototype_contrast_loss(
     *,
     detach_weights: bool = False,
     ignore_index: int | Sequence[int] = VECTORS_IGNORED,
+    normalize: bool = True,
     reduction: str = "mean",
     gather: bool = False,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of prototypes, uncertain ones weighing more; equation and arguments in `PrototypeContrastLoss`."""
-    check_prototype_options(temperature, hardness, reduction)
     check_vectors("prototypes", prototypes)
     labels = labels_of_vectors("labels", prototypes, labels)
     if probs is not None and (probs.dim() != 2 or probs.shape[0] != prototypes.shape[0]):
@@ -56,8 +56,8 @@ def prototype_contrast_loss(
     if check_finite:
         check_used(temperature=temperature)
         check_used(pairs.order, pairs.live(), prototypes=prototypes)
-    rows = pack(prototypes, pairs.order, pairs.live(), normalize=True, permutation=True, backend=backend)
-    scale, bound = inverse_temperature(temperature, rows, True)
+    rows = pack(prototypes, pairs.order, pairs.live(), normalize=normalize, permutation=True, backend=backend)
+    scale, bound = inverse_temperature(temperature, rows, normalize)
     if hardness is None:
         hardness = -1 / float(temperature)
     keys = None
@@ -75,9 +75,11 @@ def prototype_contrast_loss(
 def _entropy(probs: Tensor, counted: Tensor) -> Tensor:
     """Entropy of the probabilities of counted prototypes [N]; 0 log 0 = 0."""
     probs = torch.where(counted[:, None], probs, 0.0)
+    probs = torch.where(probs < math.inf, probs, math.nan)  # its entropy would be -inf: no weight, and nobody would see
     return -(probs * torch.where(probs > 0, probs, 1.0).log()).sum(1)
 
 
+@checked
 def prototype_assignment_loss(
     features: Tensor,
     labels: Tensor,
@@ -94,7 +96,6 @@ def prototype_assignment_loss(
     backend: str = "auto",
 ) -> Tensor:
     """Classification by prototypes, balanced within a class; equation, arguments in `PrototypeAssignmentLoss`."""
-    check_assignment_options(temperature, iterations, epsilon, reduction)
     labels = labels_of_map(features, labels)
     if not prototypes.is_floating_point():
         raise TypeError(f"prototypes must be floating point, got {prototypes.dtype}")

@@ -12,8 +12,8 @@ from hpcloss.backends import resolve
 from hpcloss.checks import (
     IGNORED,
     check_label_values,
-    check_region_options,
     check_used,
+    checked,
     count,
     integers,
     labels_of_map,
@@ -24,11 +24,12 @@ from hpcloss.functional.contrast import Contrast
 from hpcloss.pack import Rows, pack
 from hpcloss.pairs import pair_lse, pair_mean
 from hpcloss.partition import Pairs, against_cells, class_sort, from_offsets, partition
-from hpcloss.regions import Grid, cells_of_regions, choose_regions, region_shape
-from hpcloss.sampling import sample
+from hpcloss.regions import Grid, cells_of_regions, region_shape
+from hpcloss.sampling import choose_regions, sample
 from hpcloss.sorting import is_class, is_ignored
 
 
+@checked
 def region_phpc_loss(
     features: Tensor,
     labels: Tensor,
@@ -58,16 +59,12 @@ def region_phpc_loss(
 
     `discount` is the published in-denominator weight exp(-discount s_ij) of a positive in its own denominator.
     """
-    check_region_options(
-        region_size, temperature, hardness, num_classes=num_classes, samples_per_class=samples_per_class,
-        max_regions=max_regions, local_size=local_size, denominator=denominator, discount=discount,
-        background=background, ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
     labels = labels_of_map(features, labels)
     ignored = integers("ignore_index", ignore_index)
     num_classes = num_classes and count("num_classes", num_classes)
     samples_per_class = samples_per_class and count("samples_per_class", samples_per_class)
     max_regions = max_regions and count("max_regions", max_regions)
+    background = None if background is None else integers("background", background)[0]
     if check_labels:
         check_label_values(labels, ignored, num_classes)
     backend, gather = resolve(backend, features), has_peers(gather)
@@ -102,6 +99,7 @@ def region_phpc_loss(
     return result, _stats(recipe, pairs, keys, counted, outside, gather)
 
 
+@checked
 def region_supcon_loss(
     features: Tensor,
     labels: Tensor,
@@ -250,7 +248,7 @@ def _stats(
         stats = {} if outside is None else {"labels_outside": sum_of(outside, gather)}
         return {
             **stats,
-            "counted_anchors": number / anchors.clamp(min=1),
+            "counted_anchors": number.to(weight.dtype) / anchors.clamp(min=1),
             "positives_per_anchor": average(positives),
             "positive_similarity": average(positive_mean),
             "negative_similarity": average(negative_mean),

@@ -11,10 +11,9 @@ from torch import Tensor
 from hpcloss.backends import resolve
 from hpcloss.checks import (
     VECTORS_IGNORED,
-    check_hard_negatives,
     check_used,
-    check_vector_options,
     check_vectors,
+    checked,
     integers,
     labels_of_vectors,
 )
@@ -25,6 +24,7 @@ from hpcloss.pairs import pair_cross_entropy, pair_lse, pair_lse_both, pair_mean
 from hpcloss.partition import Pairs, one_to_one, paired, partition, partition_against
 
 
+@checked
 def supcon_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -41,7 +41,6 @@ def supcon_loss(
     backend: str = "auto",
 ) -> Tensor:
     """Supervised contrast of vectors; equations and arguments in `SupConLoss`."""
-    check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
     check_vectors("embeddings", embeddings)
     labels = labels_of_vectors("labels", embeddings, labels)
     ignored = integers("ignore_index", ignore_index)
@@ -86,6 +85,7 @@ def supcon_loss(
     return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
+@checked
 def ntxent_loss(
     view1: Tensor,
     view2: Tensor,
@@ -98,7 +98,6 @@ def ntxent_loss(
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of two views; equation and arguments in `NTXentLoss`."""
-    check_vector_options(temperature, reduction)
     check_vectors("view1", view1)
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
@@ -110,6 +109,7 @@ def ntxent_loss(
     return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, own.order, gather=gather)
 
 
+@checked
 def infonce_loss(
     query: Tensor,
     positive: Tensor,
@@ -126,7 +126,6 @@ def infonce_loss(
     """Contrast of each query with its positive key; equations and arguments in `InfoNCELoss`."""
     if symmetric and negatives is not None:
         raise ValueError("symmetric=True has no meaning with negatives of the queries' own")
-    check_vector_options(temperature, reduction)
     check_vectors("query", query)
     check_vectors("positive", positive, like=query, same_length=True)
     if check_finite:
@@ -165,6 +164,7 @@ def infonce_loss(
     return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, gather=gather)
 
 
+@checked
 def hard_negative_nce_loss(
     view1: Tensor,
     view2: Tensor,
@@ -179,8 +179,6 @@ def hard_negative_nce_loss(
     backend: str = "auto",
 ) -> Tensor:
     """Contrast of two views with hard negatives; equation and arguments in `HardNegativeNCELoss`."""
-    check_vector_options(temperature, reduction)
-    check_hard_negatives(beta, tau_plus)
     check_vectors("view1", view1)
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)

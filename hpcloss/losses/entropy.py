@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, check_entropy_options
+from hpcloss.checks import IGNORED
 from hpcloss.functional.entropy import entropy_guided_contrast_loss
 from hpcloss.losses.base import Loss
 
@@ -35,6 +35,8 @@ class EntropyGuidedContrastLoss(Loss):
         detach_keys: gradients reach anchors alone, so that certain pixels are not pulled to uncertain ones.
         samples_per_class: draw at most this many high-entropy and as many low-entropy pixels per class.
         ignore_index: label or labels of pixels that take no part; labels outside [0, C) take none either.
+        normalize: L2-normalise features; rows of norm up to 1e-12 become zero and get no gradient. False: the inner
+            product takes the place of the cosine.
         reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 where
             not counted).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
@@ -42,8 +44,9 @@ class EntropyGuidedContrastLoss(Loss):
         backend: "auto", "blockwise" or "triton".
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and (except for "all") a
-    negative. No counted anchor: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters, TypeError
-    for dtypes, NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
+    negative. No counted anchor: 0, joined to the graph. Probabilities of a pixel that takes part which are negative or
+    not finite make the loss NaN. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
+    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
     """
 
     def __init__(
@@ -57,19 +60,18 @@ class EntropyGuidedContrastLoss(Loss):
         detach_keys: bool = True,
         samples_per_class: int | None = None,
         ignore_index: int | Sequence[int] = IGNORED,
+        normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
         check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
+            entropy_guided_contrast_loss,
             temperature=temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
             symmetric=symmetric, detach_keys=detach_keys, samples_per_class=samples_per_class,
-            ignore_index=ignore_index, reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
-        )  # fmt: skip
-        check_entropy_options(
-            temperature, threshold=threshold, entropy_classes=entropy_classes, denominator=denominator,
-            symmetric=symmetric, samples_per_class=samples_per_class, ignore_index=ignore_index, reduction=reduction,
+            ignore_index=ignore_index, normalize=normalize, reduction=reduction, gather=gather,
+            check_finite=check_finite, backend=backend,
         )  # fmt: skip
 
     def forward(self, features: Tensor, probs: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.checks import check_vector_options
+from hpcloss.checks import below_one, check_options
 from hpcloss.functional.image import NO_GROUP, UNFILLED, ihpc_loss
 from hpcloss.losses.base import Loss
 
@@ -27,9 +27,9 @@ class IHPCLoss(Loss):
         temperature: positive number, or a 0-dim tensor (learnable).
         hardness: 0 weighs all images alike; larger weighs images with dissimilar views more.
         memory_bank: (rows, D) of a queue of past `view2` embeddings that serve as further negatives without gradient;
-            kept in `state_dict`. None: the batch alone. Each process of a distributed run keeps its own: exclude the
-            loss from what is wrapped, or pass broadcast_buffers=False. A call writes it: put the network inside an
-            activation checkpoint, not the loss, which would meet its own rows when it is computed again.
+            kept in `state_dict`, in fp32. None: the batch alone. Each process of a distributed run keeps its own:
+            exclude the loss from what is wrapped, or pass broadcast_buffers=False. A call writes it: put the network
+            inside an activation checkpoint, not the loss, which would meet its own rows when it is computed again.
         normalize: L2-normalise the rows.
         reduction: "mean", "sum" or "none" ([2N], view1 first; the mean of them is the loss).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
@@ -55,6 +55,7 @@ class IHPCLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            ihpc_loss,
             temperature=temperature,
             hardness=hardness,
             beta=None,
@@ -64,13 +65,11 @@ class IHPCLoss(Loss):
             check_finite=check_finite,
             backend=backend,
         )
-        check_vector_options(temperature, reduction, hardness=hardness)
+        check_options(ihpc_loss, {"memory_bank": memory_bank})
         self.memory_bank = memory_bank
         if memory_bank is not None:
             rows, dim = memory_bank
-            if rows < 1 or dim < 1:
-                raise ValueError(f"memory_bank must be (rows, dim), both at least 1, got {memory_bank}")
-            self.register_buffer("bank", torch.zeros(rows, dim))
+            self.register_buffer("bank", torch.zeros(rows, dim, dtype=torch.float32))
             self.register_buffer("bank_groups", torch.full((rows,), UNFILLED, dtype=torch.int64))
             self.register_buffer("bank_next", torch.zeros((), dtype=torch.int64))
 
@@ -82,7 +81,7 @@ class IHPCLoss(Loss):
 
         Options are the constructor's without hardness, which has no part in it. ValueError unless 0 <= beta < 1.
         """
-        check_vector_options(0.5, "mean", beta=beta)
+        below_one("beta", beta)
         if "hardness" in options:
             raise TypeError(f"the published form has no hardness, got hardness={options['hardness']}")
         loss = cls(hardness=0.0, **options)

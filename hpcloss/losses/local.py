@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, check_local_options
+from hpcloss.checks import IGNORED
 from hpcloss.functional.local import local_contrast_loss
 from hpcloss.losses.base import Loss
 
@@ -30,6 +30,8 @@ class LocalContrastLoss(Loss):
         samples_per_class: anchors drawn per class and image, without replacement; None: all pixels.
         background: label that is neither anchor nor key; None: every class takes part.
         ignore_index: label or labels of pixels that take no part.
+        normalize: L2-normalise features and means; rows of norm up to 1e-12 become zero and get no gradient. False: the
+            inner product takes the place of the cosine.
         reduction: "mean" over anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 elsewhere).
         gather: reduce over the anchors of every rank of a distributed run; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
@@ -48,19 +50,17 @@ class LocalContrastLoss(Loss):
         samples_per_class: int | None = 3,
         background: int | None = 0,
         ignore_index: int | Sequence[int] = IGNORED,
+        normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
         check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
+            local_contrast_loss,
             temperature=temperature, num_classes=num_classes, samples_per_class=samples_per_class,
-            background=background, ignore_index=ignore_index, reduction=reduction, gather=gather,
+            background=background, ignore_index=ignore_index, normalize=normalize, reduction=reduction, gather=gather,
             check_finite=check_finite, backend=backend,
-        )  # fmt: skip
-        check_local_options(
-            temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,
-            ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
 
     def forward(self, features: Tensor, labels: Tensor, partner: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, check_multiscale_options
+from hpcloss.checks import IGNORED
 from hpcloss.functional.multiscale import multiscale_contrast_loss
 from hpcloss.losses.base import Loss
 
@@ -34,6 +34,8 @@ class MultiscaleContrastLoss(Loss):
         num_classes: needed with labels; labels outside [0, num_classes) are ignored.
         samples_per_class: draw at most this many pixels per class for the pixel level; None: all.
         ignore_index: label or labels of pixels that take no part, in patches neither.
+        normalize: L2-normalise pixels and patches; rows of norm up to 1e-12 become zero and get no gradient. False: the
+            inner product takes the place of the cosine.
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
@@ -54,19 +56,16 @@ class MultiscaleContrastLoss(Loss):
         num_classes: int | None = None,
         samples_per_class: int | None = 64,
         ignore_index: int | Sequence[int] = IGNORED,
+        normalize: bool = True,
         gather: bool = False,
         check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
+            multiscale_contrast_loss,
             patch_size=patch_size, temperature=temperature, patch_positives=patch_positives, patch_weight=patch_weight,
             pixel_weight=pixel_weight, num_classes=num_classes, samples_per_class=samples_per_class,
-            ignore_index=ignore_index, gather=gather, check_finite=check_finite, backend=backend,
-        )  # fmt: skip
-        check_multiscale_options(
-            patch_size, temperature, patch_positives=patch_positives, patch_weight=patch_weight,
-            pixel_weight=pixel_weight, num_classes=num_classes, samples_per_class=samples_per_class,
-            ignore_index=ignore_index,
+            ignore_index=ignore_index, normalize=normalize, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
 
     def forward(self, features1: Tensor, features2: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, check_pixel_options
+from hpcloss.checks import IGNORED
 from hpcloss.functional.pixel import pixel_contrast_loss
 from hpcloss.losses.base import Loss
 from hpcloss.memory import EmbeddingQueue
@@ -65,13 +65,10 @@ class PixelContrastLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            pixel_contrast_loss,
             temperature=temperature, num_classes=num_classes, samples_per_class=samples_per_class,
             background=background, ignore_index=ignore_index, normalize=normalize, reduction=reduction,
             gather=gather, check_labels=check_labels, check_finite=check_finite, backend=backend,
-        )  # fmt: skip
-        check_pixel_options(
-            temperature, num_classes=num_classes, samples_per_class=samples_per_class, background=background,
-            ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
 
     def forward(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, VECTORS_IGNORED, check_assignment_options, check_prototype_options
+from hpcloss.checks import IGNORED, VECTORS_IGNORED
 from hpcloss.functional.prototype import prototype_assignment_loss, prototype_contrast_loss
 from hpcloss.losses.base import Loss
 
@@ -30,6 +30,8 @@ class PrototypeContrastLoss(Loss):
             alike, positive numbers favour dissimilar ones.
         detach_weights: weights w are constants to the gradient. As published they are not.
         ignore_index: label or labels of rows that take no part, such as prototypes without pixels.
+        normalize: L2-normalise the rows; those of norm up to 1e-12 become zero and get no gradient. False: the inner
+            product takes the place of the cosine, in the weights too.
         reduction: "mean" (above), "sum" (times the number of counted prototypes n) or "none" ([M]: n u_i L_i).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
@@ -47,16 +49,17 @@ class PrototypeContrastLoss(Loss):
         *,
         detach_weights: bool = False,
         ignore_index: int | Sequence[int] = VECTORS_IGNORED,
+        normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
         check_finite: bool = False,
         backend: str = "auto",
     ):
         super().__init__(
+            prototype_contrast_loss,
             temperature=temperature, hardness=hardness, detach_weights=detach_weights, ignore_index=ignore_index,
-            reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
+            normalize=normalize, reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
-        check_prototype_options(temperature, hardness, reduction)
 
     def forward(self, prototypes: Tensor, labels: Tensor, probs: Tensor | None = None) -> Tensor:
         """prototypes [M, D], labels [M], probs [M, C], differentiated too; as `layer_prototypes` gives them."""
@@ -87,10 +90,11 @@ class PrototypeAssignmentLoss(Loss):
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
         backend: "auto", "blockwise" or "triton".
 
-    A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not there; a pixel counts if its
-    class has a prototype. No pixel counted: 0, joined to the graph. The assignment holds a number for each pixel and
-    prototype, N C K of them. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
-    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
+    Features and prototypes are always normalised: a prototype is a direction, and the assignment balances cosines, of
+    which `epsilon` is the scale. A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not
+    there; a pixel counts if its class has a prototype. No pixel counted: 0, joined to the graph. The assignment holds a
+    number for each pixel and prototype, N C K of them. Raises ValueError for shapes and hyper-parameters, TypeError for
+    dtypes, NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
     """
 
     def __init__(
@@ -106,10 +110,10 @@ class PrototypeAssignmentLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            prototype_assignment_loss,
             temperature=temperature, iterations=iterations, epsilon=epsilon, ignore_index=ignore_index,
             reduction=reduction, gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
-        check_assignment_options(temperature, iterations, epsilon, reduction)
 
     def forward(
         self, features: Tensor, labels: Tensor, prototypes: Tensor, teacher_features: Tensor | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hpcloss.checks import IGNORED, check_region_options
+from hpcloss.checks import IGNORED, at_least_zero, check_options
 from hpcloss.functional.region import region_phpc_loss, region_supcon_loss
 from hpcloss.losses.base import Loss
 
@@ -79,17 +79,13 @@ class RegionPHPCLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            region_phpc_loss,
             region_size=region_size, temperature=temperature, hardness=hardness, num_classes=num_classes,
             samples_per_class=samples_per_class, max_regions=max_regions, local_size=local_size,
             denominator=denominator, discount=0.0, background=background, ignore_index=ignore_index,
             per_image=per_image, detach_weights=detach_weights, normalize=normalize, reduction=reduction,
             gather=gather, check_labels=check_labels, check_finite=check_finite, backend=backend,
         )  # fmt: skip
-        self._check()
-
-    def _check(self) -> None:
-        unchecked = ("per_image", "detach_weights", "normalize", "gather", "check_labels", "check_finite", "backend")
-        check_region_options(**{name: value for name, value in self.options.items() if name not in unchecked})
 
     @classmethod
     def published(cls, beta: float = 0.1, **options: Any) -> RegionPHPCLoss:
@@ -103,9 +99,10 @@ class RegionPHPCLoss(Loss):
         Not reproduced: the anchor among its own negatives, class ids as weights, mis-aligned quadrants, the rank-1
         hardness whose square root of a product is NaN (the pair's own similarity stands in its place).
         """
+        at_least_zero("beta", beta)
         loss = cls(**{"hardness": 0.0, "reduction": "region", **options})
         loss.discount = float(beta)
-        loss._check()
+        check_options(region_phpc_loss, loss.options)
         return loss
 
     def forward(
@@ -149,15 +146,11 @@ class RegionSupConLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            region_supcon_loss,
             region_size=region_size, temperature=temperature, num_classes=num_classes,
             samples_per_class=samples_per_class, max_regions=max_regions, background=background,
             ignore_index=ignore_index, per_image=per_image, normalize=normalize, reduction=reduction,
             gather=gather, check_labels=check_labels, check_finite=check_finite, backend=backend,
-        )  # fmt: skip
-        check_region_options(
-            region_size, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class,
-            max_regions=max_regions, local_size=None, denominator="all", discount=0.0, background=background,
-            ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
 
     def forward(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hpcloss.checks import VECTORS_IGNORED, check_hard_negatives, check_vector_options
+from hpcloss.checks import VECTORS_IGNORED, check_options
 from hpcloss.functional.supcon import hard_negative_nce_loss, infonce_loss, ntxent_loss, supcon_loss
 from hpcloss.losses.base import Loss
 
@@ -46,10 +46,10 @@ class SupConLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            supcon_loss,
             temperature=temperature, form=form, ignore_index=ignore_index, normalize=normalize, reduction=reduction,
             gather=gather, check_finite=check_finite, backend=backend,
         )  # fmt: skip
-        check_vector_options(temperature, reduction, ("mean", "class", "sum", "none"), form=form)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, keys: Tensor | None = None, key_labels: Tensor | None = None
@@ -84,10 +84,10 @@ class NTXentLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            ntxent_loss,
             temperature=temperature, normalize=normalize, reduction=reduction, gather=gather,
             check_finite=check_finite, backend=backend,
         )  # fmt: skip
-        check_vector_options(temperature, reduction)
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """view1, view2 [N, D]: row i of both shows image i."""
@@ -128,6 +128,7 @@ class HardNegativeNCELoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(
+            hard_negative_nce_loss,
             temperature=temperature,
             beta=beta,
             tau_plus=tau_plus,
@@ -137,8 +138,6 @@ class HardNegativeNCELoss(Loss):
             check_finite=check_finite,
             backend=backend,
         )
-        check_vector_options(temperature, reduction)
-        check_hard_negatives(beta, tau_plus)
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """view1, view2 [N, D]: row i of both shows image i."""
@@ -157,8 +156,8 @@ class InfoNCELoss(Loss):
 
     Args:
         temperature: positive number, or a 0-dim tensor.
-        learnable: make log(1 / temperature) a parameter of the module, `log_scale`, that starts at `temperature`
-            (CLIP's parametrisation, without its clamp).
+        learnable: make log(1 / temperature) a parameter of the module, `log_scale` in fp32, that starts at
+            `temperature` (CLIP's parametrisation, without its clamp).
         symmetric: each positive looks for its query as well (CLIP); ValueError with negatives.
         normalize, gather, check_finite, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
     """
@@ -175,15 +174,16 @@ class InfoNCELoss(Loss):
         check_finite: bool = False,
         backend: str = "auto",
     ):
-        check_vector_options(temperature, reduction)
+        check_options(infonce_loss, {"temperature": temperature, "learnable": learnable})
         fixed = {} if learnable else {"temperature": temperature}
         super().__init__(
+            infonce_loss,
             **fixed, symmetric=symmetric, normalize=normalize, reduction=reduction, gather=gather,
             check_finite=check_finite, backend=backend,
         )  # fmt: skip
         self.learnable = learnable
         if learnable:
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature))))
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature)), dtype=torch.float32))
 
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
         """query, positive [N, D]; negatives [M, D], shared by all queries."""

@@ -22,6 +22,7 @@ def entropy_guided_contrast_loss(
     symmetric: bool = False,
     detach_keys: bool = True,
     ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """Pixels of high entropy pulled to those of low entropy of their class, away from those of other classes.
@@ -54,7 +55,7 @@ def entropy_guided_contrast_loss(
     high = (entropy > level).reshape(-1)
 
     pixels = features.movedim(1, -1).reshape(-1, dim)
-    x = unit(torch.where(valid[:, None], pixels, 0.0))
+    x = unit(torch.where(valid[:, None], pixels, 0.0), normalize)
     s = x @ (x.detach() if detach_keys else x).T
     both = valid[:, None] & valid
     same = y[:, None] == y

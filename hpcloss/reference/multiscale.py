@@ -21,6 +21,7 @@ def multiscale_contrast_loss(
     pixel_weight: float = 1.0,
     num_classes: int | None = None,
     ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
 ) -> Tensor:
     """Contrast of two branches: of patches, averaged over patch sizes, and of pixels.
 
@@ -55,7 +56,8 @@ def multiscale_contrast_loss(
 
     def supervised(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
         pair = valid[:, None] & valid & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-        return mean(unit(x) @ unit(x).T, pair, y[:, None] == y)
+        x = unit(x, normalize)
+        return mean(x @ x.T, pair, y[:, None] == y)
 
     scales = []
     for size in (patch_size,) if isinstance(patch_size, int) else patch_size:
@@ -69,7 +71,7 @@ def multiscale_contrast_loss(
             votes = torch.stack([member[:, y == c].sum(1) for c in range(classes)], 1)
             scales.append(supervised(patches, votes.argmax(1), exists))
             continue
-        q1, q2 = unit(patches).chunk(2)
+        q1, q2 = unit(patches, normalize).chunk(2)
         image = torch.arange(batch, device=x.device).repeat_interleave(number)
         exists = exists[: batch * number]
         pair = exists[:, None] & exists & (image[:, None] == image)

@@ -18,6 +18,7 @@ def prototype_contrast_loss(
     *,
     detach_weights: bool = False,
     ignore_index: int | Sequence[int] = (-100, -1),
+    normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """Contrast of prototypes; similar positives weigh more, and uncertain anchors.
@@ -38,7 +39,7 @@ def prototype_contrast_loss(
         hardness = -1 / float(temperature)
     labels = labels.to(torch.int64)
     valid = is_valid(labels, ignore_index)
-    x = unit(torch.where(valid[:, None], prototypes, 0.0))
+    x = unit(torch.where(valid[:, None], prototypes, 0.0), normalize)
     both = valid[:, None] & valid
     same = labels[:, None] == labels
     others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
