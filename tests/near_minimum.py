@@ -36,12 +36,14 @@ class Case(NamedTuple):
 
 def features(classes: int, spread: float | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows of class i % classes; spread None: all classes in one point but for a little noise."""
-    generator = torch.Generator().manual_seed(3)
-    centres = torch.randn(classes, DIM, generator=generator)
-    noise = torch.randn(ROWS, DIM, generator=generator)
+    noise = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(3))
     if spread is None:
-        return (centres[:1] + 1e-3 * noise).to(dtype)
-    return (centres[torch.arange(ROWS) % classes] + spread * noise).to(dtype)
+        return (centres(classes)[:1] + 1e-3 * noise).to(dtype)
+    return (centres(classes)[torch.arange(ROWS) % classes] + spread * noise).to(dtype)
+
+
+def centres(classes: int) -> Tensor:
+    return torch.randn(classes, DIM, generator=torch.Generator().manual_seed(4))
 
 
 def labels(classes: int) -> Tensor:
@@ -123,6 +125,13 @@ def plain_infonce(z: Tensor, temperature: float, symmetric: bool = False) -> Ten
     return (loss + cross_entropy(logits.T, own, torch.ones_like(own))) / 2 if symmetric else loss
 
 
+def plain_assignment(z: Tensor, temperature: float) -> Tensor:
+    """One prototype for each of 16 classes: every pixel is assigned to that of its class."""
+    own = torch.arange(16) == labels(16)[:, None]
+    directions = torch.nn.functional.normalize(centres(16).to(z.dtype))
+    return cross_entropy(normalize(z) @ directions.T / temperature, own, torch.ones_like(own))
+
+
 def _regions() -> Tensor:
     """Region of each pixel of `MAP` with cells of 8 x 8, pooled over the batch."""
     _, height, width = MAP
@@ -180,6 +189,13 @@ CASES = {
         ),
         lambda z, t: plain_by_label(z, t, 4, _regions(), hardness=1.0),
         4,
+    ),
+    "prototype assignment": Case(
+        lambda z, t, **k: functional.prototype_assignment_loss(
+            as_map(z), labels(16).view(MAP), centres(16)[:, None], temperature=t, **k
+        ),
+        plain_assignment,
+        16,
     ),
 }
 

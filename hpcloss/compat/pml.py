@@ -16,7 +16,7 @@ from hpcloss.compat.base import PeerLoss
 from hpcloss.functional.arithmetic import inverse_temperature, softplus
 from hpcloss.ops import differentiable_once, statistics_dtype
 from hpcloss.pack import Rows, pack
-from hpcloss.pairs import pair_lse, pair_mean
+from hpcloss.pairs import pair_cross_entropy, pair_lse, pair_mean
 from hpcloss.partition import Pairs, partition, partition_against
 from hpcloss.sorting import changes
 
@@ -193,11 +193,9 @@ class SupConLoss(PairLoss):
     def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
         scale, bound = inverse_temperature(self.temperature, rows, self.normalize)
         backend = resolve("auto", rows.data)
-        lse = pair_lse(rows, pairs, "others", scale, keys=keys, scale_bound=bound, backend=backend)
-        mean, _ = pair_mean(rows, pairs, "logit", scale, keys=keys, backend=backend)
+        loss, _, _ = pair_cross_entropy(rows, pairs, scale, keys=keys, scale_bound=bound, backend=backend)
         positives, negatives = pairs.counts()
-        counted = (positives > 0) & _is_contrast(positives.sum(), negatives.sum())
-        loss = torch.where(counted, lse - mean, 0.0)
+        loss = torch.where(_is_contrast(positives.sum(), negatives.sum()), loss, 0.0)
         return torch.zeros_like(loss).index_add(0, pairs.order, loss), torch.arange(len(loss), device=loss.device)
 
     def _of_named(self, positive: Named, negative: Named, num_keys: int, num_anchors: int) -> tuple[Tensor, Any]:
@@ -205,6 +203,8 @@ class SupConLoss(PairLoss):
         # A pair that is named twice counts once: the first of equal ones, which is a positive if one of them is.
         pair, order = torch.sort(anchors * num_keys + keys, stable=True)
         first, anchors, logits = changes(pair), anchors[order], logits[order]
+        # Relative to the largest logit of an anchor, so that the loss is no difference of two large numbers.
+        logits = logits - _segment_max(logits, anchors, num_anchors)[anchors]
         lse = _segment_lse(torch.where(first, logits, -math.inf), anchors, num_anchors)
         positives = first & (order < len(positive.keys))
         zeros = torch.zeros_like(lse)
@@ -278,10 +278,15 @@ def _is_contrast(positives: Any, negatives: Any) -> Any:
 
 def _segment_lse(logits: Tensor, segment: Tensor, count: int) -> Tensor:
     """Log-sum-exp of the logits [K] of each of `count` segments; -inf, without gradient, for an empty one."""
-    top = logits.new_full((count,), -math.inf).scatter_reduce(0, segment, logits.detach(), "amax")
-    top = torch.where(top == -math.inf, 0.0, top)
+    top = _segment_max(logits, segment, count)
     total = torch.zeros_like(top).index_add(0, segment, (logits - top[segment]).exp())
     return torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, -math.inf)
+
+
+def _segment_max(logits: Tensor, segment: Tensor, count: int) -> Tensor:
+    """The largest of the logits [K] of each of `count` segments, without gradient; 0 where all are -inf."""
+    top = logits.new_full((count,), -math.inf).scatter_reduce(0, segment, logits.detach(), "amax")
+    return torch.where(top == -math.inf, 0.0, top)
 
 
 class _PairDots(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,12 @@ from hpcloss.checks import (
 from hpcloss.distributed import gather_keys, has_peers
 from hpcloss.functional.arithmetic import inverse_temperature, reduce, softmax, sum_of
 from hpcloss.functional.contrast import Contrast
-from hpcloss.ops import plain
+from hpcloss.ops import differentiable_once, plain
 from hpcloss.pack import pack
-from hpcloss.pairs import pair_lse, pair_mean
-from hpcloss.partition import class_sort, from_offsets_against, paired, partition
+from hpcloss.partition import class_sort, partition
 from hpcloss.prototypes import sinkhorn, unit
+
+ROWS = 1 << 12  # whose similarities to all prototypes are in memory at once
 
 
 @checked
@@ -114,17 +116,10 @@ def prototype_assignment_loss(
         check_used(temperature=temperature, prototypes=prototypes)
         check_used(order, offsets[-1:], features=features, teacher_features=teacher)
     rows = pack(features, order, offsets[-1:], normalize=True, permutation=True, backend=backend)
-    scale, bound = inverse_temperature(temperature, rows, True)
+    scale, _ = inverse_temperature(temperature, rows, True)
 
     directions = unit(plain(prototypes).detach().to(scale.dtype))
     there = (directions != 0).any(-1)
-    classes = torch.arange(num_classes, device=flat.device)
-    key_order, key_offsets, _ = class_sort(torch.where(there, classes[:, None], -1), num_classes=num_classes)
-    flat_keys = directions.flatten(0, 1)
-    keys = pack(flat_keys, key_order, key_offsets[-1:], normalize=False, permutation=True, backend=backend)
-    pairs = from_offsets_against(order, offsets, key_offsets, num_classes)
-    every = pair_lse(rows, pairs, "every", scale, keys=keys, scale_bound=bound, backend=backend)
-
     row = torch.arange(order.numel(), device=flat.device)
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         judged = pack(teacher, order, offsets[-1:], normalize=True, backend=backend).data.to(scale.dtype)
@@ -132,11 +127,41 @@ def prototype_assignment_loss(
         scores = torch.where(there[:, None], scores, -math.inf)
         member = (row >= offsets[:-1, None]) & (row < offsets[1:, None])
         share = sinkhorn(scores, member, iterations=iterations, epsilon=epsilon)
-        # The logits of a row are linear in its keys, so what the assignment averages are the prototypes.
-        target = torch.einsum("cnk,ckd->nd", share, directions)
-    to_target = paired(pairs, row).replace(key_end=offsets[-1:].to(pairs.key_end))
-    targets = pack(target, row, normalize=False, permutation=True, backend=backend)
-    mean, _ = pair_mean(rows, to_target, "logit", scale, keys=targets, backend=backend)
-    counted = pairs.counts()[0] > 0
-    loss = torch.where(counted, torch.where(counted, every, 0.0) - mean, 0.0)
-    return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
+    by_row, absent = share.movedim(1, 0).flatten(1), ~there.flatten()
+    with torch.autocast(flat.device.type, enabled=False):
+        loss = _CrossEntropy.apply(rows.data, rows.companion, directions.flatten(0, 1), absent, by_row, scale)
+    counted = (member & there.any(1, keepdim=True)).any(0)
+    return reduce(torch.where(counted, loss, 0.0), counted, reduction, order, labels, gather=gather)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy [N] of the softmax over all prototypes and an assignment to them.
+
+    rows [N, D], prototypes [P, D], both of unit length; absent [P]: prototypes that are not there; share [N, P]: the
+    assignment, whose sum is 1, or 0 for a row that takes no part. Differentiable in the rows' companion and the scale.
+    Both gradients are made in the forward pass, where the similarities are: D numbers are saved for a row, not P.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, companion: Tensor, prototypes: Tensor, absent: Tensor, share: Tensor, scale: Tensor
+    ) -> Tensor:
+        losses, of_rows, of_scale = [], [], []
+        for part, weight in zip(rows.split(ROWS), share.split(ROWS)):
+            similarity = part.to(prototypes.dtype) @ prototypes.T
+            log_p = torch.log_softmax((scale * similarity).masked_fill(absent, -math.inf), 1).masked_fill(absent, 0.0)
+            losses.append(-(weight * log_p).sum(1))
+            # p - share, in one difference: two sums that are subtracted leave rounding errors near the minimum.
+            slope = log_p.exp().masked_fill(absent, 0.0) * weight.sum(1, keepdim=True) - weight
+            of_rows.append(scale * (slope @ prototypes))
+            of_scale.append((slope * similarity).sum(1))
+        loss = torch.cat(losses)
+        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        ctx.save_for_backward(loss, torch.cat(of_rows), torch.cat(of_scale))
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, of_rows, of_scale = ctx.saved_tensors
+        return None, grad[:, None] * of_rows, None, None, None, (grad * of_scale).sum()

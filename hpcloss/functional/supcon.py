@@ -199,7 +199,7 @@ def hard_negative_nce_loss(
     if tau_plus:
         # The share of false negatives, as a logarithm; from 1 on nothing is left, and the lowest value holds.
         share = math.log(tau_plus) + log_count + positive - negative
-        some_left = share < -4 * torch.finfo(share.dtype).eps
+        some_left = ~(share >= -4 * torch.finfo(share.dtype).eps)  # NaN stays NaN
         left = negative + torch.log1p(-torch.where(some_left, share, -1.0).exp()) - math.log1p(-tau_plus)
         lowest = log_count - scale
         negative = torch.where(some_left, torch.maximum(left, lowest), lowest)
