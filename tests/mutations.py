@@ -42,6 +42,22 @@ SORT = "several_tiles_on or (cuda and (two_sorts or intervals or class_sort))"
 PARTS = "several_parts_on"
 
 MUTATIONS = [
+    # ------------------------------------------------------------------------------ launches
+    Mutation(
+        "a global that differs from itself", "hpcloss/backends/triton/pack.py",
+        'INF = tl.constexpr(float("inf"))', 'INF = tl.constexpr(float("nan"))',
+        "test_offline: launched_and_again",
+    ),
+    Mutation(
+        "a loop starts at the largest number", "tile.py",
+        "start = tl.minimum(tl.maximum(outer_start, start), end)", "start = tl.maximum(outer_start, start)",
+        "test_spans_are_keys_of_the_region",
+    ),
+    Mutation(
+        "a loop over no regions starts at the largest number", "tile.py",
+        "return tl.minimum(low, high), high", "return low, high",
+        "test_the_intervals_met",
+    ),
     # ------------------------------------------------------------------------------ which pairs count
     Mutation(
         "interval starts one late", "tile.py",

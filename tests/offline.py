@@ -7,6 +7,9 @@ Needs a process without TRITON_INTERPRET. `python tests/offline.py 90 128` print
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -20,6 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from hpcloss.backends import triton as backend
 from hpcloss.backends.triton import configs, launch
@@ -67,6 +71,55 @@ def recorded(capability: int, tiles: configs.Config | None = None):
         if tiles is not None:
             stack.enter_context(mock.patch.object(backend, "config", lambda *_: tiles))
         yield launches
+
+
+class Device:
+    """As much of a GPU's driver as Triton asks before it loads a kernel; each compute capability is a device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextlib.contextmanager
+def launched(capability: int):
+    """The kernels that the backend launches inside the block, through Triton's own launch up to loading them.
+
+    Triton binds and specialises the arguments, finds the kernel that it made of them or compiles it, and compares the
+    globals that it uses. What Triton made is yielded, one entry a launch.
+    """
+    built: list[tuple[Any, Any]] = []
+
+    def launcher(kernel: Any, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            built.append((kernel, kernel.run(*args, grid=grid, warmup=True, **options)))
+
+        return launch
+
+    with contextlib.ExitStack() as stack:
+        # Its own methods would look for a GPU.
+        stack.enter_context(mock.patch.object(driver, "_active", Device(capability)))
+        stack.enter_context(mock.patch.object(triton.JITFunction, "__getitem__", launcher))
+        stack.enter_context(mock.patch.object(configs, "capability", lambda device: capability))
+        yield built
+
+
+def kernels() -> set[Any]:
+    """What the backend launches: its functions of Triton that end without a value and that no other of them calls."""
+    functions: set[Any] = set()
+    for module in pkgutil.walk_packages(backend.__path__, backend.__name__ + "."):
+        found = vars(importlib.import_module(module.name)).values()
+        functions |= {function for function in found if isinstance(function, triton.JITFunction)}
+    called = {name for function in functions for name in inspect.getclosurevars(function.fn).globals}
+    return {f for f in functions if f.__name__ not in called and not re.search(r"^ +return ", f.src, re.MULTILINE)}
 
 
 def compile_for(recorded_launch: Launch, capability: int) -> Compiled:

@@ -11,9 +11,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if INTERPRETED:
     pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
 
-from hpcloss.backends.triton.probe import OLDEST_TRITON  # noqa: E402
+from hpcloss.backends.triton import probe  # noqa: E402
 
-if tuple(int(number) for number in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+if tuple(int(number) for number in triton.__version__.split(".")[:2]) < probe.OLDEST_TRITON:
     pytest.skip(f"Triton {triton.__version__} is older than the kernels", allow_module_level=True)
 
 import offline  # noqa: E402
@@ -84,3 +84,18 @@ def test_a_changing_number_of_rows_compiles_nothing_new():
                 value = (dict(zip(launch.kernel.arg_names, launch.args)) | launch.constants)[parameter.name]
                 if type(value) is int and not parameter.is_constexpr:
                     assert parameter.do_not_specialize, f"{launch.kernel.__name__}: {parameter.name}"
+
+
+def test_every_kernel_is_launched_and_again():
+    """Triton's own launch, up to loading: arguments bind, kernels compile, and the second call finds them unchanged."""
+    launched, calls = set(), offline.calls(64, torch.float16)
+    for name in sorted(KERNELS):
+        with offline.launched(90) as first:
+            calls[name]()
+        with offline.launched(90) as second:
+            calls[name]()
+        assert [id(built) for _, built in first] == [id(built) for _, built in second], f"{name} compiles anew"
+        launched |= {kernel for kernel, _ in first}
+    with offline.launched(90) as first:
+        probe._touch[(1,)](torch.zeros(1))
+    assert offline.kernels() == launched | {kernel for kernel, _ in first}, "KERNELS names a call of each"

@@ -29,7 +29,6 @@ SMALLEST_SQUARE = tl.constexpr(NORM_EPS**2)
 LARGEST_SQUARED = tl.constexpr(2.0**50)  # the squares of 512 larger entries may overflow
 SHRINK = tl.constexpr(2.0**-70)  # brings all larger entries to 1e-6 .. 3e17
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 PLACES = ["stride_0", "size_1", "stride_1", "size_2", "stride_2", "size_3", "stride_3", "step"]
 
@@ -88,8 +87,9 @@ def pack_kernel(
         square = tl.sum(x * x, C)
         short = square <= SMALLEST_SQUARE
         inverse = tl.where(short, 0.0, tl.rsqrt(tl.where(short, 1.0, square)))
-        # An infinite row has no direction either, but it must show.
-        inverse = tl.where(square == INF, NAN, inverse)
+        # An infinite row has no direction either, but it must show. NaN is written out because each launch compares the
+        # globals of a kernel with those it was compiled with, and NaN differs from itself.
+        inverse = tl.where(square == INF, float("nan"), inverse)
         x *= tl.expand_dims(inverse, C)
         inverse *= shrink
     at = tl.expand_dims(rows.to(tl.int64) * D, C) + tl.expand_dims(channels, 1 - C)

@@ -21,7 +21,10 @@ SCAN = tl.constexpr(256)  # intervals looked at together
 
 @triton.jit
 def meeting(starts, ends, count, first, last):
-    """Range of the intervals [starts, ends) that meet rows first:last; a hull, they may come in any order."""
+    """Range of the intervals [starts, ends) that meet rows first:last; a hull, they may come in any order.
+
+    0:0 where none does. No loop may start at FARTHEST: a compiler that loads ahead adds to it, and that wraps around.
+    """
     # Scalars: with vectors carried through this loop the compiler no longer pipelines the one over tiles.
     low, high = FARTHEST, 0
     for begin in range(0, count, SCAN):
@@ -31,7 +34,7 @@ def meeting(starts, ends, count, first, last):
         meets = (start < last) & (end > first) & (start < end)
         low = tl.minimum(low, tl.min(tl.where(meets, number, FARTHEST)))
         high = tl.maximum(high, tl.max(tl.where(meets, number + 1, 0)))
-    return low, high
+    return tl.minimum(low, high), high
 
 
 @triton.jit
@@ -64,9 +67,13 @@ def hulls(start, end, own, member):
 
 @triton.jit
 def spans(outer_start, outer_end, inner_start, inner_end, start, end, RULE: tl.constexpr):
-    """The keys of start:end that a rule can count, as two spans; the second is empty but for a hole in the middle."""
+    """The keys of start:end that a rule can count, as two spans; the second is empty but for a hole in the middle.
+
+    No bound lies behind `end`, even where the positives have none (see `meeting`).
+    """
     if RULE == "positives":
-        start, end = tl.maximum(outer_start, start), tl.minimum(outer_end, end)
+        end = tl.minimum(outer_end, end)
+        start = tl.minimum(tl.maximum(outer_start, start), end)
     hole, rest = end, end
     if RULE == "negatives":
         if inner_start < inner_end:

@@ -1,0 +1,79 @@
+"""The bounds of the kernels' loops. They are row numbers even where nothing counts.
+
+A compiler that loads tiles ahead adds their width to the start of a loop before it compares. A start near the largest
+int32 then wraps around, and memory far from the rows is read. The interpreter and the values of a loss do not show it.
+"""
+
+import itertools
+
+import pytest
+import torch
+from kernels import DEVICE, needs_kernels
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from triton import language as tl  # noqa: E402
+
+from hpcloss.backends.triton.tile import hulls, meeting, spans  # noqa: E402
+
+pytestmark = needs_kernels
+
+ROWS, KEYS = 16, 24  # of a block, and of a region, which starts at key 8
+REGION = (8, 8 + KEYS)
+
+
+@triton.jit
+def spans_kernel(
+    starts, ends, owns, members, bounds, first: tl.constexpr, last: tl.constexpr, RULE: tl.constexpr, ROWS: tl.constexpr
+):
+    rows = tl.arange(0, ROWS)
+    hull = hulls(tl.load(starts + rows), tl.load(ends + rows), tl.load(owns + rows), tl.load(members + rows) != 0)
+    begin, hole, rest, stop = spans(hull[0], hull[1], hull[2], hull[3], first, last, RULE)
+    tl.store(bounds, begin)
+    tl.store(bounds + 1, hole)
+    tl.store(bounds + 2, rest)
+    tl.store(bounds + 3, stop)
+
+
+@triton.jit
+def meeting_kernel(starts, ends, bounds, count, first, last):
+    low, high = meeting(starts, ends, count, first, last)
+    tl.store(bounds, low)
+    tl.store(bounds + 1, high)
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("rule", ["positives", "negatives", "others", "every"])
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize(
+    "positives", [(0, 0), (40, 40), (8, 32), (0, 8), (32, 40), (10, 20), (0, 20), (20, 40), (0, 40)], ids=str
+)
+def test_spans_are_keys_of_the_region(positives, member, rule):
+    bounds = int32([-1] * 4)
+    start, end = positives
+    spans_kernel[(1,)](
+        int32([start] * ROWS), int32([end] * ROWS), int32([-1] * ROWS), int32([member] * ROWS), bounds,
+        first=REGION[0], last=REGION[1], RULE=rule, ROWS=ROWS,
+    )  # fmt: skip
+    begin, hole, rest, stop = bounds.tolist()
+    assert 0 <= begin <= hole <= REGION[1]
+    assert 0 <= rest <= stop <= REGION[1]
+    met = [*range(begin, hole), *range(rest, stop)]
+    inside, region = set(range(start, end) if member else ()), set(range(*REGION))
+    wanted = {"positives": inside & region, "negatives": region - inside}.get(rule, region)
+    if member:
+        assert sorted(wanted) == met
+    else:
+        assert rule != "positives" or not met  # the others may visit keys in vain
+
+
+def test_the_intervals_met_are_numbers_of_intervals():
+    cases = [([], []), ([0, 16, 32], [16, 32, 48]), ([5, 5], [5, 5]), ([0] * 300, [16] * 300)]
+    for (starts, ends), first in itertools.product(cases, [0, 16, 40, 100]):
+        bounds = int32([-1, -1])
+        # A pointer needs memory even where there are no intervals.
+        meeting_kernel[(1,)](int32([*starts, 0]), int32([*ends, 0]), bounds, len(starts), first, first + 16)
+        met = [k for k, (a, b) in enumerate(zip(starts, ends, strict=True)) if a < first + 16 and b > first and a < b]
+        assert bounds.tolist() == ([met[0], met[-1] + 1] if met else [0, 0])
