@@ -49,6 +49,73 @@ MUTATIONS = [
         "test_offline: launched_and_again",
     ),
     Mutation(
+        "an argument is missing", "hpcloss/backends/triton/segments.py",
+        "*positives, anchor_start, anchor_end, anchors.shape[0], anchor_start.numel(), BLOCK_I",
+        "*positives, anchor_start, anchor_end, anchors.shape[0], BLOCK_I",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "a constant has no hash", "hpcloss/backends/triton/pack.py",
+        '"TOGETHER": together', '"TOGETHER": {together}',
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "a number is given for a pointer", "hpcloss/backends/triton/segments.py",
+        "_block_sums(sums)[0], scale, out, mass, slope,", "_block_sums(sums)[0], float(scale), out, mass, slope,",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "an option is misspelt", "hpcloss/backends/triton/segments.py",
+        "**sizes | constants, num_warps=4)", "**sizes | constants, num_warp=4)",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "the grid is a number", "hpcloss/backends/triton/launch.py",
+        "kernel[(programs,)]", "kernel[programs]",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "the number of programs is a fraction", "hpcloss/backends/triton/pack.py",
+        "launch.run(kernel, triton.cdiv(count, block)", "launch.run(kernel, count / block",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "a single program is not launched", "hpcloss/backends/triton/launch.py",
+        "if programs == 0:", "if programs < 2:",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "a program has 2,048 threads", "hpcloss/backends/triton/pack.py",
+        "TILE, NUM_WARPS = 8192, 8", "TILE, NUM_WARPS = 8192, 64",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "tiles fill more shared memory than there is", "hpcloss/backends/triton/configs.py",
+        "[kernel][WIDTHS.index(width)]", "[kernel][WIDTHS.index(width)]._replace(num_stages=40)",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "numbers of rows are specialised", "hpcloss/backends/triton/pack.py",
+        '*PLACES, "num_rows"])  # live', "*PLACES])  # live",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
+        "strides of a map are specialised", "hpcloss/backends/triton/pack.py",
+        '"channel_stride", *PLACES, "num_rows"', '"channel_stride", "num_rows"',
+        "test_launch_path: float16-region and batch",
+    ),
+    Mutation(
+        "the number of live rows is specialised on where it lies", "hpcloss/backends/triton/pack.py",
+        '(do_not_specialize=["live", *PLACES', "(do_not_specialize=[*PLACES",
+        "test_launch_path: float16-region and batch",
+    ),
+    Mutation(
+        "some numbers of rows leave vectors unaligned", "hpcloss/backends/triton/segments.py",
+        "(torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(3))",
+        "torch.empty(3, anchors.shape[0], dtype=torch.float32, device=anchors.device)",
+        "test_launch_path: float16-supcon",
+    ),
+    Mutation(
         "a loop starts at the largest number", "tile.py",
         "start = tl.minimum(tl.maximum(outer_start, start), end)", "start = tl.maximum(outer_start, start)",
         "test_spans_are_keys_of_the_region",

@@ -1,0 +1,133 @@
+"""Every public loss, forward and backward, through Triton's launch path for GPUs that are not here: see launch_path.py.
+
+In `make test` all cases in fp16 for one part, and one case for other dtypes and parts; the others in `make test-all`.
+"""
+
+import inspect
+import shutil
+
+import pytest
+import torch
+from kernels import INTERPRETED
+from launch_path import CASES, FIRST_SIZES, SIZES, Machine
+
+from hpcloss import losses
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if INTERPRETED:
+    pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
+if shutil.which("cc") is None:
+    pytest.skip("needs a C compiler", allow_module_level=True)
+
+CAPABILITIES, DTYPES = (80, 90, 120), ("float16", "bfloat16", "float32")
+# Kernels that more rows need: sums of blocks of them.
+OF_MANY = {f"segments.{name}_kernel" for name in ("block_sums", "linear_forward", "linear_backward", "segment_mean")}
+# Options that decide what torch makes of the kernels' results; `gather` has a test of its own.
+NO_LAUNCH = {"reduction", "ignore_index", "background", "check_labels", "check_finite", "backend", "gather"}
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """One GPU of a compute capability, or several of them."""
+    started = {}
+
+    def start(capability, ranks=1, **environment):
+        key = (capability, ranks, *environment.items())
+        if key not in started:
+            started[key] = Machine(capability, tmp_path_factory.mktemp("driver"), ranks, **environment)
+        return started[key]
+
+    yield start
+    for one in started.values():
+        one.stop()
+
+
+def slowly(*values, quick):
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "name"),
+    [
+        slowly(capability, dtype, name, quick=name == "region" or (capability, dtype) == (90, "float16"))
+        for capability in CAPABILITIES
+        for dtype in DTYPES
+        if (capability, dtype) in ((80, "float16"), (120, "float16")) or capability == 90
+        for name in CASES
+    ],
+)
+def test_step(machine, capability, dtype, name):
+    """Nothing raises, both passes launch, and a number of rows is no reason to compile."""
+    gpu = machine(capability)
+    for n in (*FIRST_SIZES, *SIZES):
+        step = gpu.step(name, n, dtype)
+        assert "pack.pack_kernel" in step["forward"] and len(step["forward"]) > 1, step
+        assert "pack.unpack_kernel" in step["backward"] and len(step["backward"]) > 1, step
+        if n in FIRST_SIZES[1:]:
+            assert set(step["new"]) <= OF_MANY, f"{n} rows: {step}"
+        if n in SIZES:
+            assert not step["new"], f"{n} rows: {step}"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("region, learnt", {"hardness": 1.0}),
+        ("region, published, weights", {"temperature": 1.0, "hardness": 1.0, "discount": 1.0}),
+        ("region, raw weights", {"temperature": 2.0, "hardness": 2.0}),
+        ("ihpc, published", {"temperature": 1.0}),
+        ("pixel, queue", {"temperature": 1.0}),
+    ],
+)
+def test_whole_numbers_are_the_same_kernels(machine, name, options):
+    """Triton compiles the integer 1 as a constant, and other integers as another type."""
+    machine(90).step(name, 96, **options)
+    assert not machine(90).step(name, 96, **{option: int(value) for option, value in options.items()})["new"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [slowly(name, quick=name == "region") for name in {case.loss: name for name, case in CASES.items()}.values()],
+)
+def test_step_of_two_ranks(machine, name):
+    step = machine(90, ranks=2).step(name, 96, gather=True)
+    assert step["forward"] and step["backward"]
+
+
+def test_first_step(machine, tmp_path):
+    """What a training waits for: few kernels, made in seconds (of a processor, without those of Triton's launcher)."""
+    step = machine(90, TRITON_CACHE_DIR=str(tmp_path)).step("region", 1000)
+    assert 0 < len(step["new"]) <= 11, step
+    assert 0 < step["seconds"] <= 10, step
+
+
+def test_every_kernel_is_launched(machine):
+    import offline
+
+    steps = [machine(90).step(name, n) for name in CASES for n in FIRST_SIZES]
+    launched = {kernel for step in steps for half in ("forward", "backward") for kernel in step[half]}
+    known = {f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}" for kernel in offline.kernels()}
+    # The probe launches its own kernel before the first step of a process.
+    assert known - {"probe._touch"} <= launched <= known
+
+
+def test_the_driver_refuses(machine):
+    grid, pointer = machine(90).ask("refusals")
+    assert "_touch: a grid of 1 x 70000 x 1 programs" in grid
+    assert "compiled for a multiple of 16 bytes" in pointer
+
+
+@pytest.mark.parametrize("loss", losses.__all__)
+def test_every_option_has_a_case(loss):
+    """A new loss, and a new option or input of one, belongs in CASES, or an option in NO_LAUNCH."""
+    constructor = getattr(losses, loss)
+    makers = [constructor, *([constructor.published] if hasattr(constructor, "published") else [])]
+    options = {name for maker in makers for name in inspect.signature(maker).parameters} - {"options"}
+    inputs = [name for name in inspect.signature(constructor.forward).parameters if name != "self"]
+    seen, given = set(), set()
+    for case in CASES.values():
+        if case.loss == loss:
+            leaves, others = case.inputs(FIRST_SIZES[0], torch.float32)
+            seen, given = seen | case.options, given | set(others) | set(inputs[: len(leaves)])
+    assert options - seen <= NO_LAUNCH, f"no case gives these options: {options - seen - NO_LAUNCH}"
+    assert set(inputs) == given
