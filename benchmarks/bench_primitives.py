@@ -144,7 +144,7 @@ def bench_pair_lse_both(benchmark, report, matmuls, direction):
 
     found = []
     maps, sides, pairs = packed(CHECKED, torch.float32)
-    out = sum(pair_lse_both(*sides, pairs, scale, scale_bound=SCALE))
+    out = sum(pair_lse_both(*sides, pairs, "every", scale, scale_bound=SCALE))
     found.append((out, *torch.autograd.grad(out.mean(), maps)))
     maps, _, _ = packed(CHECKED, torch.float64)
     query, key = (torch.nn.functional.normalize(rows, dim=1) for rows in maps)
@@ -155,9 +155,9 @@ def bench_pair_lse_both(benchmark, report, matmuls, direction):
         assert_close(what, actual, wanted)
 
     _, sides, pairs = packed(COUNT, torch.float32)
-    out, grads = pair_lse_both(*sides, pairs, scale, scale_bound=SCALE), [torch.full((COUNT,), 1 / COUNT)] * 2
+    out, grads = pair_lse_both(*sides, pairs, "every", scale, scale_bound=SCALE), [torch.full((COUNT,), 1 / COUNT)] * 2
     if direction == "forward":
-        step, work = partial(pair_lse_both, *sides, pairs, scale, scale_bound=SCALE), 2.0
+        step, work = partial(pair_lse_both, *sides, pairs, "every", scale, scale_bound=SCALE), 2.0
     else:
         companions = [side.companion for side in sides]
         step, work = partial(torch.autograd.grad, out, companions, grads, retain_graph=True), 6.0

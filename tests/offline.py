@@ -199,7 +199,17 @@ def calls(dim: int, dtype: torch.dtype) -> dict[str, Any]:
         return both
 
     def pairs_of_both(needs: Any) -> Any:
-        return lambda: backend.pair_lse_both_backward(row, row, row, row, x, k, scale, 10.0, cross, *needs)
+        return lambda: backend.pair_lse_both_backward(row, row, row, row, x, k, scale, 10.0, cross, "every", *needs)
+
+    def cross_entropy(hardness: float, keys: Any = None, at: Any = own) -> Any:
+        return lambda: backend.pair_cross_entropy(x, keys, scale, 10.0, hardness, at)
+
+    def cross_entropy_backward(
+        hardness: float, needs: Any = (True, False, False), keys: Any = None, at: Any = own, grad_lse: Any = None
+    ) -> Any:
+        return lambda: backend.pair_cross_entropy_backward(
+            row, grad_lse, row, row, row, x, keys, scale, 10.0, hardness, at, *needs
+        )
 
     def discounted(keys: Any, needs: Any, at: Any, bound: float | None = 10.0) -> Any:
         return lambda: backend.pair_mean_backward(
@@ -239,6 +249,12 @@ def calls(dim: int, dtype: torch.dtype) -> dict[str, Any]:
         "mean backward, uniform": mean_backward(row, 10.0, 0.0),
         "mean backward, online": mean_backward(row, None, 1.0, True, (True, False, True)),
         "mean backward, weights": mean_backward(row, None, 1.0, False),
+        "cross-entropy": cross_entropy(0.0),
+        "cross-entropy, weights": cross_entropy(1.0, k, cross),
+        "cross-entropy backward": cross_entropy_backward(0.0),
+        "cross-entropy backward, weights": cross_entropy_backward(1.0, (True, False, True), grad_lse=row),
+        "cross-entropy backward, anchors": cross_entropy_backward(0.0, (True, False, False), k, cross),
+        "cross-entropy backward, keys": cross_entropy_backward(1.0, (False, True, False), k, cross),
         "logit backward, keys": mean_backward(None, 10.0, 0.0, True, (False, True, False), k, cross),
     }
 

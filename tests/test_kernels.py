@@ -20,7 +20,7 @@ from hpcloss import reference
 from hpcloss.backends import load
 from hpcloss.functional.image import UNFILLED
 from hpcloss.pack import Rows
-from hpcloss.pairs import RULES, pair_lse, pair_lse_both, pair_mean
+from hpcloss.pairs import RULES, pair_cross_entropy, pair_lse, pair_lse_both, pair_mean
 from hpcloss.partition import Pairs, partition
 
 pytestmark = [
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
 ]
 OPS = torch.ops.hpcloss
-BACKWARD = (OPS.pair_lse_backward, OPS.pair_mean_backward)
+BACKWARD = (OPS.pair_lse_backward, OPS.pair_mean_backward, OPS.pair_cross_entropy_backward)
 
 make_plan = functools.cache(lambda name: (PLANS | EDGES)[name]())
 allowed = functools.cache(allowed)
@@ -122,6 +122,33 @@ class Problem:
         assert_within_budget(mass, dense(self.dtype, 0, 1)[0], exact_mass, "lse")
         wanted = [*companions, *([] if stat is None else [stat]), *([scale] if learnt else [])]
         return self.check("loss", out, wanted, dense, upstream, exact_mass)
+
+    def pair_cross_entropy(self, value, hardness=0.0, upstream=None, of_lse=False, backend="triton"):
+        """Check losses, masses and gradients; of_lse: of both results together."""
+        companions = self.leaves(torch.float32, DEVICE)
+        anchors, keys = self.packed(companions)
+        scale = torch.tensor(value, device=DEVICE, requires_grad=True)
+        loss, lse, mass = pair_cross_entropy(
+            anchors, self.pairs, scale, keys=keys, hardness=hardness, scale_bound=None, backend=backend
+        )
+
+        def dense(dtype, shift, what=0):
+            leaves = [*self.leaves(dtype), _scale_of_rows(self.count, value, dtype)]
+            x, others = self.rolled(leaves, shift)
+            positives = allowed(self.plan, "positives")
+            lse = reference.pair_lse(x, others, allowed(self.plan, "others"), leaves[-1])
+            mean, mass = reference.pair_mean(x, others, positives, leaves[-1], hardness, None, "logit")
+            loss = torch.where(positives.any(1), finite(lse) - mean, 0.0)
+            return (loss, lse, mass, loss + finite(lse))[what], leaves
+
+        assert not mass.requires_grad and bool((loss >= 0).all())
+        for found, what in ((lse, 1), (mass, 2)):
+            assert_within_budget(found, dense(self.dtype, 0, what)[0], dense(torch.float64, 0, what)[0], "lse")
+        leaves, exact_lse = [*companions, scale], dense(torch.float64, 0, 1)[0].detach()
+        if of_lse:
+            both = loss + finite(lse)
+            return self.check("loss", both, leaves, functools.partial(dense, what=3), upstream, exact_lse)
+        return self.check("loss", loss, leaves, dense, upstream, exact_lse)
 
     def check(self, kind, actual, leaves, dense, upstream, shared=None):
         """Compare with `dense(dtype, shift)`, which returns its values and leaves.
@@ -227,6 +254,17 @@ def test_pair_mean(plan, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_pair_cross_entropy(plan, dtype):
+    """Uniform weights always, others in turn; the gradient of the loss alone and of both results."""
+    problem, turn = Problem(plan, dtype), list(PLANS).index(plan)
+    problem.pair_cross_entropy((3.0, 60.0)[turn % 2])
+    problem.pair_cross_entropy((20.0, 0.5)[turn % 2], (1.5, -20.0)[turn // 2 % 2], of_lse=bool(turn % 2))
+    if dtype == torch.float32:
+        problem.pair_cross_entropy(-2.0, (0.0, 1.5)[turn % 2], of_lse=not turn % 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", ["self", "cross with self"])
 @pytest.mark.parametrize("detach", [True, False])
 def test_weights_of_prototypes(plan, dtype, detach):
@@ -248,16 +286,19 @@ def test_far_apart_rows(hardness):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("plan", ["one to one", "labelled keys", "cells", "no keys"])
-def test_pair_lse_both(plan, dtype):
+@pytest.mark.parametrize(
+    "plan, rule",
+    [*((plan, "every") for plan in ("one to one", "labelled keys", "cells", "no keys")), ("one to one", "negatives")],
+)
+def test_pair_lse_both(plan, rule, dtype):
     """Sums over the rows and over the columns of one matrix; regions share no key."""
     problem = Problem(plan, dtype)
-    mask, upstream = allowed(problem.plan, "every"), rows(problem.count + problem.num_keys, seed=98, dtype=dtype)
+    mask, upstream = allowed(problem.plan, rule), rows(problem.count + problem.num_keys, seed=98, dtype=dtype)
     for value, bound in ((3.0, 3.0), (3.0, None), (-2.0, None), (60.0, 60.0)):
         companions = problem.leaves(torch.float32, DEVICE)
         anchors, keys = problem.packed(companions)
         scale = torch.tensor(value, device=DEVICE, requires_grad=True)
-        both = pair_lse_both(anchors, keys, problem.pairs, scale, scale_bound=bound, backend="triton")
+        both = pair_lse_both(anchors, keys, problem.pairs, rule, scale, scale_bound=bound, backend="triton")
 
         def dense(cast, shift, value=value):
             leaves = [*problem.leaves(cast), torch.tensor(value, dtype=cast, requires_grad=True)]
@@ -370,6 +411,11 @@ def calls(plan, dtype):
         yield OPS.pair_mean, (x, keys, *options, at)
         out, mass, _ = OPS.pair_mean(x, keys, *options, at, "triton")
         yield OPS.pair_mean_backward, (grad, out, mass, x, keys, *options, bound == 2.0, at, True, True, bound is None)
+    for hardness, grad_lse in ((0.0, None), (1.5, grad.flip(0))):
+        yield OPS.pair_cross_entropy, (x, keys, scale, None, hardness, at)
+        _, _, *row_statistics = OPS.pair_cross_entropy(x, keys, scale, None, hardness, at, "triton")
+        arguments = (grad, grad_lse, *row_statistics, x, keys, scale, None, hardness, at, True, True, True)
+        yield OPS.pair_cross_entropy_backward, arguments
 
 
 def run(op, arguments):
@@ -382,6 +428,8 @@ PASSES = {
     "lse, online": lambda problem, **more: problem.pair_lse("negatives", 10.0, **more),
     "mean": lambda problem, **more: problem.pair_mean("own", 10.0, 10.0, 1.0, learnt=False, **more),
     "mean, uniform": lambda problem, **more: problem.pair_mean("logit", 10.0, **more),
+    "cross-entropy": lambda problem, **more: problem.pair_cross_entropy(10.0, **more),
+    "cross-entropy, weights": lambda problem, **more: problem.pair_cross_entropy(10.0, 1.5, of_lse=True, **more),
     "mean, weights": lambda problem, **more: problem.pair_mean("own", 20.0, hardness=-20.0, detach=False, **more),
 }
 
@@ -474,7 +522,7 @@ def test_schemas_and_fakes(plan, dtype):
 def test_schemas_and_fakes_of_both_directions():
     problem = Problem("one to one", torch.float16)
     sides, scale = (problem.anchors.to(DEVICE), problem.keys.to(DEVICE)), torch.tensor(2.0, device=DEVICE)
-    arguments = (*sides, scale, 2.0, list(problem.pairs.intervals()))
+    arguments = (*sides, scale, 2.0, list(problem.pairs.intervals()), "negatives")
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(OPS.pair_lse_both.default, (*arguments, "triton"), **tests)
     both = OPS.pair_lse_both(*arguments, "triton")
@@ -710,9 +758,12 @@ def test_the_gradient_of_a_row_without_pairs_means_nothing(value):
     grads = [torch.full((problem.count,), 1e-9, device=DEVICE).masked_fill(dead, some) for some in (0.0, value)]
     lse = OPS.pair_lse(x, None, None, scale, None, at, "every", "triton")
     out, mass, _ = OPS.pair_mean(x, None, lse, None, scale, None, 1.0, 0.0, at, "triton")
+    of_both = OPS.pair_cross_entropy(x, None, scale, None, 0.0, at, "triton")[2:]
     for op, arguments in (
         (OPS.pair_lse_backward, (lse, x, None, None, scale, None, at, "every")),
         (OPS.pair_mean_backward, (out, mass, x, None, lse, None, scale, None, 1.0, 0.0, True, at)),
+        (OPS.pair_cross_entropy_backward, (None, *of_both, x, None, scale, None, 0.0, at)),
+        (OPS.pair_cross_entropy_backward, (grads[1], *of_both, x, None, scale, None, 0.0, at)),
     ):
         expected, actual = (op(grad, *arguments, True, False, False, "triton")[0] for grad in grads)
         assert dead.any() and expected.abs().sum() > 0 and torch.equal(actual, expected)

@@ -28,7 +28,7 @@ PRECISIONS = [(torch.float16, "half"), (torch.bfloat16, "half"), (torch.float32,
 # One call of each kernel; the others are variants of these.
 KERNELS = {
     "pack, channels first", "segment mean", "linear mean", "linear mean backward",
-    "lse", "mean", "lse backward", "mean backward",
+    "lse", "mean", "cross-entropy", "lse backward", "mean backward", "cross-entropy backward",
 }  # fmt: skip
 
 

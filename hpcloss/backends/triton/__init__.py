@@ -203,11 +203,15 @@ def pair_cross_entropy_backward(
         grad, grad.stride(0), grad_lse, mass, shift, total, *int32(intervals[:3]), _fp32(scale), weighting,
         largest_grads, lift, statistics, mass.numel(), BLOCK=ROWS,
     )  # fmt: skip
-    return _backward(
+    d_anchors, d_keys, d_scale = _backward(
         anchors, keys, statistics, lift, None, scale, weighting, None, None, intervals,
         dict(SLOPE=cross_entropy_kernels.slope, TERM="cross_entropy", RULE="others", ONLINE=True),
-        needs_anchors, needs_keys, needs_scale,
+        needs_anchors or needs_scale, needs_keys, False,
     )  # fmt: skip
+    if needs_scale:
+        # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
+        d_scale = (anchors * d_anchors).sum() / (_fp32(scale) * (2 if keys is None else 1))
+    return d_anchors if needs_anchors else d_anchors.new_empty(0), d_keys, d_scale
 
 
 def pair_mean(

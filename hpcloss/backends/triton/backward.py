@@ -101,9 +101,7 @@ def backward_kernel(
                     positive = counts(starts[None, :], ends[None, :], key[None, :], rows[:, None], "positives")
                     near = True
                 if near:
-                    slopes, along_scale = subtract_positives(
-                        slopes, along_scale, similarity, positive, own_side, other, logit_scale, hardness
-                    )
+                    slopes = subtract_positives(slopes, similarity, positive, own_side, other, hardness)
             if ROW:
                 clean = is_clean(
                     outer_start, outer_end, inner_start, inner_end, key_start, key_end, first, first + BLOCK_J, RULE

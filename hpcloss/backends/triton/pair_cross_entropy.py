@@ -75,7 +75,9 @@ def forward_kernel(
                 positive = positive & member[:, None] & (columns < stop)[None, :]
                 below = tl.where(positive, below, 0.0)
                 if hardness is None:
-                    weights += tl.sum(tl.where(positive, 1.0, 0.0), 1)
+                    nearest, farthest = tl.maximum(start, first), tl.minimum(tl.minimum(end, first + BLOCK_J), stop)
+                    number = tl.maximum(number_of_positives(nearest, farthest, own), 0.0)
+                    weights += tl.where(member, number, 0.0)
                     gap += tl.sum(below, 1)
                 else:
                     hard = tl.where(positive, similarity * (-hardness * LOG2E), -INF)
@@ -144,37 +146,35 @@ def slope(
     similarity, own, other, own_bias, other_bias, scale, hardness, pull, discount,
     TERM: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    """Of each pair g scale p, both directions added, and the own part of d loss/dscale: what all keys contribute.
+    """Of each pair g scale p, both directions added: what all keys contribute. The second result is not used.
 
     own, other: statistics of the own rows (i is the anchor) and of the other rows (j is), None where a side has none.
+    Takes and returns what that of `pair_mean` does.
     """
     sign, rate = sign_and_rate(scale)
     signed = similarity * sign
     slopes = tl.zeros_like(similarity)
-    along_scale = slopes
     if own is not None:
         shift, factor, _, _ = own
         slopes += tl.exp2((signed - shift[:, None]) * rate) * factor[:, None]
-        along_scale = slopes * (similarity / scale)
     if other is not None:
         shift, factor, _, _ = other
         slopes += tl.exp2((signed - shift[None, :]) * rate) * factor[None, :]
-    return slopes, along_scale
+    return slopes, slopes
 
 
 @triton.jit
-def subtract_positives(slopes, along_scale, similarity, positive, own, other, scale, hardness):
-    """What `slope` returns, less g scale w of the positive pairs."""
+def subtract_positives(slopes, similarity, positive, own, other, hardness):
+    """The slopes of `slope` less g scale w of the positive pairs."""
     # Both directions are added as `slope` adds them: equal ones leave nothing.
     weights = tl.zeros_like(similarity)
     if own is not None:
         _, _, factor, mass = own
         weights += weight_of(similarity, mass[:, None], hardness) * factor[:, None]
-        along_scale -= tl.where(positive, weights, 0.0) * (similarity / scale)
     if other is not None:
         _, _, factor, mass = other
         weights += weight_of(similarity, mass[None, :], hardness) * factor[None, :]
-    return slopes - tl.where(positive, weights, 0.0), along_scale
+    return slopes - tl.where(positive, weights, 0.0)
 
 
 @triton.jit
