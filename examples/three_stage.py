@@ -13,6 +13,7 @@ work under `torchrun --nproc-per-node 2 -m examples.three_stage ...`.
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--crop", type=int, nargs=2, default=defaults.crop, metavar=("X", "Y"), help="training crops, in pixels")
     add("--size", type=int, nargs=2, metavar=("X", "Y"), help="folders: crop or pad slices to this (multiples of 16)")
     add("--spacing", type=float, metavar="MM", help="folders: in-plane pixel size to resample to")
+    add("--subject", metavar="PATTERN", help="folders: what this matches first in a case's name is its subject")
     add("--volumes", action="store_true", help="train on 3-D patches and evaluate by a sliding window")
     add("--patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="the patch of --volumes (default 48 48 48)")
     options = parser.parse_args(argv)
@@ -99,11 +101,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--iterations, --devices and --checkpoint-every must be at least 1")
     if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
         parser.error(f"--crop, --size and --patch must be multiples of {STRIDE}, at least {SMALLEST}")
+    check_pattern(parser, options.subject)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here")
     if len(set(options.seeds)) != len(options.seeds) or min(options.seeds) < 0:
         parser.error("--seeds must be different numbers from 0")
     return options
+
+
+def check_pattern(parser: argparse.ArgumentParser, pattern: str | None) -> None:
+    """Ends the command line where --subject is no regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        parser.error(f"--subject {pattern}: is no regular expression ({error})")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -150,7 +161,8 @@ def read_data(options: argparse.Namespace) -> Slices:
     from examples.data.folders import read_folder, read_volumes
 
     folder, size = Path(options.data), tuple(options.size) if options.size else None
-    return read_volumes(folder, patch, options.spacing) if patch else read_folder(folder, size, options.spacing)
+    more = options.spacing, options.subject
+    return read_volumes(folder, patch, *more) if patch else read_folder(folder, size, *more)
 
 
 def choose_split(options: argparse.Namespace, slices: Slices, labelled: list[int] | None, seed: int) -> Split:
@@ -184,6 +196,7 @@ def open_folder(options: argparse.Namespace, settings: Settings) -> None:
         "patch": options.patch,
         "size": options.size,
         "spacing": options.spacing,
+        "subject": options.subject,
         **dataclasses.asdict(settings),
     }
     started = {name: list(value) if isinstance(value, tuple) else value for name, value in started.items()}

@@ -403,7 +403,9 @@ def test_other_settings_do_not_go_on_in_one_folder(folder, tmp_path, capsys):
     assert "was started with iterations of warm = 6, now 8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [["--seeds", "0"], ["--methods", "none"], ["--methods", "supervised-seconds"]])
+@pytest.mark.parametrize(
+    "more", [["--seeds", "0"], ["--methods", "none"], ["--methods", "supervised-seconds"], ["--subject", "("]]
+)
 def test_impossible_options(tmp_path, more):
     with pytest.raises(SystemExit) as ended:
         compare.main(["--out", str(tmp_path), *more])

@@ -408,12 +408,20 @@ BOTH = ["--labelled-slices", "2", "--slices-per-subject", "1"]
 
 
 @pytest.mark.parametrize(
-    "more", [["--crop", "20", "32"], ["--seeds", "1", "1"], ["--size", "40", "32"], ["--patch", "48", "48", "48"], BOTH]
+    "more",
+    [
+        ["--crop", "20", "32"],
+        ["--seeds", "1", "1"],
+        ["--size", "40", "32"],
+        ["--patch", "48", "48", "48"],
+        ["--subject", "("],
+        BOTH,
+    ],
 )
-def test_impossible_options(tmp_path, more):
+def test_impossible_options(tmp_path, capsys, more):
     with pytest.raises(SystemExit) as ended:
         three_stage.main([*arguments("builtin", tmp_path), *more])
-    assert ended.value.code == 2
+    assert ended.value.code == 2 and more[0] in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- small parts

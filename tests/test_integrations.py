@@ -334,6 +334,21 @@ def test_monai_loop_trains_and_evaluates(tmp_path, capsys):
     assert "Dice of 1 held-out cases" in capsys.readouterr().out
 
 
+def test_monai_loop_holds_out_whole_subjects_and_scores_no_padding(tmp_path, monkeypatch):
+    names = [f"patient{number}_frame{frame}" for number in range(6) for frame in (1, 2)]
+    folder = write_msd(tmp_path, names=names, shape=(20, 32, 28))
+    used, seen = [], []
+    cached, infer = monai_loop.CacheDataset, monai_loop.sliding_window_inference
+    monkeypatch.setattr(monai_loop, "CacheDataset", lambda cases, *a, **o: used.append(cases) or cached(cases, *a, **o))
+    monkeypatch.setattr(
+        monai_loop, "sliding_window_inference", lambda image, *a, **o: seen.append(image.shape) or infer(image, *a, **o)
+    )
+    monai_loop.main([str(folder), *"--steps 1 --patch 32 32 32 --features 4 4 4 4 8 4".split()])
+    training, held_out = ({case["image"].rsplit("/", 1)[1][:8] for case in cases} for cases in used)
+    assert held_out == {"patient0", "patient5"} and training == {f"patient{n}" for n in (1, 2, 3, 4)}
+    assert set(seen) == {(1, 1, 20, 32, 28)}, "as stored, not padded to the patch"
+
+
 # ---------------------------------------------------------------------------------------------------------- Lightning
 
 

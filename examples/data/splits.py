@@ -28,7 +28,10 @@ def assign_parts(subjects: list[str], seed: int = 0) -> dict[str, str]:
     """Gives about 20 % of the subjects to test and 10 % to validation, at least one each, the rest to training."""
     subjects = sorted(set(subjects))
     if len(subjects) < 3:
-        raise DataError(f"at least 3 labelled subjects are needed for training, validation and test, got {subjects}")
+        raise DataError(
+            f"at least 3 labelled subjects are needed for training, validation and test, got {subjects} "
+            "(--subject PATTERN says which part of a name is one)"
+        )
     order = np.random.default_rng(seed).permutation(subjects).tolist()
     tests, vals = max(1, len(order) // 5), max(1, len(order) // 10)
     return {name: "test" if i < tests else "val" if i < tests + vals else "train" for i, name in enumerate(order)}
