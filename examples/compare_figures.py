@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from examples.data.slices import Slices
-from examples.evaluate import predict
+from examples.evaluate import segment
 from examples.figures import class_map, save, show
 from examples.paired import REFERENCES
 from examples.report import spaced
@@ -121,17 +121,17 @@ def finish(axes, title: str) -> None:
 def pictures(path: Path, trial: Trial, slices: Slices, part: str, arms: list[str]) -> None:
     """A row per slice: image, truth, and what each arm predicts."""
     shown = spaced(slices, trial.split.test if part == "test" else trial.split.val)
-    images, truth = slices.take(shown)
-    columns = {"truth": truth.numpy()}
-    columns |= {arm: predict(trial.network(arm), images).numpy() for arm in arms}
+    images = slices.unpadded(slices.take(shown)[0], shown)
+    columns = {"truth": slices.truth(shown)}
+    columns |= {arm: segment(trial.network(arm), slices, shown) for arm in arms}
     count = len(slices.classes)
     figure = Figure(figsize=(2 * (1 + len(columns)), 2.4 * len(shown)))
     grid = figure.subplots(len(shown), 1 + len(columns), squeeze=False)
     for row, i in enumerate(shown):
-        show(grid[row, 0], images[row, 0].numpy(), "image" if row == 0 else "", cmap="gray")
+        show(grid[row, 0], images[row][0].numpy(), "image" if row == 0 else "", cmap="gray")
         grid[row, 0].set_ylabel(slices.ids[i], fontsize=8)
         for axes, (name, maps) in zip(grid[row, 1:], columns.items(), strict=True):
             title = name if row == 0 else ""
-            show(axes, maps[row], title, cmap=class_map(count), vmin=-0.5, vmax=count - 0.5)
+            show(axes, maps[row].numpy(), title, cmap=class_map(count), vmin=-0.5, vmax=count - 0.5)
     figure.tight_layout()
     save(figure, path)

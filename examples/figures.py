@@ -117,7 +117,7 @@ def hard_positives(path: Path, ids: list[str], images, truth, hardness, classes:
     """A row per slice: image, truth, and 1 - the mean similarity to the positives of the pixel's region."""
     figure = Figure(figsize=(7.4, 2.6 * len(ids)), layout="constrained")
     grid = figure.subplots(len(ids), 3, squeeze=False)
-    largest = float(np.nanpercentile(np.stack(hardness), 99))
+    largest = float(np.nanpercentile(np.concatenate([map_.ravel() for map_ in hardness]), 99))
     for row, name in enumerate(ids):
         first = row == 0
         show(grid[row, 0], images[row], "image" if first else "", cmap="gray")

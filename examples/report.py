@@ -58,8 +58,8 @@ def draw_figures(folder: Path, results: dict, slices: Slices, arms: Arms) -> lis
     if any(arm.get("curve") for run in results["runs"] for arm in run["arms"].values()):
         figures.learning_curves(path("curves.png"), results["runs"], TITLES)
     shown = spaced(slices, positions)
-    ids, (images, truth) = [slices.ids[i] for i in shown], slices.take(shown)
-    pictures = planes([image[0] for image in images], truth), planes(truth, truth)
+    ids, (images, _), truth = [slices.ids[i] for i in shown], slices.take(shown), slices.truth(shown)
+    pictures = planes([image[0] for image in slices.unpadded(images, shown)], truth), planes(truth, truth)
     networks = arms.networks()
     if "stage3" in networks and "supervised_seconds" in networks:
         predicted = [segment(networks[name], slices, shown) for name in ("supervised_seconds", "stage3")]
@@ -69,7 +69,8 @@ def draw_figures(folder: Path, results: dict, slices: Slices, arms: Arms) -> lis
         figures.segmentations(path("segmentations.png"), ids, *pictures, baseline, ours, count, title)
     if len(slices.size) == 2 and (arms.folder / "stage2" / CHECKPOINT).is_file():  # whole slices, not windows
         region = arms.settings.region_size
-        maps = [hardness_map(e, y, region).numpy() for e, y in zip(pixel_embeddings(arms, images), truth, strict=True)]
+        embedded = slices.unpadded(pixel_embeddings(arms, images), shown)
+        maps = [hardness_map(e, y, region).numpy() for e, y in zip(embedded, truth, strict=True)]
         figures.hard_positives(path("hard_positives.png"), ids, *pictures, maps, len(slices.classes), region)
         panels, labels = scatter(arms, slices, arms.split.val)
         figures.embeddings(path("embeddings.png"), panels, labels, slices.classes)
@@ -136,7 +137,7 @@ def hardness_map(embeddings: Tensor, labels: Tensor, region: int) -> Tensor:
 def scatter(arms: Arms, slices: Slices, positions: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The same pixels before and after stage 2 as two principal components of the body's unit features."""
     chosen = spaced(slices, positions)
-    labels = slices.labels[chosen].flatten()
+    labels = torch.cat([label.flatten() for label in slices.truth(chosen)])
     rng = np.random.default_rng(0)
     picked = []
     for number in range(len(slices.classes)):
@@ -146,8 +147,8 @@ def scatter(arms: Arms, slices: Slices, positions: list[int]) -> tuple[dict[str,
     panels = {}
     for title, stage in (("before stage 2", "stage1"), ("after stage 2", "stage2")):
         if (arms.folder / stage / CHECKPOINT).is_file():
-            rows = body_features(arms, stage, slices.images[chosen]).transpose(0, 1).flatten(1).T[pixels]
-            rows = F.normalize(rows, dim=1)
+            features = slices.unpadded(body_features(arms, stage, slices.images[chosen]), chosen)
+            rows = F.normalize(torch.cat([feature.flatten(1).T for feature in features])[pixels], dim=1)
             centred = rows - rows.mean(0)
             _, _, axes = torch.linalg.svd(centred, full_matrices=False)
             panels[title] = (centred @ axes[:2].T).numpy()

@@ -137,7 +137,7 @@ class PixelPretraining(Stage):
             gather=True,
         )
         if shuffle_labels:
-            self.crops.labels = shuffled(self.slices.labels, self.seed)
+            self.crops.labels = shuffled(self.slices, self.seed)
 
     def draw(self, rng: np.random.RandomState) -> Batch:
         positions = self.pick(rng, self.split.labelled, self.settings.pixel_batch)
@@ -258,13 +258,14 @@ def ramp_up(progress: float) -> float:
     return math.exp(-5 * (1 - min(1.0, progress)) ** 2)
 
 
-def shuffled(labels: Maps, seed: int) -> Maps:
-    """Every image's label pixels in a random order: the class shares stay, all else goes."""
+def shuffled(slices: Slices, seed: int) -> Maps:
+    """Every image's label pixels, padding left alone, in a random order: the class shares stay, all else goes."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = [
-        label.flatten()[torch.rand(label.numel(), generator=generator).argsort()].view_as(label) for label in labels
-    ]
-    return torch.stack(mixed) if isinstance(labels, Tensor) else mixed
+    positions = list(range(len(slices)))
+    mixed = [label.clone() for label in slices.labels]
+    for inside in slices.unpadded(mixed, positions):  # views
+        inside[...] = inside.flatten()[torch.rand(inside.numel(), generator=generator).argsort()].view_as(inside)
+    return torch.stack(mixed) if isinstance(slices.labels, Tensor) else mixed
 
 
 def initial_network(slices: Slices, settings: Settings, seed: int) -> nn.Module:

@@ -182,6 +182,9 @@ def describe(slices: Slices) -> str:
     values = slices.source.get("label_values", [])
     if values != list(range(len(values))):
         text += f" (label values {', '.join(map(str, values))} became 0 to {len(values) - 1})"
+    if outside := slices.source.get("foreground_outside"):
+        size = " x ".join(map(str, slices.size))
+        text += f"; {100 * outside:.1f} % of the foreground lies outside of {size} and does not count (--size)"
     return text
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from examples.data.slices import DataError, Slices
 from examples.data.splits import Split
-from examples.evaluate import predict
+from examples.evaluate import segment
 from examples.files import read_json, write_json
 from examples.metrics import volume_table
 from examples.networks import build_network, load_body
@@ -125,7 +125,7 @@ class Trial:
             if body != RANDOM:
                 load_body(network, read_weights(self.folder / body / CHECKPOINT, "network."))
             head = linear_probe(network.to(self.place), self.slices, self.split, self.settings, self.seed)
-            table = volume_table(predict(head, self.slices.images[self.split.val]), self.slices, self.split.val)
+            table = volume_table(segment(head, self.slices, self.split.val), self.slices, self.split.val)
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"dice": table["dice"]["all"]["mean"]})
             print(f"{self.folder.parent.name}  seed {self.seed}  linear head on {body}", flush=True)
@@ -137,7 +137,7 @@ class Trial:
         if part == "val" and path.is_file():
             return read_json(path)
         positions = getattr(self.split, part)
-        table = volume_table(predict(self.network(arm), self.slices.images[positions]), self.slices, positions)
+        table = volume_table(segment(self.network(arm), self.slices, positions), self.slices, positions)
         if part == "val":
             write_json(path, table)
         return table

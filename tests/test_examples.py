@@ -1,5 +1,6 @@
 """The three-stage trainer on tiny data: results and report, kill and resume, what it refuses, and its small parts."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,15 +18,16 @@ import torch
 for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from small_folders import write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
+from small_folders import volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
-from examples import probes, three_stage, training  # noqa: E402
+from examples import figures, probes, three_stage, training  # noqa: E402
 from examples.arms import Arms  # noqa: E402
 from examples.batches import Crops, Steps  # noqa: E402
 from examples.data.folders import read_folder  # noqa: E402
 from examples.data.splits import draw_split  # noqa: E402
-from examples.evaluate import dice_table, predict, subject_dice  # noqa: E402
+from examples.evaluate import dice_table, predict, segment, subject_dice  # noqa: E402
 from examples.files import write_atomically  # noqa: E402
+from examples.metrics import volume_table  # noqa: E402
 from examples.networks import DECODER, HEAD, build_network, feature_swap, load_body, swap_halves  # noqa: E402
 from examples.report import hardness_map, unequal_seconds  # noqa: E402
 from examples.results import spread, summarise  # noqa: E402
@@ -79,12 +81,28 @@ def stage_weights(folder):
 # --------------------------------------------------------------------------------------------------- a whole run
 
 
+def watched(draw, path):
+    """The function, which writes the shapes of the arrays that it draws to a file."""
+
+    def drawing(*args):
+        shapes = [
+            array.shape for arg in args if isinstance(arg, list) for array in arg if isinstance(array, np.ndarray)
+        ]
+        path.write_text(json.dumps(shapes))
+        return draw(*args)
+
+    return drawing
+
+
 @pytest.fixture(scope="module")
 def finished(msd, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     assert three_stage.main(arguments(msd, out, "--seeds", "0", "1")) == 0
     before = json.loads((out / "results.json").read_text())
-    assert three_stage.main(arguments(msd, out, "--seeds", "0", "1", "--resume", "--final")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("segmentations", "hard_positives"):
+            patch.setattr(figures, name, watched(getattr(figures, name), out / f"{name}.json"))
+        assert three_stage.main(arguments(msd, out, "--seeds", "0", "1", "--resume", "--final")) == 0
     return out, before, json.loads((out / "results.json").read_text())
 
 
@@ -204,6 +222,12 @@ def test_the_report_shows_every_figure(finished):
         assert text in report
     assert all(name in report for run in results["runs"] for name in run["labelled"][:1])
     assert list(out.glob("tensorboard/seed0/stage1/events*")), "Lightning's log"
+
+
+@pytest.mark.parametrize("name", ["segmentations", "hard_positives"])
+def test_figures_show_no_padding(finished, name):
+    shapes = json.loads((finished[0] / f"{name}.json").read_text())
+    assert shapes and all(shape == [20, 28] for shape in shapes)
 
 
 def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
@@ -493,10 +517,60 @@ def test_dice_table_has_zones_and_no_nan(slices):
     assert network.training and predict(network, slices.images[:2]).dtype == torch.uint8
 
 
-def test_shuffled_labels_keep_their_shares(slices):
-    mixed = shuffled(slices.labels, 0)
+class ShowsItsInput(torch.nn.Module):
+    """Its class of every pixel is the number there."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.numbers = torch.nn.Parameter(torch.arange(float(classes)))
+
+    def forward(self, images):
+        return -((images - self.numbers.view(1, -1, *[1] * (images.ndim - 2))) ** 2)
+
+
+@pytest.mark.parametrize("shape", [(20, 28, 3), (21, 27, 3), (40, 27, 3)])
+def test_a_perfect_prediction_has_dice_100_whatever_it_says_of_the_padding(tmp_path, shape):
+    slices = read_folder(write_msd(tmp_path, cases=4, shape=shape))
+    assert slices.size == (48 if shape[0] > 32 else 32, 32)
+    left, low = ((side - own) // 2 for side, own in zip(slices.size, shape))
+    inside = (slice(None), slice(left, left + shape[0]), slice(low, low + shape[1]))
+    shown = torch.ones(slices.labels.shape)  # class 1 in the padding
+    shown[inside] = torch.cat([torch.from_numpy(volume(n, shape)[1]) for n in range(4)], 2).permute(2, 0, 1).float()
+    slices = dataclasses.replace(slices, images=shown[:, None])
+    network, positions = ShowsItsInput(3), list(range(12))
+    assert dice_table(network, slices, positions)["all"] == {"Anterior": 100, "Posterior": 100, "mean": 100}
+    table = volume_table(segment(network, slices, positions), slices, positions)
+    assert table["dice"]["all"]["mean"] == 100 and table["hd95"]["all"]["mean"] == 0
+    for found, truth, label in zip(segment(network, slices, positions), slices.truth(positions), slices.labels[inside]):
+        assert torch.equal(found, label) and torch.equal(truth, label)
+    few = slices.select([7, 2], slices.parts)
+    assert dice_table(network, few, [0, 1])["all"]["mean"] == 100
+
+
+def test_the_diagonal_of_a_missed_class_is_that_of_the_stored_volume(tmp_path):
+    slices = read_folder(write_msd(tmp_path, cases=3))
+    slices.images[:] = 0
+    table = volume_table(segment(ShowsItsInput(3), slices, [0, 1, 2]), slices, [0, 1, 2])
+    assert table["hd95"]["all"]["Anterior"] == pytest.approx((20**2 + 28**2 + (3 * 3) ** 2) ** 0.5, abs=1e-3)
+
+
+def test_what_is_cropped_away_is_told(tmp_path, capsys):
+    data = write_msd(tmp_path / "data", shape=(60, 28, 3))
+    assert three_stage.main(arguments(data, tmp_path / "out", "--stage", "1", "--size", "32", "32")) == 0
+    slices = read_folder(data, size=(32, 32))
+    lost = 1 - sum(int((t > 0).sum()) for t in slices.truth(list(range(18)))) / sum(
+        int((volume(n, (60, 28, 3))[1] > 0).sum()) for n in range(6)
+    )
+    assert lost > 0.1 and f"; {100 * lost:.1f} % of the foreground lies outside of 32 x 32" in capsys.readouterr().out
+
+
+def test_shuffled_labels_keep_their_shares_and_leave_the_padding(slices):
+    mixed = shuffled(slices, 0)
     assert torch.equal(mixed.flatten(1).sort().values, slices.labels.flatten(1).sort().values)
-    assert not torch.equal(mixed, slices.labels) and torch.equal(mixed, shuffled(slices.labels, 0))
+    assert not torch.equal(mixed, slices.labels) and torch.equal(mixed, shuffled(slices, 0))
+    outside = torch.ones(32, 32, dtype=torch.bool)
+    outside[6:26, 2:30] = False
+    assert (mixed[:, outside] == 0).all()
 
 
 def test_hardness_map_by_hand():

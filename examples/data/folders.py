@@ -57,7 +57,7 @@ def read_folder(
         size = tuple(int(np.clip(-(-side // STRIDE) * STRIDE, SMALLEST, LARGEST)) for side in longest)
     resize_label = ResizeWithPadOrCrop((*size, -1))
     single = all(volume.image.shape[3] == 1 for volume in volumes)  # pictures: none is like another
-    images, labels, subjects, ids, planes = [], [], [], [], []
+    images, labels, subjects, ids, planes, stored = [], [], [], [], [], []
     for number, (case, (image, label, _)) in enumerate(zip(layout.cases, volumes, strict=True)):
         fill = float(image.min())
         images.append(ResizeWithPadOrCrop((*size, -1), constant_values=fill)(image).permute(3, 0, 1, 2))
@@ -66,6 +66,9 @@ def read_folder(
         subjects += [case.subject] * depth
         ids += [f"{case.name}/{z:03d}" for z in case.numbers or range(depth)]
         planes += [number] if single else [z * BANDS // depth for z in range(depth)]
+        stored += [tuple(map(min, image.shape[1:3], size))] * depth
+    foreground = sum(int((volume.label > 0).sum()) for volume in volumes)
+    source["foreground_outside"] = round(1 - sum(int((label > 0).sum()) for label in labels) / foreground, 4)
     return Slices(
         images=torch.cat(images).float().contiguous(),
         labels=torch.cat(labels).contiguous(),
@@ -76,6 +79,7 @@ def read_folder(
         parts=parts_of(folder, layout.cases),
         classes=layout.classes,
         source=source,
+        stored=stored,
     )
 
 
@@ -96,6 +100,7 @@ def read_volumes(
         parts=parts_of(folder, layout.cases),
         classes=layout.classes,
         source=source,
+        stored=[tuple(volume.label.shape[1:]) for volume in volumes],
         patch=patch,
     )
 

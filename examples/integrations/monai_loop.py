@@ -2,8 +2,8 @@
 
     python -m examples.integrations.monai_loop Task04_Hippocampus --steps 2000
 
-reads a Decathlon folder (dataset.json, imagesTr, labelsTr), trains on four fifths of its subjects and prints the Dice of
-the others. What hpcloss adds: a tap, a head (in the optimiser, too), a loss, and the sum of the two losses.
+reads a Decathlon folder (dataset.json, imagesTr, labelsTr), trains on four fifths of its subjects and prints the Dice
+of the others. What hpcloss adds: a tap, a head (in the optimiser, too), a loss, and the sum of the two losses.
 """
 
 import argparse
