@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from examples.data.slices import Slices
 from examples.evaluate import segment
-from examples.figures import class_map, save, show
+from examples.figures import class_colours, class_map, key, save, show
 from examples.paired import REFERENCES
 from examples.report import spaced
 from examples.trials import Trial
@@ -124,7 +124,6 @@ def pictures(path: Path, trial: Trial, slices: Slices, part: str, arms: list[str
     images = slices.unpadded(slices.take(shown)[0], shown)
     columns = {"truth": slices.truth(shown)}
     columns |= {arm: segment(trial.network(arm), slices, shown) for arm in arms}
-    count = len(slices.classes)
     figure = Figure(figsize=(2 * (1 + len(columns)), 2.4 * len(shown)))
     grid = figure.subplots(len(shown), 1 + len(columns), squeeze=False)
     for row, i in enumerate(shown):
@@ -132,6 +131,7 @@ def pictures(path: Path, trial: Trial, slices: Slices, part: str, arms: list[str
         grid[row, 0].set_ylabel(slices.ids[i], fontsize=8)
         for axes, (name, maps) in zip(grid[row, 1:], columns.items(), strict=True):
             title = name if row == 0 else ""
-            show(axes, maps[row].numpy(), title, cmap=class_map(count), vmin=-0.5, vmax=count - 0.5)
+            show(axes, maps[row].numpy(), title, **class_map(len(slices.classes)))
+    key(grid[-1, 1], class_colours(slices.classes))
     figure.tight_layout()
     save(figure, path)

@@ -1,13 +1,13 @@
 """Three-stage contrastive segmentation with few labels, beside its supervised baselines.
 
-    python -m examples.three_stage --data builtin --out demo                       # 5-8 minutes on two cores
+    python -m examples.three_stage --data builtin --out demo                       # about 5 minutes on two cores
     python -m examples.three_stage --data Task04_Hippocampus --labelled 4 --iterations 1000 2000 6000 --out hippocampus
     python -m examples.three_stage --data Task04_Hippocampus --volumes --patch 48 48 48 --labelled 4 --out hippocampus3d
 
 Stage 1 pre-trains the encoder with IHPC on unlabelled slices, stage 2 encoder and decoder with region PHPC on the
-labelled ones, stage 3 segments with a mean teacher. `--stage all` also trains supervised baselines at equal iterations
-and at equal seconds and linear heads on frozen bodies. A killed run goes on with --resume. Several processes share the
-work under `torchrun --nproc-per-node 2 -m examples.three_stage ...`.
+labelled ones, stage 3 segments with a mean teacher. `--stage all` also trains a supervised baseline at equal iterations
+and linear heads on frozen bodies, with --equal-seconds also a supervised baseline at equal seconds. A killed run goes
+on with --resume. Several processes share the work under `torchrun --nproc-per-node 2 -m examples.three_stage ...`.
 """
 
 import argparse
@@ -29,11 +29,14 @@ from examples.report import write_report
 from examples.settings import VOLUME_BATCHES, Settings
 from examples.training import quiet, rank
 
+CORES = torch.get_num_threads()  # what PyTorch would use
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line on stderr."""
     options = parse(argv)
     quiet()
+    leave_a_core()
     try:
         run(options)
     except DataError as error:
@@ -47,6 +50,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
         return 130
     return 0
+
+
+def leave_a_core() -> None:
+    """Computes with one thread fewer than there are cores, unless OMP_NUM_THREADS says how many.
+
+    Threads wait for each other in every operation: where another process holds a core, as many threads as cores are
+    several times slower than one fewer.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, CORES - 1))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,6 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", type=Path, metavar="FILE.json", help="train, val, test and labelled as lists of ids or subjects")
     add("--out", type=Path, required=True, help="where checkpoints, results and figures go")
     add("--stage", choices=("all", "1", "2", "3"), default="all", help="one stage alone, without the baselines")
+    add("--equal-seconds", action="store_true", help="also train supervised for the seconds of the three stages")
     add("--resume", action="store_true", help="go on in --out from the last checkpoint")
     add("--seed", type=int, default=0, help="seed of the labelled draw, the weights and the batches")
     add("--seeds", type=int, nargs="+", metavar="S", help="several seeds: mean, sd and paired differences")
@@ -140,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
         remember_split(folder, split.ids(slices))
         arms = Arms(slices, split, settings, seed, folder, options.device)
         everything.append(arms)
-        arms.train(options.stage)
+        arms.train(options.stage, options.equal_seconds)
         if rank() > 0:
             continue
         if options.stage == "all":
@@ -182,6 +196,8 @@ def describe(slices: Slices) -> str:
     values = slices.source.get("label_values", [])
     if values != list(range(len(values))):
         text += f" (label values {', '.join(map(str, values))} became 0 to {len(values) - 1})"
+    if grey := slices.source.get("grey_to_rgb"):
+        text += f"; {grey} grey pictures became RGB like the other {slices.source['cases'] - grey}"
     if outside := slices.source.get("foreground_outside"):
         size = " x ".join(map(str, slices.size))
         text += f"; {100 * outside:.1f} % of the foreground lies outside of {size} and does not count (--size)"

@@ -294,6 +294,8 @@ def test_every_arm_runs_and_the_test_part_is_read_once(folder, tmp_path, capsys)
         assert entry["validation"]["dice"]["all"]["mean"] is not None
     assert run["arms"]["stages12-default+mt"]["iterations"] == TINY.warm + TINY.second
     assert run["arms"]["supervised"]["iterations"] == TINY.warm + TINY.supervised
+    seconds = [run["arms"][name]["steps"][name]["seconds"] for name in ("mean-teacher", "supervised-seconds")]
+    assert 0 < seconds[0] <= seconds[1], "by the clock"
     pixels = [f"pixels-{name}" for name in ("alone", "default", "hardness0", "published", "two-granularities")]
     assert set(run["probes"]) == {"random", "images", "pixels-whole-region", *pixels}
     assert len(set(run["probes"].values())) > 1 and all(0 <= dice <= 100 for dice in run["probes"].values())

@@ -18,9 +18,10 @@ import torch
 for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
+from matplotlib.colors import to_hex  # noqa: E402
 from small_folders import volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
-from examples import figures, probes, three_stage, training  # noqa: E402
+from examples import figures, probes, stages, three_stage, training  # noqa: E402
 from examples.arms import Arms  # noqa: E402
 from examples.batches import Crops, Steps  # noqa: E402
 from examples.data.folders import read_folder  # noqa: E402
@@ -29,14 +30,15 @@ from examples.evaluate import dice_table, predict, segment, subject_dice  # noqa
 from examples.files import write_atomically  # noqa: E402
 from examples.metrics import volume_table  # noqa: E402
 from examples.networks import DECODER, HEAD, build_network, feature_swap, load_body, swap_halves  # noqa: E402
-from examples.report import hardness_map, unequal_seconds  # noqa: E402
-from examples.results import spread, summarise  # noqa: E402
+from examples.report import check_line, cost_rows, hardness_map  # noqa: E402
+from examples.results import check_probes, spread, summarise, titles_of  # noqa: E402
 from examples.settings import Settings  # noqa: E402
 from examples.stages import (  # noqa: E402
     ImagePretraining,
     PixelPretraining,
     SemiSupervised,
     Supervised,
+    SupervisedByClock,
     ramp_up,
     shuffled,
 )
@@ -97,12 +99,13 @@ def watched(draw, path):
 @pytest.fixture(scope="module")
 def finished(msd, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    assert three_stage.main(arguments(msd, out, "--seeds", "0", "1")) == 0
+    more = ("--seeds", "0", "1", "--equal-seconds")
+    assert three_stage.main(arguments(msd, out, *more)) == 0
     before = json.loads((out / "results.json").read_text())
     with pytest.MonkeyPatch.context() as patch:
         for name in ("segmentations", "hard_positives"):
             patch.setattr(figures, name, watched(getattr(figures, name), out / f"{name}.json"))
-        assert three_stage.main(arguments(msd, out, "--seeds", "0", "1", "--resume", "--final")) == 0
+        assert three_stage.main(arguments(msd, out, *more, "--resume", "--final")) == 0
     return out, before, json.loads((out / "results.json").read_text())
 
 
@@ -139,7 +142,7 @@ SCHEMA = {
         }
         for part in ("validation", "test")
     },
-    "checks": [{"seed": int, "probe_gain": NUMBER, "shuffled_loss": NUMBER, "passed": bool}],
+    "checks": [{"seed": int, "probe_gain": NUMBER, "shuffled_loss": NUMBER}],
 }
 
 
@@ -218,8 +221,9 @@ def test_the_report_shows_every_figure(finished):
     assert {path.stem for path in (out / "figures").iterdir()} == names
     assert all(f"![{name}](figures/{name}.png)" in report for name in names)
     assert all((out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
-    for text in ("Dice on test", "three stages - supervised, equal seconds", "over 2 seeds"):
+    for text in ("Dice on test", "three stages - supervised, equal seconds (", "over 2 seeds"):
         assert text in report
+    assert "asked" not in report and "FAILED" not in report, "that is the demonstration's"
     assert all(name in report for run in results["runs"] for name in run["labelled"][:1])
     assert list(out.glob("tensorboard/seed0/stage1/events*")), "Lightning's log"
 
@@ -233,20 +237,159 @@ def test_figures_show_no_padding(finished, name):
 def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
     seconds = iter([0, 30, 61, 61, 100, 130, 130])
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    progress, trainer = Progress("stage2"), SimpleNamespace(is_global_zero=True, max_steps=9, global_step=0)
-    progress.on_train_start(trainer, None)
-    for trainer.global_step in range(1, 5):
-        progress.on_train_batch_end(trainer)
-    progress.teardown(trainer, None, stage="fit")
+    progress, trainer = Progress("stage2"), SimpleNamespace(is_global_zero=True)
+    done = iter(range(5))
+    stage = SimpleNamespace(amount=lambda: (next(done), 9, "step"))
+    progress.on_train_start(trainer, stage)
+    for _ in range(4):
+        progress.on_train_batch_end(trainer, stage)
+    progress.teardown(trainer, stage, stage="fit")
     assert capsys.readouterr().err.splitlines() == ["stage2: step 2 of 9", "stage2: step 4 of 9"]
 
 
-def test_the_report_says_where_equal_seconds_were_not(finished):
-    runs = [
-        {"seed": 3, "arms": {"ours": {"seconds": 100.0}, "supervised_seconds": {"seconds": took}}} for took in (95, 21)
+def test_probes_and_arms_are_told_as_they_end(msd, tmp_path, capsys):
+    assert three_stage.main(arguments(msd, tmp_path)) == 0
+    told = [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("seed 0  ")]
+    trained = ["stage1", "stage2", "stage3", "supervised_iterations", "stage2_shuffled"]
+    assert told == [*trained, "probe_random", "probe_stage2", "probe_shuffled"], "no equal seconds unasked"
+    assert not (tmp_path / "seed0/supervised_seconds").exists()
+    assert (tmp_path / "figures/segmentations.png").is_file(), "against equal iterations"
+
+
+def test_a_probe_without_a_terminal_is_a_line_a_minute(slices, capsys, monkeypatch):
+    seconds = iter(range(0, 10_000, 40))
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    network = build_network(1, 3, Settings.features)
+    split = draw_split(slices, 2, 1, 0)
+    probes.linear_probe(network, slices, split, Settings(probe_iterations=4), 0, "probe_random")
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["probe_random: step 2 of 4", "probe_random: step 4 of 4"]
+
+
+def test_what_is_asked_of_the_probes_belongs_to_the_demonstration():
+    dice = {"probe_random": 30.0, "probe_stage2": 44.0, "probe_shuffled": 35.0}
+    arms = {name: {"dice": {"validation": {"all": {"mean": value}}}} for name, value in dice.items()}
+    demonstration, other = (check_probes({"seed": 3, "arms": arms}, own) for own in (True, False))
+    assert demonstration == {"seed": 3, "probe_gain": 14.0, "shuffled_loss": 9.0, "passed": False}
+    assert "(asked: 20) and +9.0 over stage 2 on shuffled labels (asked: 10): FAILED" in check_line(demonstration)
+    assert other == {"seed": 3, "probe_gain": 14.0, "shuffled_loss": 9.0}
+    assert check_line(other).endswith("+14.0 Dice over a random body and +9.0 over stage 2 on shuffled labels")
+
+
+def timed(*pairs):
+    arms = [
+        {"ours": {"iterations": 9, "seconds": a}, "supervised_seconds": {"iterations": 7, "seconds": b}}
+        for a, b in pairs
     ]
-    assert unequal_seconds(runs[:1]) == [] and "0.95 (seed 3), 0.21 (seed 3)" in unequal_seconds(runs)[-1]
-    assert unequal_seconds([{"seed": 3, "arms": {"ours": {"seconds": 100.0}}}]) == []
+    return [{"seed": seed, "arms": own} for seed, own in enumerate(arms)]
+
+
+def test_equal_seconds_carry_their_factor_in_the_tables():
+    runs = timed((100.0, 101.0), (100.0, 95.0))
+    assert titles_of(runs[:1])["supervised_seconds"] == "supervised, equal seconds (1.01 x)"
+    title = titles_of(runs)["supervised_seconds"]
+    assert title == "supervised, equal seconds (0.95 to 1.01 x)"
+    rows = cost_rows(runs, titles_of(runs))
+    assert rows[0][-1] == "seconds / three stages" and rows[1:] == [
+        ["three stages", "9", "100.0", "1.00"],
+        [title, "7", "98.0", "0.98"],
+    ]
+    assert (
+        titles_of([{"seed": 0, "arms": {"ours": {"seconds": 9.0}}}])["supervised_seconds"]
+        == "supervised, equal seconds"
+    )
+
+
+def by_clock(slices, budget):
+    quiet()
+    torch.manual_seed(0)
+    settings = Settings(crop=(32, 32), checkpoint_every=4, validate_every=4)
+    stage = SupervisedByClock(slices, draw_split(slices, 2, 1, 0), settings, 0, 0, budget=budget)
+    return stage, lambda folder: train(stage, folder, settings, "cpu")
+
+
+def test_equal_seconds_are_those_of_the_clock_however_fast_the_steps_are(slices, tmp_path, monkeypatch):
+    """Steps that become slower and slower, as where another process takes a core."""
+    now, rates, step = [0.0], [], Supervised.training_step
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(stages, "time", clock)
+
+    def slow(self, batch, index):
+        now[0] += 1 + self.trainer.global_step  # 1, 2, 3, ... seconds
+        rates.append(self.optimizers().param_groups[0]["lr"])
+        return step(self, batch, index)
+
+    monkeypatch.setattr(SupervisedByClock, "training_step", slow)
+    stage, go = by_clock(slices, 50.0)
+    done = go(tmp_path / "seed0" / "clock")
+    assert done["iterations"] == 10 and done["seconds"] == 55.0, "1 + 2 + ... + 10 seconds; 9 steps take 45"
+    assert [point["iteration"] for point in done["curve"]] == [4, 8, 10]
+    largest = Settings.scratch_lr
+    expected = []
+    for spent in (0, 1, 3, 6, 10, 15, 21, 28, 36, 45):  # OneCycle over the budget, its rise a fifth of it
+        share = spent / 50 * 999
+        low, high, part = (
+            (largest / 25, largest, share / 199) if share < 199 else (largest / 25e4, largest, (999 - share) / 800)
+        )
+        expected.append(high + (low - high) * (1 + np.cos(np.pi * part)) / 2)
+    assert rates == pytest.approx(expected)
+    assert torch.load(tmp_path / "seed0/clock/last.ckpt", weights_only=True)["global_step"] == 10
+    assert go(tmp_path / "seed0" / "clock") == done
+
+
+def test_a_stopped_arm_of_the_clock_resumes_with_the_seconds_it_had(slices, tmp_path, monkeypatch):
+    now, step = [0.0], Supervised.training_step
+    monkeypatch.setattr(stages, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def stopping(self, batch, index):
+        now[0] += 1
+        if now[0] == 7:
+            raise RuntimeError("stopped")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(SupervisedByClock, "training_step", stopping)
+    _, go = by_clock(slices, 10.0)
+    with pytest.raises(RuntimeError, match="stopped"):
+        go(tmp_path / "seed0" / "clock")
+    now[0] = 1000.0
+    _, go = by_clock(slices, 10.0)
+    done = go(tmp_path / "seed0" / "clock")
+    assert done["iterations"] == 10 and done["seconds"] == 10.0, "4 steps before, 6 after"
+
+
+def test_one_core_is_left_to_others(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    three_stage.leave_a_core()
+    assert set_to == [], "OMP_NUM_THREADS is set"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for cores in (1, 2, 8):
+        monkeypatch.setattr(three_stage, "CORES", cores)
+        three_stage.leave_a_core()
+    assert set_to == [1, 1, 7]
+
+
+def test_the_key_of_colours_is_in_the_figure(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure))
+    image = np.zeros((20, 28))
+    names, shown = (
+        ("background", "left atrium", "scar"),
+        ["a/000"],
+    )
+    figures.segmentations(tmp_path, shown, [image], [image], [image], [image], names, "supervised")
+    figures.hard_positives(tmp_path, shown, [image], [image], [image + 1], names, 16)
+    for figure in kept:
+        legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+        keys = {
+            text.get_text(): patch.get_facecolor()
+            for key in legends
+            for text, patch in zip(key.get_texts(), key.get_patches())
+        }
+        colours = figures.class_map(3)["cmap"].colors
+        assert all(to_hex(keys[name]) == colour for name, colour in zip(names, colours, strict=True))
+    keys = [text.get_text() for axes in kept[0].axes if axes.get_legend() for text in axes.get_legend().get_texts()]
+    assert {"gained", "lost"} <= set(keys)
 
 
 def test_a_second_run_needs_resume_and_the_same_settings(finished, msd, capsys):

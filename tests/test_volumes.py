@@ -239,7 +239,7 @@ def test_three_stages_on_volumes_stopped_and_resumed(tmp_path, monkeypatch, caps
     (labelled,) = results["runs"][0]["labelled"]
     assert labelled in results["splits"]["train"] == ["train-00", "train-01"]
     arms = results["runs"][0]["arms"]
-    assert set(arms) >= {"ours", "supervised_iterations", "supervised_seconds", "probe_stage2", "probe_shuffled"}
+    assert set(arms) >= {"ours", "supervised_iterations", "probe_stage2", "probe_shuffled"}
     assert arms["ours"]["iterations"] == arms["supervised_iterations"]["iterations"] == 4
     for arm in arms.values():
         values = arm["dice"]["validation"]["all"]

@@ -124,11 +124,14 @@ def read_cases(
         spacing = max(1.0, *(side / limit for side, limit in zip(layout.largest, size, strict=True)))
     spacing = layout.spacing if spacing is None else spacing
     volumes = [layout.read(case, spacing) for case in layout.cases]
+    source = {"layout": layout.name, "folder": folder.name, "spacing": spacing, "cases": len(layout.cases)}
+    if layout.rgb and {len(volume.image) for volume in volumes} == {1, 3}:
+        source["grey_to_rgb"] = sum(len(volume.image) == 1 for volume in volumes)
+        volumes = [volume._replace(image=volume.image.expand(3, -1, -1, -1)) for volume in volumes]
     for case, volume in zip(layout.cases, volumes, strict=True):
         if len(volume.image) != len(volumes[0].image):
             first, channels = layout.cases[0].files[0].name, len(volumes[0].image)
             raise DataError(f"{case.files[0]}: has {len(volume.image)} channels, {first} has {channels}")
-    source = {"layout": layout.name, "folder": folder.name, "spacing": spacing, "cases": len(layout.cases)}
     spacings = {case.name: list(v.spacing) for case, v in zip(layout.cases, volumes, strict=True) if v.spacing}
     if spacings:
         source["spacing_mm"] = spacings

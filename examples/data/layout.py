@@ -51,7 +51,8 @@ class Case:
 @dataclass(frozen=True)
 class Layout:
     """A recognised folder. `read` gives a case at an in-plane spacing (None: as stored); `classes` is empty where the
-    folder does not name them; `spacing` is the default; `largest` the largest picture, where sizes have no unit."""
+    folder does not name them; `spacing` is the default; `largest` the largest picture, where sizes have no unit. `rgb`:
+    images of one channel among images of three are grey pictures."""
 
     name: str
     cases: list[Case]
@@ -59,6 +60,7 @@ class Layout:
     classes: tuple[str, ...] = ()
     spacing: float | None = None
     largest: tuple[int, int] | None = None
+    rgb: bool = False
 
 
 def subject_of(name: str) -> str:

@@ -48,7 +48,7 @@ def find_pictures(folder: Path) -> Layout | None:
     for case in cases:
         with opened(case.files[0]) as picture:
             largest = (max(largest[0], picture.width), max(largest[1], picture.height))
-    return Layout("PNG images and masks", cases, read_picture, largest=largest)
+    return Layout("PNG images and masks", cases, read_picture, largest=largest, rgb=True)
 
 
 def read_picture(case: Case, spacing: float | None) -> Volume:
