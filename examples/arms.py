@@ -105,4 +105,7 @@ class Arms:
             for name, network in self.networks().items():
                 path = self.folder / name / f"dice_{part}.json"
                 if not path.is_file():
-                    write_json(path, dice_table(network.to(self.place), self.slices, getattr(self.split, part)))
+                    table = dice_table(network.to(self.place), self.slices, getattr(self.split, part))
+                    write_json(path, table)
+                    mean = "-" if table["all"]["mean"] is None else f"{table['all']['mean']:.1f}"
+                    print(f"seed {self.seed}  {name:22s} Dice on {part} {mean:>10s} %", flush=True)

@@ -27,7 +27,7 @@ from examples.data.splits import Split, draw_slices, draw_split
 from examples.files import read_json, write_json
 from examples.networks import SMALLEST, STRIDE
 from examples.recipes import QUICK, SETTINGS, Iterations, Step, arms
-from examples.three_stage import check_pattern
+from examples.three_stage import check_reading
 from examples.training import quiet
 from examples.trials import Trial
 
@@ -88,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--seeds, --jobs, --iterations, --checkpoint-every and the numbers of labels must be at least 1")
     if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
         parser.error(f"--crop and --size must be multiples of {STRIDE}, at least {SMALLEST}")
-    check_pattern(parser, options.subject)
+    check_reading(parser, options)
     options.methods = [name for name in known if name in options.methods]  # in the order of dependence
     if "supervised-seconds" in options.methods and "mean-teacher" not in options.methods:
         parser.error("supervised-seconds is measured by mean-teacher; name it too")

@@ -37,8 +37,10 @@ def draw(folder: Path, results: dict, slices: Slices, trials: dict[tuple[str, in
         drawn.append(folder / "labels.png")
         tables = {label: found["summary"][part]["dice"] for label, found in results["labels"].items()}
         label_lines(drawn[-1], tables, part)
-    drawn.append(folder / "segmentations.png")
-    pictures(drawn[-1], next(iter(trials.values())), slices, part, list(table)[:SHOWN])
+    trial = next(iter(trials.values()))
+    if shown := spaced(slices, trial.split.test if part == "test" else trial.split.val):
+        drawn.append(folder / "segmentations.png")
+        pictures(drawn[-1], trial, slices, shown, list(table)[:SHOWN])
     return drawn
 
 
@@ -118,9 +120,8 @@ def finish(axes, title: str) -> None:
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def pictures(path: Path, trial: Trial, slices: Slices, part: str, arms: list[str]) -> None:
+def pictures(path: Path, trial: Trial, slices: Slices, shown: list[int], arms: list[str]) -> None:
     """A row per slice: image, truth, and what each arm predicts."""
-    shown = spaced(slices, trial.split.test if part == "test" else trial.split.val)
     images = slices.unpadded(slices.take(shown)[0], shown)
     columns = {"truth": slices.truth(shown)}
     columns |= {arm: segment(trial.network(arm), slices, shown) for arm in arms}

@@ -56,9 +56,12 @@ def draw_figures(folder: Path, results: dict, slices: Slices, arms: Arms) -> lis
     positions = arms.split.test if part == "test" else arms.split.val
     if summary and any(arm in summary["dice"] for arm in figures.ARM_COLOURS):
         figures.dice_bars(path("dice.png"), summary, titles, part)
-    if any(arm.get("curve") for run in results["runs"] for arm in run["arms"].values()):
+    curves = [arm.get("curve", []) for run in results["runs"] for arm in run["arms"].values()]
+    if any(point["dice"] is not None for curve in curves for point in curve):
         figures.learning_curves(path("curves.png"), results["runs"], titles)
     shown = spaced(slices, positions)
+    if not shown:  # no class anywhere
+        return drawn
     ids, (images, _), truth = [slices.ids[i] for i in shown], slices.take(shown), slices.truth(shown)
     pictures = planes([image[0] for image in slices.unpadded(images, shown)], truth), planes(truth, truth)
     networks = arms.networks()
@@ -71,7 +74,7 @@ def draw_figures(folder: Path, results: dict, slices: Slices, arms: Arms) -> lis
         embedded = slices.unpadded(pixel_embeddings(arms, images), shown)
         maps = [hardness_map(e, y, region).numpy() for e, y in zip(embedded, truth, strict=True)]
         figures.hard_positives(path("hard_positives.png"), ids, *pictures, maps, slices.classes, region)
-        panels, labels = scatter(arms, slices, arms.split.val)
+        panels, labels = scatter(arms, slices, shown)
         figures.embeddings(path("embeddings.png"), panels, labels, slices.classes)
     return drawn
 
@@ -133,9 +136,8 @@ def hardness_map(embeddings: Tensor, labels: Tensor, region: int) -> Tensor:
     return result
 
 
-def scatter(arms: Arms, slices: Slices, positions: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The same pixels before and after stage 2 as two principal components of the body's unit features."""
-    chosen = spaced(slices, positions)
+def scatter(arms: Arms, slices: Slices, chosen: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Pixels of these slices before and after stage 2 as two principal components of the body's unit features."""
     labels = torch.cat([label.flatten() for label in slices.truth(chosen)])
     rng = np.random.default_rng(0)
     picked = []

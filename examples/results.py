@@ -48,7 +48,8 @@ def collect(options: argparse.Namespace, settings: Settings, slices: Slices) -> 
 
 def seed_folders(out: Path) -> list[Path]:
     """The folders of all seeds run so far, by seed."""
-    return sorted(out.glob("seed*"), key=lambda folder: int(folder.name.removeprefix("seed")))
+    found = (path.parent for path in out.glob("seed*/split.json") if path.parent.name.removeprefix("seed").isdecimal())
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("seed")))
 
 
 def read_run(folder: Path) -> dict:
@@ -117,7 +118,8 @@ def summarise(runs: list[dict], part: str) -> dict:
                 pairs[label(*column)] = spread([ours[seed] - theirs[seed] for seed in both])
         if pairs:
             differences[baseline] = pairs
-    return {"dice": {arm: row for arm, row in dice.items() if row}, "ours_minus": differences}
+    rows = {arm: row for arm, row in dice.items() if row}
+    return {"dice": rows, "ours_minus": differences} if rows else {}  # none where no case of the part holds a class
 
 
 def label(zone: str, name: str) -> str:
@@ -142,6 +144,8 @@ def check_probes(run: dict, demonstration: bool) -> dict:
     try:
         random, stage2, shuffled = (run["arms"][name]["dice"]["validation"]["all"]["mean"] for name in PROBES)
     except KeyError:
+        return {}
+    if None in (random, stage2, shuffled):  # no validation case holds a class
         return {}
     gain, loss = round(stage2 - random, 3), round(stage2 - shuffled, 3)
     found = {"seed": run["seed"], "probe_gain": gain, "shuffled_loss": loss}

@@ -12,6 +12,7 @@ on with --resume. Several processes share the work under `torchrun --nproc-per-n
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -111,11 +112,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.devices = started or 1
     if started not in (None, options.devices):
         parser.error(f"--devices {options.devices}: torchrun has started {started} processes")
-    if min(*options.iterations, options.devices, options.checkpoint_every) < 1:
-        parser.error("--iterations, --devices and --checkpoint-every must be at least 1")
+    counts = [*options.iterations, options.devices, options.checkpoint_every, options.slices_per_subject or 1]
+    if min(counts) < 1 or options.slices_per_subject == 0:
+        parser.error("--iterations, --devices, --checkpoint-every and --slices-per-subject must be at least 1")
     if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
         parser.error(f"--crop, --size and --patch must be multiples of {STRIDE}, at least {SMALLEST}")
-    check_pattern(parser, options.subject)
+    check_reading(parser, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here")
     if len(set(options.seeds)) != len(options.seeds) or min(options.seeds) < 0:
@@ -123,12 +125,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def check_pattern(parser: argparse.ArgumentParser, pattern: str | None) -> None:
-    """Ends the command line where --subject is no regular expression."""
+def check_reading(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command line where --spacing or --subject cannot be used."""
+    if options.spacing is not None and not 0 < options.spacing < math.inf:
+        parser.error(f"--spacing {options.spacing:g}: must be above 0")
     try:
-        re.compile(pattern or "")
+        re.compile(options.subject or "")
     except re.error as error:
-        parser.error(f"--subject {pattern}: is no regular expression ({error})")
+        parser.error(f"--subject {options.subject}: is no regular expression ({error})")
 
 
 def run(options: argparse.Namespace) -> None:

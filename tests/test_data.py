@@ -153,13 +153,24 @@ def test_a_split_file_names_ids_cases_or_subjects(tmp_path):
 
 
 BAD_SPLITS = {
-    "no part": ({"train": ["patient001"]}, r"split\.json: no JSON of"),
+    "no part": ({"train": ["patient001"]}, r"split\.json: is not of the form"),
+    "text": ({"train": "patient001"}, r"split\.json: is not of the form"),
+    "nested": ({"train": [["patient001"]]}, r"split\.json: is not of the form"),
     "unknown": ({"test": ["patient009"]}, r"split\.json: test: 'patient009' is no id, case or subject of the data"),
     "empty": ({"val": []}, r"split\.json: val: is empty"),
     "two parts": ({"val": ["patient001_frame09"]}, r"split\.json: subject patient001 is in train and in val"),
     "labelled": ({"labelled": ["patient003/000", "patient003"]}, r"labelled: 'patient003/000' is no id"),
     "labelled held out": ({"labelled": ["patient003"]}, r"labelled: patient003_frame01/000 is not among the training"),
 }
+
+
+def test_a_split_file_that_is_no_split_file(tmp_path):
+    data = read_folder(write_acdc(tmp_path))
+    for content, message in ((b"[1, 2]", "is not of the form"), (b"{", "is no JSON"), (b"\xff\xfe", "is no JSON")):
+        (tmp_path / "split.json").write_bytes(content)
+        with pytest.raises(DataError, match=rf"split\.json: {message}") as caught:
+            apply_split_file(data, tmp_path / "split.json")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", BAD_SPLITS)
@@ -467,6 +478,18 @@ def test_h5_lists_name_the_parts_and_leave_the_rest_out(tmp_path):
     assert sorted(drawn.values()) == ["test", "train", "train", "train", "val"], "parts without a list are drawn"
 
 
+@pytest.mark.parametrize("write", [write_h5, partial(write_pictures, names=several("_frame1", "_frame2"))])
+def test_what_lists_of_validation_and_test_do_not_name_is_for_training(tmp_path, write):
+    first, second = ("patient001_frame01", "patient002_frame01") if write is write_h5 else several("_frame1")[:2]
+    slices = read_folder(write_lists(write(tmp_path), val=[first], test=[second]))
+    assert slices.parts == {f"patient{n:03d}": {1: "val", 2: "test"}.get(n, "train") for n in range(1, 7)}
+
+
+def test_a_spacing_that_leaves_no_class(tmp_path):
+    with pytest.raises(DataError, match="no pixel of a class is left at a spacing of 500"):
+        read_folder(write_msd(tmp_path), spacing=500)
+
+
 def spoil(folder, name="patient002_frame01", **arrays):
     image, label = np.zeros((3, 28, 20), np.float32), np.ones((3, 28, 20), np.uint8)
     save_h5(folder / "data" / f"{name}.h5", **({"image": image, "label": label} | arrays))
@@ -501,6 +524,7 @@ BAD_H5 = {
         "subject patient001 is named for train and for val",
     ),
     "empty list": (lambda f: write_lists(f, val=[]), r"val\.list: names no case"),
+    "no text": (lambda f: (f / "val.list").write_bytes(b"\xff\xfe"), r"val\.list: is no text"),
     "other size": (
         lambda f: save_h5(
             f / "data/slices/patient001_frame01_slice_2.h5", image=np.zeros((28, 24)), label=np.zeros((28, 24))

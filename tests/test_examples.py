@@ -19,6 +19,7 @@ for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorbo
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
 from matplotlib.colors import to_hex  # noqa: E402
+from PIL import Image  # noqa: E402
 from small_folders import volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
 from examples import figures, probes, stages, three_stage, training  # noqa: E402
@@ -249,9 +250,13 @@ def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
 
 def test_probes_and_arms_are_told_as_they_end(msd, tmp_path, capsys):
     assert three_stage.main(arguments(msd, tmp_path)) == 0
-    told = [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("seed 0  ")]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("seed 0  ")]
+    told = [words[2] for words in lines if words[-1] == "s"]
+    measured = [words[2] for words in lines if words[-1] == "%"]
+    heads = ["probe_random", "probe_stage2", "probe_shuffled"]
+    assert measured == ["stage3", "supervised_iterations", *heads], "Dice, network by network"
     trained = ["stage1", "stage2", "stage3", "supervised_iterations", "stage2_shuffled"]
-    assert told == [*trained, "probe_random", "probe_stage2", "probe_shuffled"], "no equal seconds unasked"
+    assert told == [*trained, *heads], "no equal seconds unasked"
     assert not (tmp_path / "seed0/supervised_seconds").exists()
     assert (tmp_path / "figures/segmentations.png").is_file(), "against equal iterations"
 
@@ -505,6 +510,35 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
+@pytest.mark.parametrize("name", ["run.json", "seed0/split.json", "seed0/stage1/done.json"])
+def test_a_damaged_file_of_a_run_is_named(msd, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    assert three_stage.main(arguments(msd, out, "--stage", "1")) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path != out / name}
+    (out / name).write_text('{"half')
+    assert three_stage.main(arguments(msd, out, "--stage", "1", "--resume")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out / name}: is no JSON (") and error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_other_folders_beside_those_of_the_seeds(msd, tmp_path):
+    out = tmp_path / "out"
+    for name in ("seed_old", "seed7"):
+        (out / name).mkdir(parents=True)
+    assert three_stage.main(arguments(msd, out, "--stage", "1")) == 0
+    assert [run["seed"] for run in json.loads((out / "results.json").read_text())["runs"]] == [0]
+
+
+def test_validation_without_a_class_ends_in_a_report(tmp_path, capsys):
+    data = write_pictures(tmp_path / "data")
+    Image.new("L", (40, 30)).save(data / "masks/p4.png")
+    for part, names in {"train": "p0 p1 p2 p3", "val": "p4", "test": "p5"}.items():
+        (data / f"{part}.list").write_text(names.replace(" ", "\n"))
+    assert three_stage.main(arguments(data, tmp_path / "out")) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["checks"] == []
+
+
 def test_bad_input_ends_in_one_line_and_code_2(msd, tmp_path):
     command = [sys.executable, "-m", "examples.three_stage", *arguments(tmp_path / "nowhere", tmp_path / "out")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "LOCAL_RANK": "0"})
@@ -571,6 +605,7 @@ def test_a_damaged_h5_file_ends_in_one_line_and_code_2(tmp_path, capsys):
     assert error.startswith(f"error: {damaged}: cannot be read (") and error.count("\n") == 1
 
 
+BAD_NUMBERS = [["--spacing", "0"], ["--spacing", "-1"], ["--spacing", "nan"], ["--slices-per-subject", "0"]]
 BOTH = ["--labelled-slices", "2", "--slices-per-subject", "1"]
 
 
@@ -582,6 +617,7 @@ BOTH = ["--labelled-slices", "2", "--slices-per-subject", "1"]
         ["--size", "40", "32"],
         ["--patch", "48", "48", "48"],
         ["--subject", "("],
+        *BAD_NUMBERS,
         BOTH,
     ],
 )

@@ -68,6 +68,8 @@ def read_folder(
         planes += [number] if single else [z * BANDS // depth for z in range(depth)]
         stored += [tuple(map(min, image.shape[1:3], size))] * depth
     foreground = sum(int((volume.label > 0).sum()) for volume in volumes)
+    if not foreground:
+        raise DataError(f"{folder}: no pixel of a class is left at a spacing of {source['spacing']:g}")
     source["foreground_outside"] = round(1 - sum(int((label > 0).sum()) for label in labels) / foreground, 4)
     return Slices(
         images=torch.cat(images).float().contiguous(),

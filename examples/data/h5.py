@@ -3,7 +3,7 @@
 Per slice: FOLDER/[data/][slices/]patient001_frame01_slice_1.h5, [H, W]; the slices of a volume are put together again.
 Per volume: FOLDER/[data/]patient001_frame01.h5, [Z, H, W]. Both may lie in one folder: the name tells which it is.
 FOLDER/train_slices.list (slices), train.list, val.list and test.list (volumes) name the parts, where they exist: then
-what no list names is left out.
+what no list names is left out, or without a list of training cases is one of these.
 """
 
 import re
@@ -56,9 +56,10 @@ def find_h5(folder: Path) -> Layout | None:
                 raise DataError(f"{home / name}.h5: no such file, but a {part} list of {folder} names it")
             listed.setdefault(place(name)[0], []).extend(known[name])
         cases += [make_case(name, paths, part) for name, paths in listed.items()]
-    if not lists:
+    if "train" not in lists:
         whole = {name: [path] for name, path in files.items() if not SLICE.fullmatch(name)}
-        cases = [make_case(name, paths) for name, paths in sorted((whole | stacks).items())]
+        named = {case.name for case in cases}
+        cases += [make_case(name, paths) for name, paths in sorted((whole | stacks).items()) if name not in named]
     kinds = {"volumes" if case.numbers is None else "slices" for case in cases}
     return Layout(f"h5 {' and '.join(sorted(kinds))}", cases, read_h5)
 

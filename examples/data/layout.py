@@ -138,7 +138,10 @@ def read_lists(folder: Path, **files: str) -> dict[str, list[str]]:
     for part in PARTS:
         path = folder / files.get(part, f"{part}.list")
         if path.is_file():
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: is no text ({error})") from error
             if not names:
                 raise DataError(f"{path}: names no case")
             lists[part] = list(dict.fromkeys(name.removesuffix(".h5").removesuffix(".png") for name in names))

@@ -35,7 +35,9 @@ def find_pictures(folder: Path) -> Layout | None:
     if not images:
         return None
     lists = read_lists(folder)
-    parts = [(name, part) for part, names in lists.items() for name in names] or [(name, None) for name in images]
+    parts: list[tuple[str, str | None]] = [(name, part) for part, names in lists.items() for name in names]
+    if "train" not in lists:
+        parts += [(name, None) for name in images if name not in dict(parts)]
     cases = []
     for name, part in parts:
         image = images.get(name, home / f"{name}.png")
