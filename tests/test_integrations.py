@@ -356,10 +356,12 @@ def test_monai_loop_holds_out_whole_subjects_and_scores_no_padding(tmp_path, mon
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # Lightning's own call of torch
 def test_lightning_module_fits_and_logs(tmp_path):
-    folder = write_msd(tmp_path / "data", cases=6, shape=(32, 32, 4))
+    folder = write_msd(tmp_path / "data", cases=6, shape=(28, 20, 4))
     trainer = lightning_module.main([str(folder), "--steps", "3", "--out", str(tmp_path / "out")])
     assert trainer.global_step == 3
     logged = trainer.logged_metrics | trainer.callback_metrics
+    for _, labels in (*trainer.train_dataloader.dataset, *trainer.val_dataloaders.dataset):
+        assert (labels[2:30, 6:26] >= 0).all() and (labels >= 0).sum() == 28 * 20, "padding counts in no loss"
     names = {"train/cross_entropy", "train/contrast", "val/cross_entropy", "contrast/counted_anchors"}
     assert names <= set(logged) and all(logged[name].isfinite() for name in names)
     assert logged["train/contrast"] > 0 and logged["contrast/counted_anchors"] > 0
