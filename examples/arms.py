@@ -27,6 +27,7 @@ from examples.stages import (
 from examples.training import CHECKPOINT, DONE, rank, read_checkpoint, read_weights, train
 
 PROBE = "probe.pt"
+PARTS = {"val": "validation", "test": "test"}  # as results call them
 SEGMENTERS = ("stage3", "supervised_iterations", "supervised_seconds")
 PROBES = {"probe_random": None, "probe_stage2": "stage2", "probe_shuffled": "stage2_shuffled"}  # and their bodies
 
@@ -108,4 +109,4 @@ class Arms:
                     table = dice_table(network.to(self.place), self.slices, getattr(self.split, part))
                     write_json(path, table)
                     mean = "-" if table["all"]["mean"] is None else f"{table['all']['mean']:.1f}"
-                    print(f"seed {self.seed}  {name:22s} Dice on {part} {mean:>10s} %", flush=True)
+                    print(f"seed {self.seed}  {name:22s} Dice on {PARTS[part]} {mean} %", flush=True)

@@ -27,7 +27,7 @@ from examples.data.splits import Split, draw_slices, draw_split
 from examples.files import read_json, write_json
 from examples.networks import SMALLEST, STRIDE
 from examples.recipes import QUICK, SETTINGS, Iterations, Step, arms
-from examples.three_stage import check_reading
+from examples.three_stage import check_reading, describe
 from examples.training import quiet
 from examples.trials import Trial
 
@@ -113,6 +113,7 @@ def compare(options: argparse.Namespace) -> None:
     rates = learning_rates(options)
     open_folder(options, rates)
     slices = read_slices(options)
+    print(describe(slices), flush=True)
     labels, seeds = options.labels, range(options.seeds)
     # Arm by arm: a run that is stopped has compared its first arms over all seeds.
     recipes = arms(options.iterations, len(slices.classes))
@@ -135,6 +136,7 @@ def tune(options: argparse.Namespace) -> None:
     if path.is_file():
         raise DataError(f"{path}: the learning rates have been chosen; remove it to choose again")
     slices, label = read_slices(options), next(iter(options.labels))
+    print(describe(slices), flush=True)
     recipes = arms(options.iterations, len(slices.classes))
     chosen = [name for name in options.methods if recipes[name].seconds_of is None]
     work_through([(options, *job, rate) for job in product_of([label], TUNING_SEEDS, chosen) for rate in RATES])

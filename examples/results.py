@@ -7,7 +7,7 @@ import statistics
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from examples.arms import PROBES, SEGMENTERS
+from examples.arms import PARTS, PROBES, SEGMENTERS
 from examples.data.slices import Slices
 from examples.files import read_json
 from examples.settings import Settings
@@ -24,7 +24,6 @@ TITLES = {
     "probe_stage2": "linear head, body of stage 2",
     "probe_shuffled": "linear head, stage 2 on shuffled labels",
 }
-PARTS = {"val": "validation", "test": "test"}
 # Dice points that stage 2 of the demonstration must gain over a random body and owe to its labels.
 PROBE_GAIN, SHUFFLED_LOSS = 20.0, 10.0
 

@@ -284,6 +284,7 @@ def arguments(folder, out, *more, seeds=1, iterations=TINY):
 def test_every_arm_runs_and_the_test_part_is_read_once(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert compare.main(arguments(folder, out)) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.startswith("data: MSD, 24 slices of 8 subjects; classes: background, Anterior,")
     results = json.loads((out / "results.json").read_text())
     run = results["labels"]["cases2"]["runs"][0]
     assert list(run["arms"]) == list(arms(TINY, 3))
