@@ -226,7 +226,7 @@ class SupervisedByClock(Supervised):
 
     def __init__(self, *args: Any, budget: float):
         super().__init__(*args)
-        self.iterations, self.budget = sys.maxsize, budget
+        self.iterations, self.budget = sys.maxsize, max(budget, 1e-3)
         self.elapsed = 0.0
 
     @property
