@@ -1,5 +1,6 @@
 """Everything that is trained and measured for one seed."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from examples.stages import (
     SemiSupervised,
     Stage,
     Supervised,
+    SupervisedByClock,
     initial_network,
 )
 from examples.training import CHECKPOINT, DONE, rank, read_checkpoint, read_weights, train
 
 PROBE = "probe.pt"
+PARTS = {"val": "validation", "test": "test"}  # as results call them
 SEGMENTERS = ("stage3", "supervised_iterations", "supervised_seconds")
 PROBES = {"probe_random": None, "probe_stage2": "stage2", "probe_shuffled": "stage2_shuffled"}  # and their bodies
 
@@ -37,7 +40,7 @@ class Arms:
         self.seed, self.folder, self.device = seed, folder, device
         self.place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
-    def train(self, which: str) -> None:
+    def train(self, which: str, equal_seconds: bool = False) -> None:
         """Trains one stage ("1", "2", "3"), or all of them and the baselines ("all")."""
         first, second, third = self.settings.iterations
         if which in ("1", "all"):
@@ -47,10 +50,11 @@ class Arms:
         if which in ("3", "all"):
             self.fit("stage3", SemiSupervised, third, start="stage2", body_lr=self.settings.pretrained_lr)
         if which == "all":
-            ours = sum(read_json(self.folder / f"stage{number}" / DONE)["seconds"] for number in (1, 2, 3))
-            equal = self.fit("supervised_iterations", Supervised, first + second + third)
-            self.fit("supervised_seconds", Supervised, self.steps_in(ours, equal))
+            self.fit("supervised_iterations", Supervised, first + second + third)
             self.fit("stage2_shuffled", PixelPretraining, second, start="stage1", shuffle_labels=True)
+        if which == "all" and equal_seconds:
+            budget = sum(read_json(self.folder / f"stage{number}" / DONE)["seconds"] for number in (1, 2, 3))
+            self.fit("supervised_seconds", SupervisedByClock, 0, budget=budget)
 
     def fit(self, name: str, kind: Callable[..., Stage], iterations: int, start: str | None = None, **options) -> dict:
         """Trains one arm, from the body of the arm `start` where one is named, and prints a line."""
@@ -59,31 +63,27 @@ class Arms:
         if start is not None:
             load_body(stage.network, read_weights(self.folder / start / CHECKPOINT, "network."))
         done = train(stage, self.folder / name, self.settings, self.device)
-        if rank() == 0:
-            print(f"seed {self.seed}  {name:22s} {done['iterations']:6d} steps {done['seconds']:8.1f} s", flush=True)
+        self.tell(name, done["iterations"], done["seconds"])
         return done
 
-    def steps_in(self, seconds: float, measured: dict) -> int:
-        """How many steps of the measured arm fit into `seconds`; decided once, so that a resumed run keeps to it."""
-        path = self.folder / "supervised_seconds" / "plan.json"
-        if path.is_file():
-            return read_json(path)["iterations"]
-        steps = max(1, round(measured["iterations"] * seconds / max(measured["seconds"], 1e-3)))
+    def tell(self, name: str, steps: int, seconds: float) -> None:
+        """A line of what has been trained, from the first process."""
         if rank() == 0:
-            write_json(path, {"iterations": steps, "seconds": seconds})
-        return steps
+            print(f"seed {self.seed}  {name:22s} {steps:6d} steps {seconds:8.1f} s", flush=True)
 
     def probe(self) -> None:
         """Trains linear heads on three frozen bodies: random, after stage 2, after stage 2 on shuffled labels."""
         for name, body in PROBES.items():
             path = self.folder / name / PROBE
             if not path.is_file():
+                started = time.perf_counter()
                 network = initial_network(self.slices, self.settings, self.seed)
                 if body is not None:
                     load_body(network, read_weights(self.folder / body / CHECKPOINT, "network."))
                 network = network.to(self.place)
-                state = linear_probe(network, self.slices, self.split, self.settings, self.seed).state_dict()
-                write_atomically(path, lambda file, state=state: torch.save(state, file))
+                head = linear_probe(network, self.slices, self.split, self.settings, self.seed, name)
+                write_atomically(path, lambda file, head=head: torch.save(head.state_dict(), file))
+                self.tell(name, self.settings.probe_iterations, time.perf_counter() - started)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks of all finished arms that segment, ready to predict."""
@@ -106,4 +106,7 @@ class Arms:
             for name, network in self.networks().items():
                 path = self.folder / name / f"dice_{part}.json"
                 if not path.is_file():
-                    write_json(path, dice_table(network.to(self.place), self.slices, getattr(self.split, part)))
+                    table = dice_table(network.to(self.place), self.slices, getattr(self.split, part))
+                    write_json(path, table)
+                    mean = "-" if table["all"]["mean"] is None else f"{table['all']['mean']:.1f}"
+                    print(f"seed {self.seed}  {name:22s} Dice on {PARTS[part]} {mean} %", flush=True)

@@ -27,6 +27,7 @@ from examples.data.splits import Split, draw_slices, draw_split
 from examples.files import read_json, write_json
 from examples.networks import SMALLEST, STRIDE
 from examples.recipes import QUICK, SETTINGS, Iterations, Step, arms
+from examples.three_stage import check_reading, describe
 from examples.training import quiet
 from examples.trials import Trial
 
@@ -78,6 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--crop", type=int, nargs=2, default=SETTINGS.crop, metavar=("H", "W"), help="training crops, in pixels")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="folders: crop or pad slices to this (multiples of 16)")
     add("--spacing", type=float, metavar="MM", help="folders: in-plane pixel size to resample to")
+    add("--subject", metavar="PATTERN", help="folders: what this matches first in a case's name is its subject")
     options = parser.parse_args(argv)
     if options.seeds is None:
         options.seeds = 2 if options.quick else 8
@@ -86,9 +88,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--seeds, --jobs, --iterations, --checkpoint-every and the numbers of labels must be at least 1")
     if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
         parser.error(f"--crop and --size must be multiples of {STRIDE}, at least {SMALLEST}")
+    check_reading(parser, options)
     options.methods = [name for name in known if name in options.methods]  # in the order of dependence
-    if "supervised-seconds" in options.methods and not {"supervised", "mean-teacher"} <= set(options.methods):
-        parser.error("supervised-seconds is measured by supervised and mean-teacher; name them too")
+    if "supervised-seconds" in options.methods and "mean-teacher" not in options.methods:
+        parser.error("supervised-seconds is measured by mean-teacher; name it too")
     cases = options.labelled_cases
     options.labels = {f"cases{n}": (n, None) for n in cases or ()}
     options.labels |= {f"slices{n}": (n, 1) for n in (() if cases else options.labelled_slices or (3,))}
@@ -110,6 +113,7 @@ def compare(options: argparse.Namespace) -> None:
     rates = learning_rates(options)
     open_folder(options, rates)
     slices = read_slices(options)
+    print(describe(slices), flush=True)
     labels, seeds = options.labels, range(options.seeds)
     # Arm by arm: a run that is stopped has compared its first arms over all seeds.
     recipes = arms(options.iterations, len(slices.classes))
@@ -132,6 +136,7 @@ def tune(options: argparse.Namespace) -> None:
     if path.is_file():
         raise DataError(f"{path}: the learning rates have been chosen; remove it to choose again")
     slices, label = read_slices(options), next(iter(options.labels))
+    print(describe(slices), flush=True)
     recipes = arms(options.iterations, len(slices.classes))
     chosen = [name for name in options.methods if recipes[name].seconds_of is None]
     work_through([(options, *job, rate) for job in product_of([label], TUNING_SEEDS, chosen) for rate in RATES])
@@ -230,7 +235,8 @@ def read_slices(options: argparse.Namespace) -> Slices:
         return scanners(options.out / "data" / "scanners.npz")
     from examples.data.folders import read_folder
 
-    return read_folder(Path(options.data), tuple(options.size) if options.size else None, options.spacing)
+    size = tuple(options.size) if options.size else None
+    return read_folder(Path(options.data), size, options.spacing, options.subject)
 
 
 def open_folder(options: argparse.Namespace, rates: dict[str, float]) -> None:
@@ -240,6 +246,7 @@ def open_folder(options: argparse.Namespace, rates: dict[str, float]) -> None:
         "data": options.data if options.data == "builtin" else Path(options.data).name,
         "size": options.size,
         "spacing": options.spacing,
+        "subject": options.subject,
         **{f"iterations of {name}": count for name, count in dataclasses.asdict(options.iterations).items()},
         **{name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options.settings).items()},
     }

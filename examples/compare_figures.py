@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from examples.data.slices import Slices
-from examples.evaluate import predict
-from examples.figures import class_map, save, show
+from examples.evaluate import segment
+from examples.figures import class_colours, class_map, key, save, show
 from examples.paired import REFERENCES
 from examples.report import spaced
 from examples.trials import Trial
@@ -37,8 +37,10 @@ def draw(folder: Path, results: dict, slices: Slices, trials: dict[tuple[str, in
         drawn.append(folder / "labels.png")
         tables = {label: found["summary"][part]["dice"] for label, found in results["labels"].items()}
         label_lines(drawn[-1], tables, part)
-    drawn.append(folder / "segmentations.png")
-    pictures(drawn[-1], next(iter(trials.values())), slices, part, list(table)[:SHOWN])
+    trial = next(iter(trials.values()))
+    if shown := spaced(slices, trial.split.test if part == "test" else trial.split.val):
+        drawn.append(folder / "segmentations.png")
+        pictures(drawn[-1], trial, slices, shown, list(table)[:SHOWN])
     return drawn
 
 
@@ -118,20 +120,19 @@ def finish(axes, title: str) -> None:
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def pictures(path: Path, trial: Trial, slices: Slices, part: str, arms: list[str]) -> None:
+def pictures(path: Path, trial: Trial, slices: Slices, shown: list[int], arms: list[str]) -> None:
     """A row per slice: image, truth, and what each arm predicts."""
-    shown = spaced(slices, trial.split.test if part == "test" else trial.split.val)
-    images, truth = slices.take(shown)
-    columns = {"truth": truth.numpy()}
-    columns |= {arm: predict(trial.network(arm), images).numpy() for arm in arms}
-    count = len(slices.classes)
+    images = slices.unpadded(slices.take(shown)[0], shown)
+    columns = {"truth": slices.truth(shown)}
+    columns |= {arm: segment(trial.network(arm), slices, shown) for arm in arms}
     figure = Figure(figsize=(2 * (1 + len(columns)), 2.4 * len(shown)))
     grid = figure.subplots(len(shown), 1 + len(columns), squeeze=False)
     for row, i in enumerate(shown):
-        show(grid[row, 0], images[row, 0].numpy(), "image" if row == 0 else "", cmap="gray")
+        show(grid[row, 0], images[row][0].numpy(), "image" if row == 0 else "", cmap="gray")
         grid[row, 0].set_ylabel(slices.ids[i], fontsize=8)
         for axes, (name, maps) in zip(grid[row, 1:], columns.items(), strict=True):
             title = name if row == 0 else ""
-            show(axes, maps[row], title, cmap=class_map(count), vmin=-0.5, vmax=count - 0.5)
+            show(axes, maps[row].numpy(), title, **class_map(len(slices.classes)))
+    key(grid[-1, 1], class_colours(slices.classes))
     figure.tight_layout()
     save(figure, path)

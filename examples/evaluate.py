@@ -38,10 +38,11 @@ def predict_volumes(network: nn.Module, images: list[Tensor], patch: tuple[int, 
     return predicted
 
 
-def segment(network: nn.Module, slices: Slices, positions: list[int]) -> Maps:
-    """The predicted class ids of these slices or volumes, in the form of their labels."""
+def segment(network: nn.Module, slices: Slices, positions: list[int]) -> list[Tensor]:
+    """The predicted class ids of these slices or volumes, without padding, as `slices.truth` has them."""
     images, _ = slices.take(positions)
-    return predict(network, images) if len(slices.size) == 2 else predict_volumes(network, images, slices.size)
+    maps = predict(network, images) if len(slices.size) == 2 else predict_volumes(network, images, slices.size)
+    return slices.unpadded(maps, positions)
 
 
 def subject_dice(prediction: Maps, truth: Maps, subjects: list[str], classes: int) -> Tensor:
@@ -56,8 +57,7 @@ def subject_dice(prediction: Maps, truth: Maps, subjects: list[str], classes: in
 
 def dice_table(network: nn.Module, slices: Slices, positions: list[int]) -> dict[str, dict[str, float | None]]:
     """{zone: {class: Dice in percent, averaged over subjects, and "mean"}}, zone "all" first; None where undefined."""
-    prediction = segment(network, slices, positions)
-    _, truth = slices.take(positions)
+    prediction, truth = segment(network, slices, positions), slices.truth(positions)
     table = {}
     for zone in ["all", *sorted({slices.zones[i] for i in positions} - {""})]:
         rows = [row for row, i in enumerate(positions) if zone in ("all", slices.zones[i])]

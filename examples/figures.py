@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from examples.files import write_atomically
 
@@ -13,9 +14,10 @@ ARM_COLOURS = {"ours": "#1f5a99", "supervised_iterations": "#b9b9b9", "supervise
 RIGHT, GAINED, LOST = "#d7dbe0", "#2e9e5b", "#c8322f"
 
 
-def class_map(classes: int) -> ListedColormap:
-    """One colour per class id."""
-    return ListedColormap([CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(classes)])
+def class_map(classes: int) -> dict:
+    """The options of `show` for class ids: one colour each."""
+    colours = ListedColormap([CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(classes)])
+    return {"cmap": colours, "vmin": -0.5, "vmax": classes - 0.5}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -34,6 +36,17 @@ def show(axes, image: np.ndarray, title: str = "", **options) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=9)
+
+
+def key(axes, colours: dict[str, str]) -> None:
+    """What the colours mean, below a picture of the last row."""
+    patches = [Patch(facecolor=colour, edgecolor="#888888", label=name) for name, colour in colours.items()]
+    axes.legend(handles=patches, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.02))
+
+
+def class_colours(classes: tuple[str, ...]) -> dict[str, str]:
+    """The colour of each class by its name, as `class_map` has them."""
+    return {name: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i, name in enumerate(classes)}
 
 
 def dice_bars(path: Path, summary: dict, titles: dict[str, str], part: str) -> None:
@@ -90,11 +103,13 @@ def learning_curves(path: Path, runs: list[dict], titles: dict[str, str]) -> Non
     save(figure, path)
 
 
-def segmentations(path: Path, ids: list[str], images, truth, baseline, ours, classes: int, baseline_title: str) -> None:
+def segmentations(
+    path: Path, ids: list[str], images, truth, baseline, ours, classes: tuple[str, ...], baseline_title: str
+) -> None:
     """A row per slice: image, truth, baseline, ours, and the pixels that ours gained and lost against the baseline."""
     figure = Figure(figsize=(10, 2.3 * len(ids)))
     grid = figure.subplots(len(ids), 5, squeeze=False)
-    colours = {"cmap": class_map(classes), "vmin": -0.5, "vmax": classes - 0.5}
+    colours = class_map(len(classes))
     for row, name in enumerate(ids):
         first = row == 0
         show(grid[row, 0], images[row], "image" if first else "", cmap="gray")
@@ -109,20 +124,22 @@ def segmentations(path: Path, ids: list[str], images, truth, baseline, ours, cla
         change[~right & was_right] = 3
         title = f"gained {int((change == 2).sum())}, lost {int((change == 3).sum())} px"
         show(grid[row, 4], change, title, cmap=ListedColormap(["white", RIGHT, GAINED, LOST]), vmin=-0.5, vmax=3.5)
+    key(grid[-1, 1], class_colours(classes))
+    key(grid[-1, 4], {"gained": GAINED, "lost": LOST, "right or wrong in both": RIGHT})
     figure.tight_layout()
     save(figure, path)
 
 
-def hard_positives(path: Path, ids: list[str], images, truth, hardness, classes: int, region: int) -> None:
+def hard_positives(path: Path, ids: list[str], images, truth, hardness, classes: tuple[str, ...], region: int) -> None:
     """A row per slice: image, truth, and 1 - the mean similarity to the positives of the pixel's region."""
     figure = Figure(figsize=(7.4, 2.6 * len(ids)), layout="constrained")
     grid = figure.subplots(len(ids), 3, squeeze=False)
-    largest = float(np.nanpercentile(np.stack(hardness), 99))
+    largest = float(np.nanpercentile(np.concatenate([map_.ravel() for map_ in hardness]), 99))
     for row, name in enumerate(ids):
         first = row == 0
         show(grid[row, 0], images[row], "image" if first else "", cmap="gray")
         grid[row, 0].set_ylabel(name, fontsize=8)
-        show(grid[row, 1], truth[row], "truth" if first else "", cmap=class_map(classes), vmin=-0.5, vmax=classes - 0.5)
+        show(grid[row, 1], truth[row], "truth" if first else "", **class_map(len(classes)))
         title = "1 - mean positive similarity" if first else ""
         show(grid[row, 2], hardness[row], title, cmap="magma", vmin=0, vmax=largest)
         height, width = hardness[row].shape
@@ -130,6 +147,7 @@ def hard_positives(path: Path, ids: list[str], images, truth, hardness, classes:
             grid[row, 2].axvline(x - 0.5, color="white", linewidth=0.4, alpha=0.5)
         for y in range(region, width, region):
             grid[row, 2].axhline(width - y - 0.5, color="white", linewidth=0.4, alpha=0.5)
+    key(grid[-1, 1], class_colours(classes))
     figure.colorbar(grid[0, 2].images[0], ax=grid.ravel().tolist(), shrink=0.6)
     save(figure, path)
 

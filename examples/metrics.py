@@ -39,20 +39,20 @@ def volume_scores(prediction: Tensor, truth: Tensor, classes: int, spacing: tupl
     return scores
 
 
-def volume_table(prediction: Tensor, slices: Slices, positions: list[int]) -> dict[str, dict[str, dict]]:
+def volume_table(prediction: list[Tensor], slices: Slices, positions: list[int]) -> dict[str, dict[str, dict]]:
     """{"dice" and "hd95": {zone: {class: mean over volumes, "mean": of the classes}}}, zone "all" first.
 
-    A volume is the slices whose ids share what stands before "/"; its zone is theirs. None where nothing counts, and
-    for every distance where the source names no "spacing_mm": {volume: mm along each axis, between slices last}.
+    `prediction`: what `segment` gives. A volume is the slices whose ids share what stands before "/"; its zone is
+    theirs. None where nothing counts, and for every distance where the source names no "spacing_mm": {volume: mm along
+    each axis, between slices last}.
     """
-    spacing = slices.source.get("spacing_mm", {})
+    spacing, truth = slices.source.get("spacing_mm", {}), slices.truth(positions)
     volumes: dict[tuple[str, str], list[int]] = {}
     for row, i in enumerate(positions):
         volumes.setdefault((slices.zones[i], slices.ids[i].rsplit("/", 1)[0]), []).append(row)
     scores = {
         key: volume_scores(
-            prediction[rows].movedim(0, -1),
-            slices.labels[[positions[row] for row in rows]].movedim(0, -1),
+            *(torch.stack([maps[row] for row in rows], -1) for maps in (prediction, truth)),
             len(slices.classes),
             spacing.get(key[1]),
         )

@@ -13,7 +13,7 @@ from examples.methods.multiscale import Multiscale
 from examples.methods.pccs import PCCS
 from examples.methods.region_contrast import RegionContrast
 from examples.settings import Settings
-from examples.stages import ImagePretraining, PixelPretraining, Stage, Supervised
+from examples.stages import ImagePretraining, PixelPretraining, Stage, Supervised, SupervisedByClock
 from hpcloss import RegionPHPCLoss
 
 SETTINGS = Settings(  # what the comparison's steps share; chosen on the validation subjects
@@ -57,7 +57,7 @@ class Step:
     iterations: int
     start: "Step | None" = None
     labels: str = "few"  # or "all": every training slice
-    seconds_of: str | None = None  # instead of iterations: as many as fit into the seconds of this arm's last step
+    seconds_of: str | None = None  # instead of iterations: as many seconds as this arm's last step trained
 
     @property
     def chain(self) -> "list[Step]":
@@ -82,7 +82,7 @@ def arms(iterations: Iterations, classes: int) -> dict[str, Step]:
         "multiscale": Multiscale,
     }
     found |= {name: Step(name, kind, iterations.second, few) for name, kind in methods.items()}
-    found["supervised-seconds"] = Step("supervised-seconds", Supervised, 0, few, seconds_of="mean-teacher")
+    found["supervised-seconds"] = Step("supervised-seconds", SupervisedByClock, 0, few, seconds_of="mean-teacher")
     images = Step("images", ImagePretraining, iterations.images)
     starts = {"stage1": images}
     for name, loss in region_losses(classes).items():

@@ -1,4 +1,4 @@
-"""Every number of a run. The defaults are those of the built-in demonstration on two CPU cores (5-8 minutes)."""
+"""Every number of a run. The defaults are those of the built-in demonstration on two CPU cores (about 5 minutes)."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """The three stages and the supervised baseline as Lightning modules: each owns its network, loss and batches."""
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -41,6 +42,15 @@ class Stage(L.LightningModule):
     def draw(self, rng: np.random.RandomState) -> Batch:
         raise NotImplementedError
 
+    def amount(self) -> tuple[float, float, str]:
+        """How much is done, of how much, in which unit."""
+        return self.trainer.global_step, self.iterations, "step"
+
+    @property
+    def schedule_steps(self) -> int:
+        """The length of the learning rates' schedule."""
+        return self.iterations
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of parameters, each with its largest learning rate."""
         raise NotImplementedError
@@ -48,9 +58,9 @@ class Stage(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         groups = self.parameter_groups()
         optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
-        rise = 0.2 if self.iterations != 5 else 0.3  # a fifth of 5 steps ends where it begins: a division by zero
+        rise = 0.2 if self.schedule_steps != 5 else 0.3  # a fifth of 5 steps ends where it begins: a division by zero
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, [group["lr"] for group in groups], total_steps=self.iterations, pct_start=rise
+            optimizer, [group["lr"] for group in groups], total_steps=self.schedule_steps, pct_start=rise
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -137,7 +147,7 @@ class PixelPretraining(Stage):
             gather=True,
         )
         if shuffle_labels:
-            self.crops.labels = shuffled(self.slices.labels, self.seed)
+            self.crops.labels = shuffled(self.slices, self.seed)
 
     def draw(self, rng: np.random.RandomState) -> Batch:
         positions = self.pick(rng, self.split.labelled, self.settings.pixel_batch)
@@ -190,7 +200,8 @@ class Supervised(Stage):
     def validate(self) -> None:
         step, every = self.trainer.global_step, self.settings.validate_every
         last = self.curve[-1]["iteration"] if self.curve else 0
-        if step // every > last // every or last < step == self.iterations:
+        done, total, _ = self.amount()
+        if step // every > last // every or (last < step and done >= total):
             mean = dice_table(self.teacher, self.slices, self.split.val)["all"]["mean"]
             self.curve.append({"iteration": step, "seconds": round(self.seconds, 2), "dice": mean})
             self.log("validation/dice", mean or 0.0, rank_zero_only=True)
@@ -202,6 +213,43 @@ class Supervised(Stage):
             return [{"params": [*body, *head.parameters()], "lr": self.settings.scratch_lr}]
         head_lr = self.settings.head_lr_factor * self.body_lr
         return [{"params": body, "lr": self.body_lr}, {"params": list(head.parameters()), "lr": head_lr}]
+
+
+class SupervisedByClock(Supervised):
+    """The baseline at equal seconds: it trains until the clock has counted `budget` seconds of training.
+
+    The learning rates follow the same schedule, over these seconds; `iterations` is not looked at. A plan of steps from
+    a speed measured before would not do: the speed is another when other processes come or go.
+    """
+
+    TICKS = 1000  # of the schedule
+
+    def __init__(self, *args: Any, budget: float):
+        super().__init__(*args)
+        self.iterations, self.budget = sys.maxsize, max(budget, 1e-3)
+        self.elapsed = 0.0
+
+    @property
+    def schedule_steps(self) -> int:
+        return self.TICKS
+
+    def amount(self) -> tuple[float, float, str]:
+        return min(self.elapsed, self.budget), self.budget, "second"
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.elapsed = self.seconds
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        elapsed = self.seconds + time.perf_counter() - self._started
+        self.elapsed = self.trainer.strategy.broadcast(elapsed)  # the first process's: all stop at one step
+        scheduler.last_epoch = min(1.0, self.elapsed / self.budget) * (self.TICKS - 1) - 1  # and step() adds 1
+        scheduler.step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        super().on_train_batch_end(outputs, batch, index)
+        if self.elapsed >= self.budget:
+            self.trainer.should_stop = True
 
 
 class SemiSupervised(Supervised):
@@ -258,13 +306,14 @@ def ramp_up(progress: float) -> float:
     return math.exp(-5 * (1 - min(1.0, progress)) ** 2)
 
 
-def shuffled(labels: Maps, seed: int) -> Maps:
-    """Every image's label pixels in a random order: the class shares stay, all else goes."""
+def shuffled(slices: Slices, seed: int) -> Maps:
+    """Every image's label pixels, padding left alone, in a random order: the class shares stay, all else goes."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = [
-        label.flatten()[torch.rand(label.numel(), generator=generator).argsort()].view_as(label) for label in labels
-    ]
-    return torch.stack(mixed) if isinstance(labels, Tensor) else mixed
+    positions = list(range(len(slices)))
+    mixed = [label.clone() for label in slices.labels]
+    for inside in slices.unpadded(mixed, positions):  # views
+        inside[...] = inside.flatten()[torch.rand(inside.numel(), generator=generator).argsort()].view_as(inside)
+    return torch.stack(mixed) if isinstance(slices.labels, Tensor) else mixed
 
 
 def initial_network(slices: Slices, settings: Settings, seed: int) -> nn.Module:

@@ -1,18 +1,20 @@
 """Three-stage contrastive segmentation with few labels, beside its supervised baselines.
 
-    python -m examples.three_stage --data builtin --out demo                       # 5-8 minutes on two cores
+    python -m examples.three_stage --data builtin --out demo                       # about 5 minutes on two cores
     python -m examples.three_stage --data Task04_Hippocampus --labelled 4 --iterations 1000 2000 6000 --out hippocampus
     python -m examples.three_stage --data Task04_Hippocampus --volumes --patch 48 48 48 --labelled 4 --out hippocampus3d
 
 Stage 1 pre-trains the encoder with IHPC on unlabelled slices, stage 2 encoder and decoder with region PHPC on the
-labelled ones, stage 3 segments with a mean teacher. `--stage all` also trains supervised baselines at equal iterations
-and at equal seconds and linear heads on frozen bodies. A killed run goes on with --resume. Several processes share the
-work under `torchrun --nproc-per-node 2 -m examples.three_stage ...`.
+labelled ones, stage 3 segments with a mean teacher. `--stage all` also trains a supervised baseline at equal iterations
+and linear heads on frozen bodies, with --equal-seconds also a supervised baseline at equal seconds. A killed run goes
+on with --resume. Several processes share the work under `torchrun --nproc-per-node 2 -m examples.three_stage ...`.
 """
 
 import argparse
 import dataclasses
+import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,11 +30,14 @@ from examples.report import write_report
 from examples.settings import VOLUME_BATCHES, Settings
 from examples.training import quiet, rank
 
+CORES = torch.get_num_threads()  # what PyTorch would use
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line on stderr."""
     options = parse(argv)
     quiet()
+    leave_a_core()
     try:
         run(options)
     except DataError as error:
@@ -46,6 +51,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
         return 130
     return 0
+
+
+def leave_a_core() -> None:
+    """Computes with one thread fewer than there are cores, unless OMP_NUM_THREADS says how many.
+
+    Threads wait for each other in every operation: where another process holds a core, as many threads as cores are
+    several times slower than one fewer.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, CORES - 1))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,6 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", type=Path, metavar="FILE.json", help="train, val, test and labelled as lists of ids or subjects")
     add("--out", type=Path, required=True, help="where checkpoints, results and figures go")
     add("--stage", choices=("all", "1", "2", "3"), default="all", help="one stage alone, without the baselines")
+    add("--equal-seconds", action="store_true", help="also train supervised for the seconds of the three stages")
     add("--resume", action="store_true", help="go on in --out from the last checkpoint")
     add("--seed", type=int, default=0, help="seed of the labelled draw, the weights and the batches")
     add("--seeds", type=int, nargs="+", metavar="S", help="several seeds: mean, sd and paired differences")
@@ -74,6 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--crop", type=int, nargs=2, default=defaults.crop, metavar=("X", "Y"), help="training crops, in pixels")
     add("--size", type=int, nargs=2, metavar=("X", "Y"), help="folders: crop or pad slices to this (multiples of 16)")
     add("--spacing", type=float, metavar="MM", help="folders: in-plane pixel size to resample to")
+    add("--subject", metavar="PATTERN", help="folders: what this matches first in a case's name is its subject")
     add("--volumes", action="store_true", help="train on 3-D patches and evaluate by a sliding window")
     add("--patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="the patch of --volumes (default 48 48 48)")
     options = parser.parse_args(argv)
@@ -95,15 +112,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.devices = started or 1
     if started not in (None, options.devices):
         parser.error(f"--devices {options.devices}: torchrun has started {started} processes")
-    if min(*options.iterations, options.devices, options.checkpoint_every) < 1:
-        parser.error("--iterations, --devices and --checkpoint-every must be at least 1")
+    counts = [*options.iterations, options.devices, options.checkpoint_every, options.slices_per_subject or 1]
+    if min(counts) < 1 or options.slices_per_subject == 0:
+        parser.error("--iterations, --devices, --checkpoint-every and --slices-per-subject must be at least 1")
     if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
         parser.error(f"--crop, --size and --patch must be multiples of {STRIDE}, at least {SMALLEST}")
+    check_reading(parser, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here")
     if len(set(options.seeds)) != len(options.seeds) or min(options.seeds) < 0:
         parser.error("--seeds must be different numbers from 0")
     return options
+
+
+def check_reading(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command line where --spacing or --subject cannot be used."""
+    if options.spacing is not None and not 0 < options.spacing < math.inf:
+        parser.error(f"--spacing {options.spacing:g}: must be above 0")
+    try:
+        re.compile(options.subject or "")
+    except re.error as error:
+        parser.error(f"--subject {options.subject}: is no regular expression ({error})")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -129,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
         remember_split(folder, split.ids(slices))
         arms = Arms(slices, split, settings, seed, folder, options.device)
         everything.append(arms)
-        arms.train(options.stage)
+        arms.train(options.stage, options.equal_seconds)
         if rank() > 0:
             continue
         if options.stage == "all":
@@ -150,7 +179,8 @@ def read_data(options: argparse.Namespace) -> Slices:
     from examples.data.folders import read_folder, read_volumes
 
     folder, size = Path(options.data), tuple(options.size) if options.size else None
-    return read_volumes(folder, patch, options.spacing) if patch else read_folder(folder, size, options.spacing)
+    more = options.spacing, options.subject
+    return read_volumes(folder, patch, *more) if patch else read_folder(folder, size, *more)
 
 
 def choose_split(options: argparse.Namespace, slices: Slices, labelled: list[int] | None, seed: int) -> Split:
@@ -170,6 +200,11 @@ def describe(slices: Slices) -> str:
     values = slices.source.get("label_values", [])
     if values != list(range(len(values))):
         text += f" (label values {', '.join(map(str, values))} became 0 to {len(values) - 1})"
+    if grey := slices.source.get("grey_to_rgb"):
+        text += f"; {grey} grey pictures became RGB like the other {slices.source['cases'] - grey}"
+    if outside := slices.source.get("foreground_outside"):
+        size = " x ".join(map(str, slices.size))
+        text += f"; {100 * outside:.1f} % of the foreground lies outside of {size} and does not count (--size)"
     return text
 
 
@@ -184,6 +219,7 @@ def open_folder(options: argparse.Namespace, settings: Settings) -> None:
         "patch": options.patch,
         "size": options.size,
         "spacing": options.spacing,
+        "subject": options.subject,
         **dataclasses.asdict(settings),
     }
     started = {name: list(value) if isinstance(value, tuple) else value for name, value in started.items()}

@@ -37,23 +37,43 @@ def rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+class Bar:
+    """How much of a training is done: a bar in a terminal, elsewhere a line a minute."""
+
+    def __init__(self, name: str, unit: str, total: float, done: float = 0, shown: bool = True):
+        self.name, self.unit, self.total, self.done, self.shown = name, unit, total, done, shown
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} " + unit + "s [{elapsed}<{remaining}]"
+        hidden = not (shown and sys.stderr.isatty())
+        self.bar = tqdm(
+            desc=name, total=total, initial=done, disable=hidden, dynamic_ncols=True, leave=False, bar_format=form
+        )
+        self.said = time.monotonic()
+
+    def move_to(self, done: float) -> None:
+        """Says that this much of the total is done."""
+        self.bar.update(done - self.done)
+        self.done = done
+        if self.shown and not sys.stderr.isatty() and time.monotonic() - self.said > 60:
+            self.said = time.monotonic()
+            print(f"{self.name}: {self.unit} {done:.0f} of {self.total:.0f}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self.bar.close()
+
+
 class Progress(L.Callback):
-    """A bar of all steps of a stage in a terminal; elsewhere a line a minute."""
+    """The bar of a stage."""
 
     def __init__(self, name: str):
         self.name = name
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        shown = trainer.is_global_zero and sys.stderr.isatty()
-        total, done = trainer.max_steps, trainer.global_step
-        self.bar = tqdm(desc=self.name, total=total, initial=done, disable=not shown, dynamic_ncols=True, leave=False)
-        self.said = time.monotonic()
+    def on_train_start(self, trainer: L.Trainer, module: Stage) -> None:
+        done, total, unit = module.amount()
+        self.bar = Bar(self.name, unit, total, done, trainer.is_global_zero)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        self.bar.update()
-        if trainer.is_global_zero and not sys.stderr.isatty() and time.monotonic() - self.said > 60:
-            self.said = time.monotonic()
-            print(f"{self.name}: step {trainer.global_step} of {trainer.max_steps}", file=sys.stderr, flush=True)
+    def on_train_batch_end(self, trainer: L.Trainer, module: Stage, *_: object) -> None:
+        self.bar.move_to(module.amount()[0])
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):  # a stage that was done already has none
@@ -99,7 +119,7 @@ def train(stage: Stage, folder: Path, settings: Settings, device: str) -> dict:
     except SystemExit as stop:  # what Lightning makes of Ctrl-C and of SIGTERM
         raise KeyboardInterrupt from stop
     if trainer.is_global_zero:
-        done = {"iterations": stage.iterations, "seconds": round(stage.seconds, 2), "curve": stage.curve}
+        done = {"iterations": trainer.global_step, "seconds": round(stage.seconds, 2), "curve": stage.curve}
         write_json(folder / DONE, done)
     trainer.strategy.barrier()
     return read_json(folder / DONE)

@@ -10,7 +10,7 @@ from torch import nn
 
 from examples.data.slices import DataError, Slices
 from examples.data.splits import Split
-from examples.evaluate import predict
+from examples.evaluate import segment
 from examples.files import read_json, write_json
 from examples.metrics import volume_table
 from examples.networks import build_network, load_body
@@ -68,8 +68,8 @@ class Trial:
         L.seed_everything(self.seed, verbose=False)
         settings = self.settings if lr is None else dataclasses.replace(self.settings, scratch_lr=lr)
         split = self.split if step.labels == "few" else dataclasses.replace(self.split, labelled=self.split.train)
-        iterations = step.iterations if step.seconds_of is None else self.steps_in(step)
-        stage = step.kind(self.slices, split, settings, iterations, self.seed)
+        budget = {} if step.seconds_of is None else {"budget": self.seconds_of(step)}
+        stage = step.kind(self.slices, split, settings, step.iterations, self.seed, **budget)
         stage.number = len(step.chain)  # keeps its random draws apart from those of the steps before it
         if step.start is not None:
             self.start_from(stage.network, step.start)
@@ -87,18 +87,12 @@ class Trial:
         else:
             load_body(network, read_weights(checkpoint, "network."))
 
-    def steps_in(self, step: Step) -> int:
-        """How many supervised steps fit into the measured seconds of another arm's last step; decided once."""
-        path = self.folder / step.name / "plan.json"
+    def seconds_of(self, step: Step) -> float:
+        """The measured seconds of the other arm's last step that this one is to train for."""
+        path = self.folder / str(step.seconds_of) / DONE
         if not path.is_file():
-            paths = [self.folder / name / DONE for name in (str(step.seconds_of), "supervised")]
-            for needed in paths:
-                if not needed.is_file():
-                    raise DataError(f"{needed}: {step.name} is measured by it; train that arm too")
-            theirs, ours = map(read_json, paths)
-            steps = max(1, round(ours["iterations"] * theirs["seconds"] / max(ours["seconds"], 1e-3)))
-            write_json(path, {"iterations": steps, "seconds": theirs["seconds"]})
-        return read_json(path)["iterations"]
+            raise DataError(f"{path}: {step.name} is measured by it; train that arm too")
+        return read_json(path)["seconds"]
 
     def network(self, arm: str) -> nn.Module:
         """A trained arm's network."""
@@ -124,8 +118,8 @@ class Trial:
             network = build_network(self.slices.channels, len(self.slices.classes), self.settings.features)
             if body != RANDOM:
                 load_body(network, read_weights(self.folder / body / CHECKPOINT, "network."))
-            head = linear_probe(network.to(self.place), self.slices, self.split, self.settings, self.seed)
-            table = volume_table(predict(head, self.slices.images[self.split.val]), self.slices, self.split.val)
+            head = linear_probe(network.to(self.place), self.slices, self.split, self.settings, self.seed, body)
+            table = volume_table(segment(head, self.slices, self.split.val), self.slices, self.split.val)
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"dice": table["dice"]["all"]["mean"]})
             print(f"{self.folder.parent.name}  seed {self.seed}  linear head on {body}", flush=True)
@@ -137,7 +131,7 @@ class Trial:
         if part == "val" and path.is_file():
             return read_json(path)
         positions = getattr(self.split, part)
-        table = volume_table(predict(self.network(arm), self.slices.images[positions]), self.slices, positions)
+        table = volume_table(segment(self.network(arm), self.slices, positions), self.slices, positions)
         if part == "val":
             write_json(path, table)
         return table

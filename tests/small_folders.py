@@ -23,8 +23,8 @@ def volume(number, shape=(20, 28, 3), classes=3, dtype=np.uint8):
     return (label * 40 + rng.normal(100, 10, shape)).astype(np.float32), label
 
 
-def write_msd(folder, cases=6, labels=("background", "Anterior", "Posterior"), **kind):
-    names = [f"case_{number:03d}" for number in range(cases)]
+def write_msd(folder, cases=6, labels=("background", "Anterior", "Posterior"), names=None, **kind):
+    names = names or [f"case_{number:03d}" for number in range(cases)]
     for number, name in enumerate(names):
         image, label = volume(number, **kind)
         save(folder / "imagesTr" / f"{name}.nii.gz", image)
@@ -34,7 +34,7 @@ def write_msd(folder, cases=6, labels=("background", "Anterior", "Posterior"), *
         "tensorImageSize": "3D",
         "modality": {"0": "MRI"},
         "labels": {str(number): name for number, name in enumerate(labels)},
-        "numTraining": cases,
+        "numTraining": len(names),
         "numTest": 1,
         "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
         "test": ["./imagesTs/unlabelled.nii.gz"],
@@ -68,8 +68,8 @@ def save_h5(path, **arrays):
             file.create_dataset(name, data=array, compression="gzip")
 
 
-def write_h5(folder, patients=6, by_slice=False, by_volume=True, **kind):
-    """The same volumes as write_acdc, in the layout of SSL4MIS."""
+def write_h5(folder, patients=6, by_slice=False, by_volume=True, slices="slices", **kind):
+    """The same volumes as write_acdc, in the layout of SSL4MIS; `slices`: the folder of slices, "." beside volumes."""
     for number in range(patients):
         for frame in (1, 9):
             name = f"patient{number + 1:03d}_frame{frame:02d}"
@@ -77,16 +77,37 @@ def write_h5(folder, patients=6, by_slice=False, by_volume=True, **kind):
             if by_volume:
                 save_h5(folder / "data" / f"{name}.h5", image=image, label=label)
             for z in range(len(image) if by_slice else 0):
-                save_h5(folder / "data" / "slices" / f"{name}_slice_{z + 1}.h5", image=image[z], label=label[z])
+                save_h5(folder / "data" / slices / f"{name}_slice_{z + 1}.h5", image=image[z], label=label[z])
     return folder
 
 
-def write_pictures(folder, count=6, size=(40, 30), values=(0, 255), masks="masks", ending=""):
+def write_pictures(folder, count=6, size=(40, 30), values=(0, 255), masks="masks", ending="", names=None):
     """Grey PNG pictures of boxes, size = (width, height), and their masks with these values."""
+    names = names or [f"p{number}" for number in range(count)]
     for path in (folder / "images", folder / masks):
         path.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
+    for number, name in enumerate(names):
         image, label = (rows_from_the_top(array)[0] for array in volume(number, (*size, 1), len(values)))
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"p{number}.png")
-        Image.fromarray(np.array(values, np.uint8)[label]).save(folder / masks / f"p{number}{ending}.png")
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{name}.png")
+        Image.fromarray(np.array(values, np.uint8)[label]).save(folder / masks / f"{name}{ending}.png")
+    return folder
+
+
+def write_ssl4mis(folder, patients=9, **kind):
+    """ACDC as SSL4MIS has it, in one folder: slices of the training patients, volumes of the others, and the lists."""
+    write_h5(folder, patients, by_slice=True, slices=".", **kind)
+    names = [f"patient{number + 1:03d}_frame{frame:02d}" for number in range(patients) for frame in (1, 9)]
+    train, val, test = names[:-8], names[-8:-4], names[-4:]
+    slices = []
+    for name in names:
+        own = sorted((folder / "data").glob(f"{name}_slice_*.h5"))
+        if name in train:
+            slices += own
+            (folder / "data" / f"{name}.h5").unlink()
+        else:
+            for path in own:
+                path.unlink()
+    lists = {"train": train, "val": val, "test": test, "train_slices": [path.stem for path in slices]}
+    for part, lines in lists.items():
+        (folder / f"{part}.list").write_text("\n".join(lines) + "\n")
     return folder

@@ -284,6 +284,7 @@ def arguments(folder, out, *more, seeds=1, iterations=TINY):
 def test_every_arm_runs_and_the_test_part_is_read_once(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert compare.main(arguments(folder, out)) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.startswith("data: MSD, 24 slices of 8 subjects; classes: background, Anterior,")
     results = json.loads((out / "results.json").read_text())
     run = results["labels"]["cases2"]["runs"][0]
     assert list(run["arms"]) == list(arms(TINY, 3))
@@ -294,6 +295,8 @@ def test_every_arm_runs_and_the_test_part_is_read_once(folder, tmp_path, capsys)
         assert entry["validation"]["dice"]["all"]["mean"] is not None
     assert run["arms"]["stages12-default+mt"]["iterations"] == TINY.warm + TINY.second
     assert run["arms"]["supervised"]["iterations"] == TINY.warm + TINY.supervised
+    seconds = [run["arms"][name]["steps"][name]["seconds"] for name in ("mean-teacher", "supervised-seconds")]
+    assert 0 < seconds[0] <= seconds[1], "by the clock"
     pixels = [f"pixels-{name}" for name in ("alone", "default", "hardness0", "published", "two-granularities")]
     assert set(run["probes"]) == {"random", "images", "pixels-whole-region", *pixels}
     assert len(set(run["probes"].values())) > 1 and all(0 <= dice <= 100 for dice in run["probes"].values())
@@ -403,7 +406,9 @@ def test_other_settings_do_not_go_on_in_one_folder(folder, tmp_path, capsys):
     assert "was started with iterations of warm = 6, now 8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [["--seeds", "0"], ["--methods", "none"], ["--methods", "supervised-seconds"]])
+@pytest.mark.parametrize(
+    "more", [["--seeds", "0"], ["--methods", "none"], ["--methods", "supervised-seconds"], ["--subject", "("]]
+)
 def test_impossible_options(tmp_path, more):
     with pytest.raises(SystemExit) as ended:
         compare.main(["--out", str(tmp_path), *more])

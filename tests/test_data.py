@@ -1,8 +1,12 @@
 """The example's data: virtual subjects, folders in every layout, splits, and one clear line for every bad input."""
 
 import json
+import os
+import re
 import shutil
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +18,23 @@ nib = pytest.importorskip("nibabel", reason="the examples need the `examples` ex
 pytest.importorskip("h5py", reason="the examples need the `examples` extra")
 
 from PIL import Image  # noqa: E402
-from small_folders import save, save_h5, volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
+from small_folders import (  # noqa: E402
+    save,
+    save_h5,
+    volume,
+    write_acdc,
+    write_h5,
+    write_msd,
+    write_pictures,
+    write_ssl4mis,
+)
 
 from examples.data import virtual_subjects as virtual  # noqa: E402
-from examples.data.folders import read_folder  # noqa: E402
+from examples.data.folders import FINDERS, read_folder, recognise  # noqa: E402
+from examples.data.layout import subject_of  # noqa: E402
 from examples.data.slices import DataError  # noqa: E402
 from examples.data.splits import apply_split_file, assign_parts, draw_slices, draw_split  # noqa: E402
+from examples.three_stage import describe  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------- virtual subjects
 
@@ -138,13 +153,24 @@ def test_a_split_file_names_ids_cases_or_subjects(tmp_path):
 
 
 BAD_SPLITS = {
-    "no part": ({"train": ["patient001"]}, r"split\.json: no JSON of"),
+    "no part": ({"train": ["patient001"]}, r"split\.json: is not of the form"),
+    "text": ({"train": "patient001"}, r"split\.json: is not of the form"),
+    "nested": ({"train": [["patient001"]]}, r"split\.json: is not of the form"),
     "unknown": ({"test": ["patient009"]}, r"split\.json: test: 'patient009' is no id, case or subject of the data"),
     "empty": ({"val": []}, r"split\.json: val: is empty"),
     "two parts": ({"val": ["patient001_frame09"]}, r"split\.json: subject patient001 is in train and in val"),
     "labelled": ({"labelled": ["patient003/000", "patient003"]}, r"labelled: 'patient003/000' is no id"),
     "labelled held out": ({"labelled": ["patient003"]}, r"labelled: patient003_frame01/000 is not among the training"),
 }
+
+
+def test_a_split_file_that_is_no_split_file(tmp_path):
+    data = read_folder(write_acdc(tmp_path))
+    for content, message in ((b"[1, 2]", "is not of the form"), (b"{", "is no JSON"), (b"\xff\xfe", "is no JSON")):
+        (tmp_path / "split.json").write_bytes(content)
+        with pytest.raises(DataError, match=rf"split\.json: {message}") as caught:
+            apply_split_file(data, tmp_path / "split.json")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", BAD_SPLITS)
@@ -214,6 +240,11 @@ def change_index(folder, **entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
+def two_of_one_name(folder):
+    entries = json.loads((folder / "dataset.json").read_text())["training"]
+    change_index(folder, training=[*entries, entries[1]])
+
+
 BAD_FOLDERS = {
     "missing image": (lambda f: (f / "imagesTr/case_002.nii.gz").unlink(), r"imagesTr/case_002\.nii\.gz: no such file"),
     "missing label": (lambda f: (f / "labelsTr/case_002.nii.gz").unlink(), r"labelsTr/case_002\.nii\.gz: no such file"),
@@ -238,6 +269,7 @@ BAD_FOLDERS = {
     "no index": (lambda f: (f / "dataset.json").unlink(), "neither dataset.json .* nor patient"),
     "no JSON": (lambda f: (f / "dataset.json").write_text("{"), r"dataset\.json: not an MSD index"),
     "no labels": (lambda f: change_index(f, labels={"0": "background"}), r"dataset\.json: needs a background and"),
+    "one name twice": (two_of_one_name, r"dataset\.json: two training cases are called case_001"),
 }
 
 
@@ -257,6 +289,136 @@ def test_bad_acdc_folders(tmp_path):
     (tmp_path / "training/patient002/patient002_frame09_gt.nii.gz").unlink()
     with pytest.raises(DataError, match=r"patient002_frame09_gt\.nii\.gz: no such file"):
         read_folder(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- patients
+
+
+def without_lists(folder):
+    for path in write_ssl4mis(folder).glob("*.list"):
+        path.unlink()
+    return folder
+
+
+def several(*endings, patients=6):
+    """Names of files, of each patient one with each ending."""
+    return [f"patient{number:03d}{ending}" for number in range(1, patients + 1) for ending in endings]
+
+
+FRAMES, SLICES = several("_frame01", "_frame09"), several(*(f"_frame{f:02d}_slice_{z}" for f in (1, 9) for z in (1, 2)))
+PATIENTS = {  # folders in every layout that the reader knows, with several files of each patient
+    "MSD, frames": partial(write_msd, names=FRAMES),
+    "MSD, end of diastole and of systole": partial(write_msd, names=several("_ED", "_ES")),
+    "MSD, sessions": partial(write_msd, names=[f"sub-{n:02d}_ses-{m}_T{m}w" for n in range(1, 7) for m in (1, 2)]),
+    "MSD, time points": partial(write_msd, names=several("_t1", "_t2")),
+    "ACDC": write_acdc,
+    "ACDC, training alone": partial(write_acdc, patients=6, tests=0),
+    "h5 volumes": write_h5,
+    "h5 slices in slices/": partial(write_h5, by_slice=True, by_volume=False),
+    "h5 slices in slices/ and volumes": partial(write_h5, by_slice=True),
+    "h5 slices in data/": partial(write_h5, by_slice=True, by_volume=False, slices="."),
+    "h5 slices and volumes in data/": partial(write_h5, by_slice=True, slices="."),
+    "h5 slices and volumes of SSL4MIS": write_ssl4mis,
+    "h5 slices and volumes of SSL4MIS without lists": without_lists,
+    "PNG slices": partial(write_pictures, names=SLICES),
+    "PNG slices beside their masks": partial(write_pictures, names=SLICES, masks="images", ending="_mask"),
+    "PNG views": partial(write_pictures, names=several("_2CH_ED", "_2CH_ES", "_4CH_ED")),
+    "PNG eyes": partial(write_pictures, names=several("L", "R")),
+}
+
+
+def patient(name):
+    return re.match(r"patient\d{3}|sub-\d{2}", name)[0]
+
+
+def check_patients(slices, count):
+    """Each of `count` patients is one subject, and in one part."""
+    parts = {part: {patient(slices.ids[i]) for i in slices.of_part(part)} for part in ("train", "val", "test")}
+    assert all(parts.values()) and sum(map(len, parts.values())) == len(set().union(*parts.values())) == count, parts
+    assert set(slices.subjects) == set().union(*parts.values())
+
+
+@pytest.mark.parametrize("name", PATIENTS)
+def test_no_patient_is_in_two_parts(tmp_path, name):
+    folder = PATIENTS[name](tmp_path)
+    check_patients(read_folder(folder), 9 if "SSL4MIS" in name else 6)
+
+
+def test_every_layout_is_among_the_folders_of_patients(tmp_path):
+    found = set()
+    for number, write in enumerate(PATIENTS.values()):
+        (tmp_path / str(number)).mkdir()
+        found.add(next(find for find in FINDERS if find(write(tmp_path / str(number))) is not None))
+    assert found == set(FINDERS)
+
+
+def test_the_flat_folder_of_ssl4mis(tmp_path):
+    flat = read_folder(write_ssl4mis(tmp_path / "flat"))
+    names = (tmp_path / "flat" / "train_slices.list").read_text().split()
+    assert len(flat.of_part("train")) == len(names) == 30 and flat.source["layout"] == "h5 slices and volumes"
+    assert [flat.ids[i] for i in flat.of_part("val")][:4] == [
+        f"patient006_frame{f}" for f in ("01/000", "01/001", "01/002", "09/000")
+    ]
+    whole = read_folder(write_h5(tmp_path / "volumes", 9))
+    for subject in ("patient001", "patient006", "patient009"):
+        ours, theirs = ([i for i, name in enumerate(s.subjects) if name == subject] for s in (flat, whole))
+        assert torch.equal(flat.images[ours], whole.images[theirs]), "slices are put together and normalised together"
+        assert torch.equal(flat.labels[ours], whole.labels[theirs])
+
+
+@pytest.mark.skipif("HPCLOSS_DATA" not in os.environ, reason="HPCLOSS_DATA names no folder that holds acdc/")
+def test_the_real_folder_of_ssl4mis():
+    layout = recognise(Path(os.environ["HPCLOSS_DATA"]) / "acdc")
+    parts = {part: {case.subject for case in layout.cases if case.part == part} for part in ("train", "val", "test")}
+    assert {part: len(subjects) for part, subjects in parts.items()} == {"train": 70, "val": 10, "test": 20}
+    assert len(set().union(*parts.values())) == 100, "a patient is in two parts"
+    assert sum(len(case.files) for case in layout.cases if case.part == "train") == 1312
+
+
+SUBJECTS = {
+    "patient003_frame01_slice_7": "patient003",
+    "patient003-frame1": "patient003",
+    "case0005_slice000": "case0005",
+    "sub-01_ses-02_run-1_T1w": "sub-01",
+    "sub-01_T2w": "sub-01",
+    "p7_week12": "p7",
+    "A0S9V9_sa_ES": "A0S9V9",
+    "Image_01L": "Image_01",
+    "hippocampus_001": "hippocampus_001",
+    "BRATS_001": "BRATS_001",
+    "la_003": "la_003",
+    "frame_0003": "frame_0003",
+    "ISIC_0000003": "ISIC_0000003",
+    "00071198d059": "00071198d059",
+    "train_test_1": "train_test_1",
+}
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_the_subject_of_a_name(name):
+    assert subject_of(name) == SUBJECTS[name]
+
+
+def test_names_that_may_be_of_one_subject_are_not_divided_in_silence(tmp_path):
+    write_pictures(tmp_path, names=several("_1", "_2", patients=4))
+    message = r"patient001_1 and patient001_2 may be one subject: --subject PATTERN"
+    with pytest.raises(DataError, match=message):
+        read_folder(tmp_path)
+    check_patients(read_folder(tmp_path, subject=".+(?=_)"), 4)
+    assert len(set(read_folder(tmp_path, subject=".+").subjects)) == 8
+    with pytest.raises(DataError, match=r"--subject \^case: matches nothing in patient001_1"):
+        read_folder(tmp_path, subject="^case")
+    write_lists(tmp_path, train=["patient001_1", "patient001_2"], val=["patient002_1"], test=["patient003_1"])
+    assert len(read_folder(tmp_path)) == 4, "lists say what is in which part"
+    write_lists(tmp_path, val=["patient001_1"])
+    with pytest.raises(DataError, match="subject patient001 is named for train and for val"):
+        read_folder(tmp_path, subject=".+(?=_)")
+
+
+@pytest.mark.parametrize("name", PATIENTS)
+def test_a_pattern_tells_subjects_in_every_layout(tmp_path, name):
+    slices = read_folder(PATIENTS[name](tmp_path), subject=r"^[a-z-]+\d+")
+    check_patients(slices, 9 if "SSL4MIS" in name else 6)
 
 
 # ------------------------------------------------------------------------------------------------------------- h5
@@ -316,6 +478,18 @@ def test_h5_lists_name_the_parts_and_leave_the_rest_out(tmp_path):
     assert sorted(drawn.values()) == ["test", "train", "train", "train", "val"], "parts without a list are drawn"
 
 
+@pytest.mark.parametrize("write", [write_h5, partial(write_pictures, names=several("_frame1", "_frame2"))])
+def test_what_lists_of_validation_and_test_do_not_name_is_for_training(tmp_path, write):
+    first, second = ("patient001_frame01", "patient002_frame01") if write is write_h5 else several("_frame1")[:2]
+    slices = read_folder(write_lists(write(tmp_path), val=[first], test=[second]))
+    assert slices.parts == {f"patient{n:03d}": {1: "val", 2: "test"}.get(n, "train") for n in range(1, 7)}
+
+
+def test_a_spacing_that_leaves_no_class(tmp_path):
+    with pytest.raises(DataError, match="no pixel of a class is left at a spacing of 500"):
+        read_folder(write_msd(tmp_path), spacing=500)
+
+
 def spoil(folder, name="patient002_frame01", **arrays):
     image, label = np.zeros((3, 28, 20), np.float32), np.ones((3, 28, 20), np.uint8)
     save_h5(folder / "data" / f"{name}.h5", **({"image": image, "label": label} | arrays))
@@ -350,11 +524,24 @@ BAD_H5 = {
         "subject patient001 is named for train and for val",
     ),
     "empty list": (lambda f: write_lists(f, val=[]), r"val\.list: names no case"),
+    "no text": (lambda f: (f / "val.list").write_bytes(b"\xff\xfe"), r"val\.list: is no text"),
     "other size": (
         lambda f: save_h5(
             f / "data/slices/patient001_frame01_slice_2.h5", image=np.zeros((28, 24)), label=np.zeros((28, 24))
         ),
         r"patient001_frame01_slice_2\.h5: is 28 x 24, patient001_frame01_slice_1\.h5 of the same volume 28 x 20",
+    ),
+    "one slice twice": (
+        lambda f: save_h5(f / "data/patient001_frame01_slice02.h5", image=np.zeros((28, 20)), label=np.zeros((28, 20))),
+        r"patient001_frame01_slice_2\.h5: is slice 2 of patient001_frame01, and so is patient001_frame01_slice02\.h5",
+    ),
+    "a deep slice": (
+        lambda f: spoil(f, "slices/patient001_frame01_slice_2"),
+        r"patient001_frame01_slice_2\.h5: is named as one slice and holds 3",
+    ),
+    "slice and volume": (
+        lambda f: write_lists(f, val=["patient001_frame01", "patient001_frame01_slice_2"]),
+        r"patient001_frame01: a list names it and slices of it",
     ),
     "no file": (lambda f: shutil.rmtree(f / "data"), "neither dataset.json"),
 }
@@ -363,7 +550,7 @@ BAD_H5 = {
 @pytest.mark.parametrize("name", BAD_H5)
 def test_bad_h5_folders(tmp_path, name):
     breaks, message = BAD_H5[name]
-    breaks(write_h5(tmp_path, by_slice=name == "other size"))
+    breaks(write_h5(tmp_path, by_slice=name in ("other size", "one slice twice", "a deep slice", "slice and volume")))
     with pytest.raises(DataError, match=message) as caught:
         read_folder(tmp_path)
     assert "\n" not in str(caught.value)
@@ -444,6 +631,21 @@ def test_pictures_with_lists(tmp_path):
     assert slices.parts == {"p1": "train", "p3": "train", "p0": "val", "p5": "test"}
 
 
+def test_grey_and_rgb_pictures_in_one_folder(tmp_path):
+    grey = read_folder(write_pictures(tmp_path))
+    rng = np.random.default_rng(0)
+    for number in (1, 4):
+        path = tmp_path / f"images/p{number}.png"
+        Image.fromarray(rng.integers(255, size=(30, 40, 3), dtype=np.uint8)).save(path)
+    mixed = read_folder(tmp_path)
+    assert mixed.images.shape == (6, 3, 48, 32) and mixed.source["grey_to_rgb"] == 4
+    for number in (0, 2, 3, 5):
+        assert torch.equal(mixed.images[number], grey.images[number].expand(3, -1, -1))
+    assert not torch.equal(mixed.images[1, 0], mixed.images[1, 1])
+    assert describe(mixed).endswith("; 4 grey pictures became RGB like the other 2")
+    assert "RGB" not in describe(grey) and "grey_to_rgb" not in grey.source
+
+
 BAD_PICTURES = {
     "damaged image": (
         lambda f: (f / "images/p2.png").write_bytes(b"no picture"),
@@ -462,10 +664,6 @@ BAD_PICTURES = {
     "shapes": (
         lambda f: Image.new("L", (40, 31)).save(f / "masks/p2.png"),
         r"masks/p2\.png: has shape \(40, 31, 1\), its image p2\.png \(40, 30, 1\)",
-    ),
-    "channels": (
-        lambda f: Image.new("RGB", (40, 30), (9, 8, 7)).save(f / "images/p2.png"),
-        r"images/p2\.png: has 3 channels, p0\.png has 1",
     ),
     "photograph": (
         lambda f: Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)).save(f / "masks/p2.png"),

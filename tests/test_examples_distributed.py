@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,7 +72,9 @@ def weights(folder):
 
 
 def on_each_process(folder):
-    from examples import arms, stages, three_stage
+    from examples import arms, stages, three_stage, training
+    from examples.data.folders import read_folder
+    from examples.data.splits import draw_split
     from examples.settings import Settings
 
     number, calls = int(os.environ["RANK"]), []
@@ -107,6 +110,14 @@ def on_each_process(folder):
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
         with pytest.raises(SystemExit):
             run("other", "1", "--devices", "3")
+        # Equal seconds are those of the first process: the second, whose clock is faster, trains as many steps.
+        slices = read_folder(folder / "msd")
+        settings = Settings(crop=(32, 32), checkpoint_every=2, devices=2, **SETTINGS)
+        timed = stages.SupervisedByClock(slices, draw_split(slices, 2, 1, 0), settings, 0, 0, budget=5.0)
+        seconds = iter(range(0, 1000, 1 + 2 * number))
+        patch.setattr(stages, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+        done = training.train(timed, folder / "clock" / "seed0" / "arm", settings, "cpu")
+        assert of_all(done["iterations"]) == [done["iterations"]] * 2 and done["seconds"] >= 5
     assert len(calls) == 2 * STEPS + 3 + 2, (
         "stages 1 and 2; stage 1 stopped at the fourth step, resumed after the second"
     )

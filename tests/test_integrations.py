@@ -334,6 +334,21 @@ def test_monai_loop_trains_and_evaluates(tmp_path, capsys):
     assert "Dice of 1 held-out cases" in capsys.readouterr().out
 
 
+def test_monai_loop_holds_out_whole_subjects_and_scores_no_padding(tmp_path, monkeypatch):
+    names = [f"patient{number}_frame{frame}" for number in range(6) for frame in (1, 2)]
+    folder = write_msd(tmp_path, names=names, shape=(20, 32, 28))
+    used, seen = [], []
+    cached, infer = monai_loop.CacheDataset, monai_loop.sliding_window_inference
+    monkeypatch.setattr(monai_loop, "CacheDataset", lambda cases, *a, **o: used.append(cases) or cached(cases, *a, **o))
+    monkeypatch.setattr(
+        monai_loop, "sliding_window_inference", lambda image, *a, **o: seen.append(image.shape) or infer(image, *a, **o)
+    )
+    monai_loop.main([str(folder), *"--steps 1 --patch 32 32 32 --features 4 4 4 4 8 4".split()])
+    training, held_out = ({case["image"].rsplit("/", 1)[1][:8] for case in cases} for cases in used)
+    assert held_out == {"patient0", "patient5"} and training == {f"patient{n}" for n in (1, 2, 3, 4)}
+    assert set(seen) == {(1, 1, 20, 32, 28)}, "as stored, not padded to the patch"
+
+
 # ---------------------------------------------------------------------------------------------------------- Lightning
 
 
@@ -341,10 +356,12 @@ def test_monai_loop_trains_and_evaluates(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # Lightning's own call of torch
 def test_lightning_module_fits_and_logs(tmp_path):
-    folder = write_msd(tmp_path / "data", cases=6, shape=(32, 32, 4))
+    folder = write_msd(tmp_path / "data", cases=6, shape=(28, 20, 4))
     trainer = lightning_module.main([str(folder), "--steps", "3", "--out", str(tmp_path / "out")])
     assert trainer.global_step == 3
     logged = trainer.logged_metrics | trainer.callback_metrics
+    for _, labels in (*trainer.train_dataloader.dataset, *trainer.val_dataloaders.dataset):
+        assert (labels[2:30, 6:26] >= 0).all() and (labels >= 0).sum() == 28 * 20, "padding counts in no loss"
     names = {"train/cross_entropy", "train/contrast", "val/cross_entropy", "contrast/counted_anchors"}
     assert names <= set(logged) and all(logged[name].isfinite() for name in names)
     assert logged["train/contrast"] > 0 and logged["contrast/counted_anchors"] > 0

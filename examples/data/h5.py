@@ -1,12 +1,13 @@
 """HDF5 files as the benchmarks of semi-supervised segmentation keep them (ACDC of SSL4MIS): datasets `image`, `label`.
 
-Per slice: FOLDER/[data/]slices/patient001_frame01_slice_1.h5, [H, W]; the slices of a volume are put together again.
-Per volume: FOLDER/[data/]patient001_frame01.h5, [Z, H, W]. FOLDER/train_slices.list (slices), train.list, val.list and
-test.list (volumes) name the parts, where they exist: then what no list names is left out. Subjects are told by name:
-what stands before _frame.
+Per slice: FOLDER/[data/][slices/]patient001_frame01_slice_1.h5, [H, W]; the slices of a volume are put together again.
+Per volume: FOLDER/[data/]patient001_frame01.h5, [Z, H, W]. Both may lie in one folder: the name tells which it is.
+FOLDER/train_slices.list (slices), train.list, val.list and test.list (volumes) name the parts, where they exist: then
+what no list names is left out, or without a list of training cases is one of these.
 """
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -15,29 +16,38 @@ import torch
 from monai.transforms import NormalizeIntensity
 from torch import Tensor
 
-from examples.data.layout import Case, Layout, Volume, check_pair, first_line, from_rows, read_lists, rescaled
+from examples.data.layout import (
+    Case,
+    Layout,
+    Volume,
+    check_pair,
+    first_line,
+    from_rows,
+    read_lists,
+    rescaled,
+    subject_of,
+)
 from examples.data.slices import DataError
 
 KEYS = ("image", "label")
 SLICE_LIST = "train_slices.list"
 SLICE = re.compile(r"(.+)_slice_?(\d+)")
-FRAME = re.compile(r"_frame_?\d+$")
 
 
 def find_h5(folder: Path) -> Layout | None:
-    """The cases that the lists name, or all of them; training cases from slices/ where there is such a folder."""
+    """The cases that the lists name, or all of them; a volume that is stored whole and in slices is read from these."""
     home = folder / "data" if (folder / "data").is_dir() else folder
-    volumes = {path.stem: [path] for path in sorted(home.glob("*.h5"))}
-    slices = {path.stem: [path] for path in sorted((home / "slices").glob("*.h5"))}
-    if not volumes and not slices:
+    files = {path.stem: path for path in (*sorted(home.glob("*.h5")), *sorted((home / "slices").glob("*.h5")))}
+    if not files:
         return None
     stacks: dict[str, list[Path]] = {}
-    for name, files in slices.items():
-        stacks.setdefault(place(name)[0], []).extend(files)
+    for name, path in files.items():
+        if SLICE.fullmatch(name):
+            stacks.setdefault(place(name)[0], []).append(path)
+    known = stacks | {name: [path] for name, path in files.items()}
     lists = read_lists(folder)
-    if slices and (folder / SLICE_LIST).is_file():
+    if stacks and (folder / SLICE_LIST).is_file():
         lists |= read_lists(folder, train=SLICE_LIST)
-    known = slices | stacks | volumes
     cases = []
     for part, names in lists.items():
         listed: dict[str, list[Path]] = {}
@@ -45,11 +55,13 @@ def find_h5(folder: Path) -> Layout | None:
             if name not in known:
                 raise DataError(f"{home / name}.h5: no such file, but a {part} list of {folder} names it")
             listed.setdefault(place(name)[0], []).extend(known[name])
-        cases += [make_case(name, files, part) for name, files in listed.items()]
-    if not lists:
-        cases = [make_case(name, files) for name, files in (stacks or volumes).items()]
-    by_slice = any(path.parent.name == "slices" for case in cases for path in case.files)
-    return Layout("h5 slices" if by_slice else "h5 volumes", cases, read_h5)
+        cases += [make_case(name, paths, part) for name, paths in listed.items()]
+    if "train" not in lists:
+        whole = {name: [path] for name, path in files.items() if not SLICE.fullmatch(name)}
+        named = {case.name for case in cases}
+        cases += [make_case(name, paths) for name, paths in sorted((whole | stacks).items()) if name not in named]
+    kinds = {"volumes" if case.numbers is None else "slices" for case in cases}
+    return Layout(f"h5 {' and '.join(sorted(kinds))}", cases, read_h5)
 
 
 def place(name: str) -> tuple[str, int]:
@@ -59,15 +71,25 @@ def place(name: str) -> tuple[str, int]:
 
 
 def make_case(name: str, files: list[Path], part: str | None = None) -> Case:
-    """A volume out of its one file, or of its slices in the order of their numbers."""
+    """A volume out of its one file, or of its slices in the order of their numbers. Raises DataError."""
+    if all(path.stem == name for path in files):
+        return Case(subject_of(name), name, tuple(files), part)
+    if any(path.stem == name for path in files):
+        raise DataError(f"{files[0].parent / name}: a list names it and slices of it")
     ordered = sorted(files, key=lambda path: place(path.stem))
-    numbers = tuple(place(path.stem)[1] for path in ordered) if SLICE.fullmatch(ordered[0].stem) else None
-    return Case(FRAME.sub("", name), name, tuple(ordered), part, numbers)
+    numbers = tuple(place(path.stem)[1] for path in ordered)
+    for before, path in pairwise(ordered):
+        if place(before.stem) == place(path.stem):
+            raise DataError(f"{path}: is slice {place(path.stem)[1]} of {name}, and so is {before.name}")
+    return Case(subject_of(name), name, tuple(ordered), part, numbers)
 
 
 def read_h5(case: Case, spacing: float | None) -> Volume:
     """One case, its image normalised over the volume. The files state no mm: a pixel counts as 1. Raises DataError."""
     pairs = [read_file(path) for path in case.files]
+    for path, (image, _) in zip(case.files, pairs, strict=True):
+        if case.numbers is not None and image.shape[3] > 1:
+            raise DataError(f"{path}: is named as one slice and holds {image.shape[3]}")
     sizes = [f"{image.shape[2]} x {image.shape[1]}" for image, _ in pairs]
     for path, size in zip(case.files, sizes, strict=True):
         if size != sizes[0]:

@@ -4,8 +4,9 @@ Axes. A volume is [C, X, Y, Z]: X runs to the right of a picture, Y upwards, Z o
 one slice. Files that store rows from the top (.h5, PNG) are turned into that.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.data.slices import PARTS, DataError
+
+# What follows a subject's name: a slice, a frame, a visit, a view or an eye. All of these show one subject.
+OF_A_SUBJECT = re.compile(
+    r"[_-](?:"
+    r"(?:slice|z|frame|phase|time|timepoint|tp?|ses|session|visit|day|week|month|year|run|scan|view)[_-]?\d+"
+    r"|e[ds]|[234]ch|[sl]a|left|right|o[ds]|[lr]|baseline|follow-?up|pre|post"
+    r")(?![^\W_]).*|(?<=\d)[lr]$",
+    re.IGNORECASE,
+)
+BIDS_SUBJECT = re.compile(r"sub-[^\W_]+")
+NUMBERED = re.compile(r"(.*\d.*)[_-]\d+")  # patient001_2: the second number may be a part of the first
 
 
 class Volume(NamedTuple):
@@ -39,7 +51,8 @@ class Case:
 @dataclass(frozen=True)
 class Layout:
     """A recognised folder. `read` gives a case at an in-plane spacing (None: as stored); `classes` is empty where the
-    folder does not name them; `spacing` is the default; `largest` the largest picture, where sizes have no unit."""
+    folder does not name them; `spacing` is the default; `largest` the largest picture, where sizes have no unit. `rgb`:
+    images of one channel among images of three are grey pictures."""
 
     name: str
     cases: list[Case]
@@ -47,6 +60,38 @@ class Layout:
     classes: tuple[str, ...] = ()
     spacing: float | None = None
     largest: tuple[int, int] | None = None
+    rgb: bool = False
+
+
+def subject_of(name: str) -> str:
+    """The subject that a case's name tells: patient003 of patient003_frame01_slice_7, sub-01 of sub-01_ses-02_T1w."""
+    bids = BIDS_SUBJECT.match(name)
+    return bids[0] if bids else OF_A_SUBJECT.sub("", name)
+
+
+def with_subjects(cases: list[Case], pattern: str) -> list[Case]:
+    """The cases, the subject of each what `pattern` first matches in its name. Raises DataError."""
+    found = []
+    for case in cases:
+        match = re.search(pattern, case.name)
+        if not match or not match[0]:
+            raise DataError(f"--subject {pattern}: matches nothing in {case.name}")
+        found.append(replace(case, subject=match[0]))
+    return found
+
+
+def check_subjects(folder: Path, subjects: Iterable[str]) -> None:
+    """Raises DataError where names leave open which files show one subject: 1_1, 1_2, 2_1, 2_2."""
+    stems: dict[str, list[str]] = {}
+    for name in sorted(set(subjects)):
+        if match := NUMBERED.fullmatch(name):
+            stems.setdefault(match[1], []).append(name)
+    twins = next((names for names in stems.values() if len(names) > 1), None)
+    if twins and len(stems) > 1:
+        raise DataError(
+            f"{folder}: {twins[0]} and {twins[1]} may be one subject: --subject PATTERN says which part of a name is "
+            "the subject ('.+(?=[_-])' without the last number, '.+' all of it)"
+        )
 
 
 def check_pair(image_file: Path, label_file: Path, image: Tensor, label: Tensor, num_classes: int | None) -> None:
@@ -93,7 +138,10 @@ def read_lists(folder: Path, **files: str) -> dict[str, list[str]]:
     for part in PARTS:
         path = folder / files.get(part, f"{part}.list")
         if path.is_file():
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: is no text ({error})") from error
             if not names:
                 raise DataError(f"{path}: names no case")
             lists[part] = list(dict.fromkeys(name.removesuffix(".h5").removesuffix(".png") for name in names))

@@ -5,6 +5,7 @@ left alone). ACDC: FOLDER/[training/]patientXXX/patientXXX_frameYY.nii.gz with _
 where it has labels, becomes the test part.
 """
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from monai.transforms import (
     Spacingd,
 )
 
-from examples.data.layout import Case, Layout, Volume, check_pair, first_line
+from examples.data.layout import Case, Layout, Volume, check_pair, first_line, subject_of
 from examples.data.slices import DataError
 
 ACDC_CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
@@ -41,7 +42,10 @@ def find_msd(folder: Path) -> Layout | None:
     if len(classes) < 2:
         raise DataError(f"{index}: needs a background and at least one other class, got {classes}")
     stems = [image.name.removesuffix(".gz").removesuffix(".nii") for image, _ in files]
-    cases = [Case(stem, stem, pair) for stem, pair in zip(stems, files, strict=True)]
+    for stem, count in Counter(stems).items():
+        if count > 1:
+            raise DataError(f"{index}: two training cases are called {stem}")
+    cases = [Case(subject_of(stem), stem, pair) for stem, pair in zip(stems, files, strict=True)]
     return Layout("MSD", cases, partial(read_nifti, num_classes=len(classes), reorient=True), classes)
 
 

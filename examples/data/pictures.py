@@ -1,7 +1,7 @@
 """Pictures with masks, as ultrasound and nuclei come: PNG files, grey or RGB, whose mask values are class ids.
 
-FOLDER/images/NAME.png with FOLDER/masks/NAME.png or NAME_mask.png; or both in FOLDER, NAME.png and NAME_mask.png. Each
-picture is a subject of its own. FOLDER/train.list, val.list and test.list name the parts, where they exist.
+FOLDER/images/NAME.png with FOLDER/masks/NAME.png or NAME_mask.png; or both in FOLDER, NAME.png and NAME_mask.png.
+FOLDER/train.list, val.list and test.list name the parts, where they exist.
 """
 
 from pathlib import Path
@@ -12,7 +12,17 @@ from monai.transforms import NormalizeIntensity
 from PIL import Image
 from torch import Tensor
 
-from examples.data.layout import Case, Layout, Volume, check_pair, first_line, from_rows, read_lists, rescaled
+from examples.data.layout import (
+    Case,
+    Layout,
+    Volume,
+    check_pair,
+    first_line,
+    from_rows,
+    read_lists,
+    rescaled,
+    subject_of,
+)
 from examples.data.slices import DataError
 
 GREY = ("1", "L", "I", "F", "I;16")  # Pillow's modes of one channel; palettes of images and the rest become RGB
@@ -25,7 +35,9 @@ def find_pictures(folder: Path) -> Layout | None:
     if not images:
         return None
     lists = read_lists(folder)
-    parts = [(name, part) for part, names in lists.items() for name in names] or [(name, None) for name in images]
+    parts: list[tuple[str, str | None]] = [(name, part) for part, names in lists.items() for name in names]
+    if "train" not in lists:
+        parts += [(name, None) for name in images if name not in dict(parts)]
     cases = []
     for name, part in parts:
         image = images.get(name, home / f"{name}.png")
@@ -33,12 +45,12 @@ def find_pictures(folder: Path) -> Layout | None:
         mask = next((path for path in masks if path.is_file()), None)
         if mask is None:
             raise DataError(f"{image}: has no mask {masks[0]}, {masks[1].name} there or beside the image")
-        cases.append(Case(name, name, (image, mask), part))
+        cases.append(Case(subject_of(name), name, (image, mask), part))
     largest = (0, 0)
     for case in cases:
         with opened(case.files[0]) as picture:
             largest = (max(largest[0], picture.width), max(largest[1], picture.height))
-    return Layout("PNG images and masks", cases, read_picture, largest=largest)
+    return Layout("PNG images and masks", cases, read_picture, largest=largest, rgb=True)
 
 
 def read_picture(case: Case, spacing: float | None) -> Volume:

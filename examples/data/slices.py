@@ -19,6 +19,7 @@ class Slices:
     uint8 (class ids from 0); per slice its subject, its id
     "subject/plane" and its plane (slices of one plane look alike across subjects, so they are no negatives of each
     other) and zone (part of the body reported apart; "" where there is none). `parts` gives each subject's part.
+    `stored`: each slice's sides before it was padded on both sides to the size of all (None: none was padded).
     """
 
     images: Tensor
@@ -30,12 +31,15 @@ class Slices:
     parts: dict[str, str]
     classes: tuple[str, ...]
     source: dict = field(default_factory=dict)
+    stored: list[tuple[int, ...]] | None = None
     noun = "slices"
 
     def __post_init__(self) -> None:
         count = len(self.images)
         if not all(len(column) == count for column in (self.labels, self.subjects, self.ids, self.planes, self.zones)):
             raise ValueError("every slice needs an image, a label, a subject, an id, a plane and a zone")
+        if self.stored is not None and len(self.stored) != count:
+            raise ValueError("every slice needs its stored sides, or none has them")
         if len(set(self.ids)) != count:
             raise ValueError("slice ids must be unique")
 
@@ -55,10 +59,27 @@ class Slices:
         """The images and labels at these positions."""
         return self.images[positions], self.labels[positions]
 
+    def unpadded(self, maps: Tensor | list[Tensor], positions: list[int]) -> list[Tensor]:
+        """Of one map [..., *sides] for each of these positions what is no padding."""
+        if self.stored is None:
+            return list(maps)
+        inside = []
+        for map_, i in zip(maps, positions, strict=True):
+            sides = map_.shape[map_.ndim - len(self.stored[i]) :]
+            begins = [(side - own) // 2 for side, own in zip(sides, self.stored[i], strict=True)]
+            spans = (slice(begin, begin + own) for begin, own in zip(begins, self.stored[i], strict=True))
+            inside.append(map_[(..., *spans)])
+        return inside
+
+    def truth(self, positions: list[int]) -> list[Tensor]:
+        """The labels at these positions without padding: what predictions are compared with."""
+        return self.unpadded(self.take(positions)[1], positions)
+
     def select(self, positions: list[int], parts: dict[str, str]) -> "Slices":
         """These positions alone, their subjects in these parts."""
         images, labels = self.take(positions)
-        columns = {name: [getattr(self, name)[i] for i in positions] for name in ("subjects", "ids", "zones")}
+        names = ("subjects", "ids", "zones", *(("stored",) if self.stored is not None else ()))
+        columns = {name: [getattr(self, name)[i] for i in positions] for name in names}
         return replace(self, images=images, labels=labels, planes=self.planes[positions], parts=parts, **columns)
 
     def of_part(self, part: str) -> list[int]:

@@ -28,7 +28,10 @@ def assign_parts(subjects: list[str], seed: int = 0) -> dict[str, str]:
     """Gives about 20 % of the subjects to test and 10 % to validation, at least one each, the rest to training."""
     subjects = sorted(set(subjects))
     if len(subjects) < 3:
-        raise DataError(f"at least 3 labelled subjects are needed for training, validation and test, got {subjects}")
+        raise DataError(
+            f"at least 3 labelled subjects are needed for training, validation and test, got {subjects} "
+            "(--subject PATTERN says which part of a name is one)"
+        )
     order = np.random.default_rng(seed).permutation(subjects).tolist()
     tests, vals = max(1, len(order) // 5), max(1, len(order) // 10)
     return {name: "test" if i < tests else "val" if i < tests + vals else "train" for i, name in enumerate(order)}
@@ -94,12 +97,13 @@ def apply_split_file(slices: Slices, path: Path) -> tuple[Slices, list[int] | No
     The file is JSON, {"train": [...], "val": [...], "test": [...], "labelled": [...]}, the form of a run's split.json;
     an entry is an id, or a case or subject and stands for all of its slices. Raises DataError, naming file and entry.
     """
-    try:
-        content = read_json(path)
-        lists = {part: content[part] for part in PARTS}
-        lists |= {"labelled": content["labelled"]} if "labelled" in content else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{path}: no JSON of {{"train": [...], "val": [...], "test": [...]}}') from error
+    content = read_json(path)
+    lists = {part: content.get(part) for part in (*PARTS, "labelled")} if isinstance(content, dict) else {}
+    if "labelled" in lists and lists["labelled"] is None:
+        del lists["labelled"]
+    texts = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists.values())
+    if not lists or not texts:
+        raise DataError(f'{path}: is not of the form {{"train": ["..."], "val": ["..."], "test": ["..."]}}')
     found: dict[str, list[int]] = {}
     index: dict[str, list[int]] = {}
     for i, (name, subject) in enumerate(zip(slices.ids, slices.subjects, strict=True)):

@@ -73,8 +73,12 @@ def main(arguments: list[str] | None = None) -> L.Trainer:
     options = parser.parse_args(arguments)
     L.seed_everything(0)
     slices = virtual_subjects() if options.data == "builtin" else read_folder(Path(options.data))
+    padding = torch.ones_like(slices.labels, dtype=torch.bool)
+    for inside in slices.unpadded(padding, list(range(len(slices)))):
+        inside[...] = False
+    labels = slices.labels.long().masked_fill(padding, -100)  # counts in neither loss
     train, val = (
-        TensorDataset(slices.images[rows].as_subclass(Tensor), slices.labels[rows].long().as_subclass(Tensor))
+        TensorDataset(slices.images[rows].as_subclass(Tensor), labels[rows].as_subclass(Tensor))
         for rows in (slices.of_part("train"), slices.of_part("val"))
     )
     features = (16, 16, 32, 64, 128, 16)

@@ -2,8 +2,8 @@
 
     python -m examples.integrations.monai_loop Task04_Hippocampus --steps 2000
 
-reads a Decathlon folder (dataset.json, imagesTr, labelsTr), trains on four fifths of its cases and prints the Dice of
-the others. What hpcloss adds: a tap, a head (in the optimiser, too), a loss, and the sum of the two losses.
+reads a Decathlon folder (dataset.json, imagesTr, labelsTr), trains on four fifths of its subjects and prints the Dice
+of the others. What hpcloss adds: a tap, a head (in the optimiser, too), a loss, and the sum of the two losses.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from monai.transforms import (
 )
 from monai.utils import set_determinism
 
+from examples.data.layout import subject_of
 from hpcloss import FeatureTap, ProjectionHead, RegionPHPCLoss
 
 KEYS = ("image", "label")
@@ -46,14 +47,12 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     index = options.folder / "dataset.json"
     classes = len(json.loads(index.read_text())["labels"])
     cases = load_decathlon_datalist(index, is_segmentation=True, data_list_key="training")
-    held_out, training = cases[::5], [case for number, case in enumerate(cases) if number % 5]
-    load = [
-        LoadImaged(KEYS),
-        EnsureChannelFirstd(KEYS),
-        NormalizeIntensityd("image"),
-        SpatialPadd(KEYS, options.patch),
-    ]
+    subjects = [subject_of(Path(case["image"]).name.partition(".")[0]) for case in cases]
+    apart = set(sorted(set(subjects))[::5])  # whole subjects: frames of one are too alike
+    held_out, training = ([c for c, s in zip(cases, subjects) if (s in apart) == held] for held in (True, False))
+    load = [LoadImaged(KEYS), EnsureChannelFirstd(KEYS), NormalizeIntensityd("image")]
     draw = [
+        SpatialPadd(KEYS, options.patch),
         RandCropByPosNegLabeld(KEYS, "label", options.patch, num_samples=2),
         RandFlipd(KEYS, prob=0.5, spatial_axis=0),
         RandScaleIntensityd("image", factors=0.3, prob=0.8),

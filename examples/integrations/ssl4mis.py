@@ -24,7 +24,7 @@ from monai.losses import DiceLoss
 from monai.networks.nets import BasicUNet
 
 from examples.data.folders import read_folder
-from examples.evaluate import predict, subject_dice
+from examples.evaluate import segment, subject_dice
 from examples.stages import ramp_up
 from examples.warps import Warps
 from hpcloss import FeatureTap, RegionPHPCLoss  # hpcloss
@@ -97,9 +97,9 @@ def train(args):
         if iteration % 200 == 0:
             logging.info("iteration %d: loss %.4f, ce %.4f, dice %.4f", iteration, loss, loss_ce, loss_dice)
 
-    images, truth = slices.take(slices.of_part("val"))
-    subjects = [slices.subjects[i] for i in slices.of_part("val")]
-    dice = subject_dice(predict(model, images), truth, subjects, classes).nanmean(0)
+    held_out = slices.of_part("val")
+    subjects = [slices.subjects[i] for i in held_out]
+    dice = subject_dice(segment(model, slices, held_out), slices.truth(held_out), subjects, classes).nanmean(0)
     logging.info("validation Dice %s", " ".join(f"{value:.4f}" for value in dice))
     return model, dice
 
