@@ -183,10 +183,26 @@ def test_opcheck_pair_lse_both(dtype):
     at, x, keys = list(cross_pairs().intervals()), rows(9, 3, dtype=dtype), rows(14, 3, seed=1, dtype=dtype)
     scale, grads = torch.tensor(2.0), [rows(n, seed=2, dtype=dtype) for n in (9, 14)]
     for bound in (9.0, None):
-        check(OPS.pair_lse_both, x, keys, scale, bound, at, "blockwise")
-        lse = OPS.pair_lse_both(x, keys, scale, bound, at, "blockwise")
+        arguments = x, keys, scale, bound, at, "every"
+        check(OPS.pair_lse_both, *arguments, "blockwise")
+        lse = OPS.pair_lse_both(*arguments, "blockwise")
         for needs in itertools.product((False, True), repeat=3):
-            check(OPS.pair_lse_both_backward, *grads, *lse, x, keys, scale, bound, at, *needs, "blockwise", trace=False)
+            check(OPS.pair_lse_both_backward, *grads, *lse, *arguments, *needs, "blockwise", trace=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cross", [False, True])
+def test_opcheck_pair_cross_entropy(dtype, cross):
+    pairs = cross_pairs() if cross else partition(choice([0, 1, 2], 9))
+    at, x = list(pairs.intervals()), rows(9, 3, dtype=dtype)
+    keys, scale, grad = rows(14, 3, seed=1, dtype=dtype) if cross else None, torch.tensor(2.0), rows(9, dtype=dtype)
+    for hardness, bound, grad_lse in ((0.0, 9.0, None), (1.5, None, grad.flip(0))):
+        arguments = x, keys, scale, bound, hardness, at
+        check(OPS.pair_cross_entropy, *arguments, "blockwise")
+        _, _, *statistics = OPS.pair_cross_entropy(*arguments, "blockwise")
+        for needs in itertools.product((False, True), repeat=3):
+            given = grad, grad_lse, *statistics, *arguments
+            check(OPS.pair_cross_entropy_backward, *given, *needs, "blockwise", trace=False)
 
 
 @pytest.mark.parametrize("served", [False, True], ids=["torch", "native"])
@@ -215,6 +231,7 @@ def test_every_operator_is_known():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("hpcloss::")}
     assert names == {
         "pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_lse_both", "pair_lse_both_backward",
+        "pair_cross_entropy", "pair_cross_entropy_backward",
         "pair_mean", "pair_mean_backward", "segment_mean", "segment_mean_backward",
         "class_sort", "label_sort", "class_intervals", "pair_counts", "sample", "sample_positives",
     }  # fmt: skip
