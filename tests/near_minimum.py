@@ -1,6 +1,6 @@
 """Losses near their minimum: fp32 beside the same loss in plain PyTorch, both against float64.
 
-    python tests/near_minimum.py      the table of hpcloss/DESIGN.md
+    python tests/near_minimum.py NT-Xent 'SupCon, 16 classes'      the table of hpcloss/DESIGN.md
 
 The plain form is what a careful user writes: logits of all pairs, `log_softmax`, the mean over the positives. Its
 gradient forms p - w per pair. A loss that subtracts two sums instead returns rounding errors where p is close to w.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -285,12 +286,13 @@ def _rounded(slopes: Tensor) -> Tensor:
 
 
 def main() -> None:
-    print("| loss | temperature | spread | value | fp32 plain: error | ours | gradient | fp32 plain: error | ours |")
+    """Print the table for the losses named, by default all."""
+    print("| loss | temperature | spread | value | error, plain fp32 | ours | gradient | error, plain fp32 | ours |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, case in CASES.items():
+    for name in sys.argv[1:] or CASES:
         for temperature in TEMPERATURES:
             for spread, distance in SPREADS.items():
-                e = errors(case, distance, temperature)
+                e = errors(CASES[name], distance, temperature)
                 numbers = (e.value, e.plain_value, e.our_value, e.norm, e.plain_gradient, e.our_gradient)
                 print(f"| {name} | {temperature} | {spread} | {' | '.join(f'{number:.1e}' for number in numbers)} |")
 

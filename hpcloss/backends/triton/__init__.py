@@ -170,7 +170,7 @@ def pair_cross_entropy(
     relative to it, [N] each.
     """
     results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
-    at, tiles = int32(intervals), config("pair_cross_entropy", anchors)
+    at, tiles = int32(intervals), config("pair_mean", anchors)  # which needs as many registers
     _launch(
         cross_entropy_kernels.forward_kernel, results[0], tiles,
         anchors, _keys(anchors, keys), _fp32(scale), _weighting(hardness, None), *results,

@@ -126,9 +126,8 @@ def precision(rows: torch.Tensor) -> str:
 
 
 def config(kernel: str, rows: torch.Tensor) -> Config:
-    """The shape in which a kernel ("pair_lse", "pair_mean", "pair_cross_entropy", "backward") runs on rows [N, D]."""
+    """The shape in which a kernel ("pair_lse", "pair_mean", "backward") runs on rows [N, D]."""
     if interpreted():
         return INTERPRETED
     width = max(triton.next_power_of_2(rows.shape[1]), WIDTHS[0])
-    kernel = {"pair_cross_entropy": "pair_mean"}.get(kernel, kernel)
     return CONFIGS[part(capability(rows.device))][precision(rows)][kernel][WIDTHS.index(width)]
