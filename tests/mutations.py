@@ -33,6 +33,7 @@ class Mutation(NamedTuple):
     tests: str  # expression of `pytest -k`; for a path from the root with the file of the tests: "test_pixel: queue"
 
 
+ENTROPY = "test_pair_cross_entropy and float32"
 LSE = "test_pair_lse and not both and float32"
 MEAN = "test_pair_mean and float32"
 EDGE = "test_edges and 16x16"
@@ -42,6 +43,106 @@ SORT = "several_tiles_on or (cuda and (two_sorts or intervals or class_sort))"
 PARTS = "several_parts_on"
 
 MUTATIONS = [
+    # ------------------------------------------------------------------------------ cross-entropy
+    Mutation(
+        "the gap does not rise with the largest similarity", "pair_cross_entropy.py",
+        "gap += weights * rise", "gap += 0.0 * rise",
+        f"{ENTROPY} and one and region",
+    ),
+    Mutation(
+        "powers not rescaled", "pair_cross_entropy.py",
+        "powers * tl.exp2(-rise * rate)", "powers",
+        f"{ENTROPY} and one and region",
+    ),
+    Mutation(
+        "a tile whose first keys are positives is far", "pair_cross_entropy.py",
+        "first + BLOCK_J > outer_start", "first > outer_start",
+        f"{ENTROPY} and one and region",
+    ),
+    Mutation(
+        "weights not rescaled", "pair_cross_entropy.py",
+        "gap = gap * kept + tl.sum(weight * below, 1)", "gap = gap + tl.sum(weight * below, 1)",
+        f"{ENTROPY} and one and region",
+    ),
+    Mutation(
+        "positives of other regions counted", "pair_cross_entropy.py",
+        "weights += tl.where(member, number, 0.0)", "weights += number",
+        f"{ENTROPY} and self",
+    ),
+    Mutation(
+        "positives of the other direction stay", "pair_cross_entropy.py",
+        "weights += weight_of(similarity, mass[None, :], hardness) * factor[None, :]", "weights += 0.0",
+        f"{ENTROPY} and self",
+    ),
+    Mutation(
+        "mass of the weights not subtracted", "pair_cross_entropy.py",
+        "similarity * (-hardness * LOG2E) - mass)", "similarity * (-hardness * LOG2E))",
+        f"{ENTROPY} and self",
+    ),
+    Mutation(
+        "the gradient of the lse is lost", "pair_cross_entropy.py",
+        "of_all += tl.load(grad_lse", "of_all += 0.0 * tl.load(grad_lse",
+        f"{ENTROPY} and self",
+    ),
+    Mutation(
+        "a negative scale has the smallest similarity for its largest", "pair_cross_entropy.py",
+        "tl.where(scale < 0, -1.0, 1.0)", "tl.where(scale < 0, 1.0, 1.0)",
+        f"{ENTROPY} and self",
+    ),
+    Mutation(
+        "keys' pass forgets the positives", "backward.py",
+        "near = True", "near = False",
+        f"{ENTROPY} and labelled",
+    ),
+    Mutation(
+        "the scale's gradient of separate keys halved", "hpcloss/backends/triton/__init__.py",
+        "(_fp32(scale) * (2 if keys is None else 1))", "(_fp32(scale) * 2)",
+        "test_kernels: test_pair_cross_entropy and float32 and labelled",
+    ),
+    Mutation(
+        "a far pair of directions from the columns", "hpcloss/backends/blockwise/pair_cross_entropy.py",
+        "slope = torch.add(slope, slope.T", "slope = torch.add(slope, slope",
+        "test_backends: test_pair_cross_entropy and sliced and self",
+    ),
+    Mutation(
+        "blockwise: the gap does not rise", "hpcloss/backends/blockwise/pair_cross_entropy.py",
+        "gap[side.own] += met[side.own] * rise", "gap[side.own] += 0.0 * rise",
+        "test_backends: test_pair_cross_entropy and tiny and self",
+    ),
+    Mutation(
+        "blockwise: far tiles not shifted", "hpcloss/backends/blockwise/pair_cross_entropy.py",
+        "of_all * torch.exp2(-shift) if safe else of_all", "of_all",
+        "test_backends: test_pair_cross_entropy and tiny and self",
+    ),
+    Mutation(
+        "blockwise: p from a rounded log-sum-exp", "hpcloss/backends/blockwise/pair_cross_entropy.py",
+        "return loss, (shift + log_total) * LN2, mass, shift, total",
+        "return loss, (shift + log_total) * LN2, mass, shift + log_total, torch.ones_like(total)",
+        "test_near_minimum: SupCon",
+    ),
+    Mutation(
+        "a block against itself twice", "hpcloss/backends/blockwise/tiles.py",
+        "if symmetric and not pure and p0 < i1 and p1 > i0:", "if False:",
+        "test_backends: test_pair_lse and near",
+    ),
+    Mutation(
+        "a positive left of the tile is overwritten at its end", "hpcloss/backends/blockwise/tiles.py",
+        "(column >= 0) & (column < values.shape[1])", "(column < values.shape[1])",
+        "test_backends: test_pair_lse and negatives and one",
+    ),
+    Mutation(
+        "one positive: two parts that cancel", "hpcloss/functional/supcon.py",
+        """    negative = pair_lse(rows, own, "negatives", scale, keys=keys, scale_bound=bound, backend=backend)
+    loss = softplus(negative - pair_mean""",
+        """    negative = pair_lse(rows, own, "others", scale, keys=keys, scale_bound=bound, backend=backend)
+    loss = (negative - pair_mean""",
+        "test_near_minimum: NT-Xent",
+    ),
+    Mutation(
+        "the assignment is not subtracted", "hpcloss/functional/prototype.py",
+        "weight.sum(1, keepdim=True) - weight", "weight.sum(1, keepdim=True)",
+        "test_near_minimum: assignment",
+    ),
     # ------------------------------------------------------------------------------ launches
     Mutation(
         "a global that differs from itself", "hpcloss/backends/triton/pack.py",
@@ -52,7 +153,7 @@ MUTATIONS = [
         "an argument is missing", "hpcloss/backends/triton/segments.py",
         "*positives, anchor_start, anchor_end, anchors.shape[0], anchor_start.numel(), BLOCK_I",
         "*positives, anchor_start, anchor_end, anchors.shape[0], BLOCK_I",
-        "test_launch_path: float16-supcon",
+        "test_launch_path: float16-ntxent",
     ),
     Mutation(
         "a constant has no hash", "hpcloss/backends/triton/pack.py",
@@ -62,12 +163,12 @@ MUTATIONS = [
     Mutation(
         "a number is given for a pointer", "hpcloss/backends/triton/segments.py",
         "_block_sums(sums)[0], scale, out, mass, slope,", "_block_sums(sums)[0], float(scale), out, mass, slope,",
-        "test_launch_path: float16-supcon",
+        "test_launch_path: float16-ntxent",
     ),
     Mutation(
         "an option is misspelt", "hpcloss/backends/triton/segments.py",
         "**sizes | constants, num_warps=4)", "**sizes | constants, num_warp=4)",
-        "test_launch_path: float16-supcon",
+        "test_launch_path: float16-ntxent",
     ),
     Mutation(
         "the grid is a number", "hpcloss/backends/triton/launch.py",
@@ -113,7 +214,7 @@ MUTATIONS = [
         "some numbers of rows leave vectors unaligned", "hpcloss/backends/triton/segments.py",
         "(torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(3))",
         "torch.empty(3, anchors.shape[0], dtype=torch.float32, device=anchors.device)",
-        "test_launch_path: float16-supcon",
+        "test_launch_path: float16-ntxent",
     ),
     Mutation(
         "a loop starts at the largest number", "tile.py",
@@ -240,8 +341,8 @@ MUTATIONS = [
         f"{MEAN} and one and region",
     ),
     Mutation(
-        "self among the number of positives", "pair_mean.py",
-        "(end - start - tl.where(inside, 1, 0)).to(tl.float32)", "(end - start).to(tl.float32)",
+        "self among the number of positives", "tile.py",
+        "(end - start - tl.where((own >= start) & (own < end), 1, 0)).to(tl.float32)", "(end - start).to(tl.float32)",
         f"{MEAN} and one and region",
     ),
     Mutation(
@@ -341,8 +442,8 @@ MUTATIONS = [
     ),
     Mutation(
         "regions not exchanged", "__init__.py",
-        "return [nothing, nothing, nothing, key_start, key_end, anchor_start, anchor_end]",
-        "return [nothing, nothing, nothing, anchor_start, anchor_end, key_start, key_end]",
+        "return [*positives, key_start, key_end, anchor_start, anchor_end]",
+        "return [*positives, anchor_start, anchor_end, key_start, key_end]",
         "test_pair_lse_both and float32 and labelled",
     ),
     Mutation(
