@@ -43,8 +43,8 @@ def features(classes: int, spread: float | None, dtype: torch.dtype = torch.floa
     return (centres(classes)[torch.arange(ROWS) % classes] + spread * noise).to(dtype)
 
 
-def centres(classes: int) -> Tensor:
-    return torch.randn(classes, DIM, generator=torch.Generator().manual_seed(4))
+def centres(classes: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(classes, DIM, generator=torch.Generator().manual_seed(4)).to(device)
 
 
 def labels(classes: int) -> Tensor:
@@ -62,7 +62,8 @@ def normalize(z: Tensor) -> Tensor:
         return torch.nn.functional.normalize(z)
     z = z.as_subclass(Tensor)
     order = torch.arange(len(z))
-    data, _ = torch.ops.hpcloss.pack(z.detach().half(), order, torch.tensor([len(z)]), True, "triton")
+    given = [x.to(_device) for x in (z.detach().half(), order, torch.tensor([len(z)]))]
+    data, _ = torch.ops.hpcloss.pack(*given, True, "triton")
     data, direction = data.to(z), z / z.detach().norm(dim=1, keepdim=True)
     tangent = direction - data * (data * direction).sum(1, keepdim=True)
     return data + tangent - tangent.detach()
@@ -193,7 +194,7 @@ CASES = {
     ),
     "prototype assignment": Case(
         lambda z, t, **k: functional.prototype_assignment_loss(
-            as_map(z), labels(16).view(MAP), centres(16)[:, None], temperature=t, **k
+            as_map(z), labels(16).view(MAP), centres(16, z.device)[:, None], temperature=t, **k
         ),
         plain_assignment,
         16,
@@ -236,7 +237,8 @@ def errors(
     # Entries near 1: features in fp16 would round a gradient of 1e-10 to 0.
     norm = exact_gradient.norm().item()
     loss_scale = 2.0 ** round(-math.log2(max(norm, plain_gradient.norm().item(), 2.0**-60)))
-    ours, gradient = value_and_gradient(case.loss, z, loss_scale, temperature, **options)
+    ours, gradient = value_and_gradient(case.loss, z.to(_device), loss_scale, temperature, **options)
+    ours, gradient = ours.cpu(), gradient.cpu()
     return Errors(
         exact.item(),
         norm,
@@ -277,6 +279,12 @@ def half_precision_slopes():
 
 
 _round_slopes = False
+_device = torch.device("cpu")  # of our losses; the plain forms are on the CPU
+
+
+def run_on(device: torch.device) -> None:
+    global _device
+    _device = device
 
 
 def _rounded(slopes: Tensor) -> Tensor:
