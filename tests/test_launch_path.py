@@ -8,14 +8,12 @@ import shutil
 
 import pytest
 import torch
-from kernels import INTERPRETED
+from kernels import compile_or_skip
 from launch_path import CASES, FIRST_SIZES, SIZES, Machine
 
 from hpcloss import losses
 
-pytest.importorskip("triton", reason="Triton is not installed")
-if INTERPRETED:
-    pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
+compile_or_skip()
 if shutil.which("cc") is None:
     pytest.skip("needs a C compiler", allow_module_level=True)
 

@@ -13,13 +13,10 @@ from unittest import mock
 import pytest
 import torch
 from cases import FAST, ORACLE, choice, integers, rows
-from kernels import INTERPRETED
+from kernels import compile_or_skip
 from numerics import assert_within_budget
 
-pytest.importorskip("triton", reason="Triton is not installed")
-if INTERPRETED:
-    pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
-
+compile_or_skip()
 import offline  # noqa: E402
 from tools.ptx import Fault, Kernel  # noqa: E402
 from tools.ptx.backend import Machine  # noqa: E402

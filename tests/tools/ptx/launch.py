@@ -1,4 +1,4 @@
-"""A kernel that runs: its instructions as functions, blocks of them between branches, programs one after the other."""
+"""A kernel that runs: its instructions as functions, in blocks between branches, and its programs one after another."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Block:
 class Kernel(Arithmetic, Transfers, Matrices):
     """A kernel of PTX and the shared memory that its programs have.
 
-    hazards: what was seen of all launches. executed: instructions, of all launches.
+    hazards: what was seen in all launches.
     """
 
     def __init__(self, ptx: str, shared_bytes: int) -> None:
         super().__init__(parse(ptx))
-        self.shared_bytes, self.hazards, self.executed = shared_bytes, Hazards(), 0
+        self.shared_bytes, self.hazards = shared_bytes, Hazards()
         self.granule = self._granule()
         self.blocks, self.places = self._blocks()
 
@@ -62,7 +62,7 @@ class Kernel(Arithmetic, Transfers, Matrices):
         with np.errstate(all="ignore"):
             for program in range(programs):
                 self.hazards.program = program
-                self.shared = SharedMemory(self.shared_bytes, self.granule, self.threads, self.hazards)
+                self.shared = SharedMemory(self.shared_bytes, self.granule, self.hazards)
                 self.running = Running()
                 self.reset(program, parameters)
                 self._run()
@@ -77,7 +77,6 @@ class Kernel(Arithmetic, Transfers, Matrices):
                     step()
                 except Fault as fault:
                     raise Fault(f"{self.program.name}: {fault}: `{text}`") from None
-            self.executed += len(block.steps)
             at += 1
             if block.branches and self._is_taken(block):
                 if block.ends:

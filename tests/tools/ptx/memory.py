@@ -35,6 +35,8 @@ class Buffer:
 
 
 class GlobalMemory:
+    """The tensors of a launch."""
+
     def __init__(self, hazards: Hazards) -> None:
         self.hazards = hazards
         self.buffers: list[Buffer] = []
@@ -102,9 +104,8 @@ class GlobalMemory:
 class SharedMemory:
     """Of a program that starts: all of it poison. granule: bytes that races are told apart by."""
 
-    def __init__(self, size: int, granule: int, threads: int, hazards: Hazards) -> None:
+    def __init__(self, size: int, granule: int, hazards: Hazards) -> None:
         self.size, self.granule, self.hazards = (size + 15) // 16 * 16, granule, hazards
-        self.thread = np.arange(threads)
         self.bytes = np.full(self.size, 0xFF, np.uint8)
         self.races = Races(self.size // granule, granule, hazards)
         self.copies: list = []  # not committed

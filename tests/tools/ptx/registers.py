@@ -34,6 +34,8 @@ def bits_of(kind: str) -> int:
 
 
 class Registers:
+    """values: of all registers, by number; those of a program until the next one starts."""
+
     def __init__(self, program: Program) -> None:
         self.program, self.threads = program, program.threads
         self.thread = np.arange(self.threads)
@@ -72,8 +74,7 @@ class Registers:
 
     def constant(self, value: int, bits: int) -> int:
         number = self._new()
-        whole = np.full(self.threads, bool(value)) if bits == 1 else None
-        self.constants[number] = np.full(self.threads, value & (2**bits - 1), RAW[bits]) if whole is None else whole
+        self.constants[number] = np.full(self.threads, value & (2**bits - 1), bool if bits == 1 else RAW[bits])
         return number
 
     def each(self, values: np.ndarray) -> int:
