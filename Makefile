@@ -21,7 +21,8 @@ test: $(VENV)/installed
 	$(PYTEST) tests -n 2 --timeout 400
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2 --timeout 400
 
-# Also every shipped tile shape on every GPU target, and every planted kernel mutation.
+# Also every shipped tile shape on every GPU target, every loss launched and its PTX interpreted for more of them, and every
+# planted mistake.
 test-all: test
 	$(PYTEST) tests -n 2 -m slow --timeout 5400
 	$(BIN)/python tests/mutations.py

@@ -163,6 +163,8 @@ CASES = {
     ),
     "region, all": case(REGION, maps, region_size=4, denominator="all", background=None),
     "region, negatives": case(REGION, maps, region_size=4, denominator="negatives", hardness=-20.0),
+    "region, all": case(REGION, maps, region_size=4, denominator="all", hardness=2.0),
+    "region, all, weights": case(REGION, maps, region_size=4, denominator="all", detach_weights=False),
     "region, local": case(REGION, some(maps, batch=2), region_size=4, local_size=2, num_classes=CLASSES),
     "region, samples": case(REGION, maps, region_size=4, num_classes=CLASSES, samples_per_class=3),
     "region, some regions": case(REGION, maps, region_size=4, num_classes=CLASSES, max_regions=2),
@@ -206,9 +208,13 @@ CASES = {
     "entropy, both": case("EntropyGuidedContrastLoss", WITH_PROBS, symmetric=True, detach_keys=False),
     "entropy, classes": case("EntropyGuidedContrastLoss", WITH_PROBS, entropy_classes=True),
     "entropy, all": case("EntropyGuidedContrastLoss", WITH_PROBS, denominator="all", samples_per_class=5),
+    "entropy, raw": case("EntropyGuidedContrastLoss", WITH_PROBS, normalize=False, temperature=8.0),
     "multiscale": case("MultiscaleContrastLoss", TWO_BRANCHES, patch_size=(2, 4), num_classes=CLASSES),
     "multiscale, learnt": case(
         "MultiscaleContrastLoss", TWO_BRANCHES, patch_size=4, num_classes=CLASSES, temperature="learnt"
+    ),
+    "multiscale, raw": case(
+        "MultiscaleContrastLoss", TWO_BRANCHES, patch_size=4, num_classes=CLASSES, normalize=False, temperature=8.0
     ),
     "multiscale, majority": case(
         "MultiscaleContrastLoss", TWO_BRANCHES, patch_size=4, num_classes=CLASSES, patch_positives="majority",
@@ -228,9 +234,11 @@ CASES = {
         LOCAL, some(maps, batch=2, partner=lambda z: torch.tensor([1, 0])), num_classes=CLASSES, samples_per_class=None
     ),
     "local, learnt": case(LOCAL, maps, num_classes=CLASSES, temperature="learnt"),
+    "local, raw": case(LOCAL, maps, num_classes=CLASSES, normalize=False, temperature=8.0),
     "prototypes": case("PrototypeContrastLoss", some(vectors, probs=True)),
     "prototypes, learnt": case("PrototypeContrastLoss", vectors, temperature="learnt", hardness=1.0),
     "prototypes, constant": case("PrototypeContrastLoss", vectors, detach_weights=True),
+    "prototypes, raw": case("PrototypeContrastLoss", vectors, normalize=False, temperature=8.0),
     "assignment": case("PrototypeAssignmentLoss", some(maps, prototypes=bank), iterations=3, epsilon=0.1),
     "assignment, learnt": case(
         "PrototypeAssignmentLoss", some(maps, prototypes=bank, teacher_features=torch.Tensor.detach),
@@ -278,16 +286,24 @@ class Driver:
 
     def __init__(self, capability: int) -> None:
         from offline import SHARED_LIMIT
-        from triton import knobs
+        from triton.compiler import CompiledKernel
 
         self.library = ctypes.CDLL("libcuda.so.1")
         self.library.stand_in_be(capability, SHARED_LIMIT[capability])
-        knobs.runtime.kernel_load_end_hook.add(self.expect)
+        load = CompiledKernel._init_handles
 
-    def expect(self, module: int, function: int, name: str, files: dict[str, str], key: str) -> None:
+        def loaded(built: Any) -> None:
+            """Before its first launch."""
+            is_new = built.module is None
+            load(built)
+            if is_new:
+                self.expect(built.function, built.asm["ttir"])
+
+        CompiledKernel._init_handles = loaded
+
+    def expect(self, function: int, ttir: str) -> None:
         """Tell it which arguments a kernel takes for aligned pointers."""
-        text = next(Path(path).read_text() for file, path in files.items() if file.endswith(".ttir"))
-        header = re.search(r"tt\.func public @\w+\((.*)\)", text)[1]
+        header = re.search(r"tt\.func public @\w+\((.*)\)", ttir)[1]
         parameters = re.findall(r"%\w+: (\S+)(?: \{tt\.divisibility = (\d+) : i32\})?", header)
         alignments = [int(alignment or 0) if kind.startswith("!tt.ptr") else 0 for kind, alignment in parameters]
         self.library.stand_in_expect(
@@ -379,6 +395,7 @@ def build(folder: Path) -> Path:
     subprocess.run(
         ["cc", *flags, f"-Wl,-soname,{made.name}", "-I", include, HERE / "cuda_driver.c", "-o", made], check=True
     )
+    made.with_suffix("").symlink_to(made.name)  # by which older versions of Triton link it
     return made
 
 
@@ -391,7 +408,7 @@ class Machine:
         environment = os.environ | {
             "LD_LIBRARY_PATH": str(folder),
             "TRITON_LIBCUDA_PATH": str(folder),
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
             "CUDA_VISIBLE_DEVICES": "",
             **environment,
         }
@@ -411,8 +428,9 @@ class Machine:
     def ask(self, function: str, **arguments: Any) -> Any:
         """What the first rank answers; AssertionError with what is raised on any."""
         for rank in self.ranks:
-            rank.stdin.write(json.dumps([function, arguments]) + "\n")
-            rank.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended, as its empty answer tells
+                rank.stdin.write(json.dumps([function, arguments]) + "\n")
+                rank.stdin.flush()
         lines = [rank.stdout.readline() for rank in self.ranks]
         answers = [json.loads(line) if line else {"error": "the process ended"} for line in lines]
         for answer in answers:
@@ -424,9 +442,8 @@ class Machine:
     def stop(self) -> None:
         for rank in self.ranks:
             rank.kill()
-            rank.wait()
-            rank.stdin.close()
-            rank.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                rank.communicate()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 
 Every mistake is made in a copy of the package and the tests, where the tests that should see it run: those of Triton's
 kernels in its interpreter, those of the CUDA sources on the CPU, those of the C++ sources after a build, those of a
-loss as they are. A mistake that survives, and a selection of tests that fails without one, make the script fail.
+loss, of launches and of compiled kernels as they are. A mistake that survives, and a selection of tests that fails
+without one, make the script fail.
 """
 
 from __future__ import annotations
@@ -225,6 +226,17 @@ MUTATIONS = [
         "a loop over no regions starts at the largest number", "tile.py",
         "return tl.minimum(low, high), high", "return low, high",
         "test_the_intervals_met",
+    ),
+    Mutation(
+        "a loop that loads ahead starts at the largest number", "hpcloss/backends/triton/tile.py",
+        "start = tl.minimum(tl.maximum(outer_start, start), end)", "start = tl.maximum(outer_start, start)",
+        "test_ptx: 80-float16-supcon and few",
+    ),
+    Mutation(
+        "a tile's last columns are loaded without a mask", "hpcloss/backends/triton/pair_lse.py",
+        "y = load_rows(keys, columns, columns < last, D, BLOCK_D)",
+        "y = load_rows(keys, columns, columns >= 0, D, BLOCK_D)",
+        "test_ptx: 80-float16-supcon",
     ),
     # ------------------------------------------------------------------------------ which pairs count
     Mutation(

@@ -90,23 +90,27 @@ class Device:
 
 
 @contextlib.contextmanager
-def launched(capability: int):
+def launched(capability: int, run: Any = None):
     """The kernels that the backend launches inside the block, through Triton's own launch up to loading them.
 
     Triton binds and specialises the arguments, finds the kernel that it made of them or compiles it, and compares the
-    globals that it uses. What Triton made is yielded, one entry a launch.
+    globals that it uses. What Triton made is yielded, one entry a launch, and given to `run` with the kernel's grid and
+    arguments, of which those of the constants are named.
     """
     built: list[tuple[Any, Any]] = []
 
     def launcher(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **options: Any) -> None:
             built.append((kernel, kernel.run(*args, grid=grid, warmup=True, **options)))
+            if run is not None:
+                run(*built[-1], grid, args, options)
 
         return launch
 
     with contextlib.ExitStack() as stack:
-        # Its own methods would look for a GPU.
-        stack.enter_context(mock.patch.object(driver, "_active", Device(capability)))
+        # Its own method that resets it would look for a GPU.
+        stack.callback(vars(driver).update, dict(vars(driver)))
+        driver.set_active(Device(capability))
         stack.enter_context(mock.patch.object(triton.JITFunction, "__getitem__", launcher))
         stack.enter_context(mock.patch.object(configs, "capability", lambda device: capability))
         yield built

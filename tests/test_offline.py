@@ -5,18 +5,12 @@ One call of each kernel, at one width in fp16, in `make test`; every shipped til
 
 import pytest
 import torch
-from kernels import INTERPRETED
+from kernels import compile_or_skip
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-if INTERPRETED:
-    pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
+compile_or_skip()
+import offline  # noqa: E402
 
 from hpcloss.backends.triton import probe  # noqa: E402
-
-if tuple(int(number) for number in triton.__version__.split(".")[:2]) < probe.OLDEST_TRITON:
-    pytest.skip(f"Triton {triton.__version__} is older than the kernels", allow_module_level=True)
-
-import offline  # noqa: E402
 
 # Instructions of a matrix unit; those of Hopper and Blackwell take 64 rows at least, else they run as on Ampere.
 MATRIX_UNIT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}

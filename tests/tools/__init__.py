@@ -1,0 +1,1 @@
+"""What tests are made with, where it needs tests of its own."""

@@ -1,0 +1,76 @@
+"""The Triton backend on tensors of the CPU, with its kernels compiled for a GPU and their PTX interpreted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import offline
+import torch
+
+from hpcloss import backends
+from hpcloss.backends.triton import probe
+from tools.ptx.launch import Kernel
+from tools.ptx.memory import POISON
+
+
+class Machine:
+    """A GPU of a compute capability. kernels: those that ran, by their PTX. change: makes the PTX that runs of it."""
+
+    def __init__(self, capability: int, change: Callable[[str], str] = lambda ptx: ptx) -> None:
+        self.capability, self.change = capability, change
+        self.kernels: dict[str, Kernel] = {}
+
+    def hazards(self) -> str:
+        """What was noted of all launches; nothing if all is well."""
+        seen = [kernel for kernel in self.kernels.values() if kernel.hazards.counts]
+        return "\n".join(f"{kernel.program.name}: {kernel.hazards}" for kernel in seen)
+
+    def run(self, function: Any, built: Any, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """One launch."""
+        ptx = built.asm["ptx"]
+        if ptx not in self.kernels:
+            self.kernels[ptx] = Kernel(self.change(ptx), built.metadata.shared)
+        given = dict(zip(function.arg_names, args)) | options
+        taken = [
+            (name, float(value) if kind in ("fp32", "fp64") else value)
+            for name in function.arg_names
+            for kind, value in _flat(built.src.signature[name], given.get(name))
+        ]
+        self.kernels[ptx].launch(*grid, [value for _, value in taken], [name for name, _ in taken])
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside the block backend "triton" takes tensors of the CPU and launches here; new memory is poison."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(offline.launched(self.capability, self.run))
+            stack.enter_context(mock.patch.object(probe, "why_not", lambda device, index: None))
+            backends._triton_missing.cache_clear()
+            stack.callback(backends._triton_missing.cache_clear)
+            for owner, name in (
+                (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
+            ):  # fmt: skip
+                stack.enter_context(mock.patch.object(owner, name, _poisoned(getattr(owner, name))))
+            yield
+
+
+def _flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """What a kernel takes of an argument: nothing of a constant, the members of a tuple."""
+    if isinstance(kind, tuple):
+        for part in zip(kind, value):
+            yield from _flat(*part)
+    elif kind != "constexpr":
+        yield kind, value
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        made = make(*args, **options)
+        if made.is_floating_point() and made.element_size() in (2, 4) and made.numel():
+            whole = torch.as_strided(made.detach(), (made.untyped_storage().nbytes() // made.element_size(),), (1,), 0)
+            whole.view(torch.int32 if made.element_size() == 4 else torch.int16).fill_(POISON[made.element_size()])
+        return made
+
+    return poisoned
