@@ -291,14 +291,11 @@ def queue(n, num_keys, dim):
 
 
 def maps(batch, dim, height, width, classes=4):
-    """Patches of 5 pixels of one class, with some pixels of any.
-
-    Classes overlap. Where a loss vanishes its gradient is what two rounded halves leave, in plain fp16 most of all.
-    """
+    """Patches of 5 pixels of one class, with some pixels of any."""
     patches = integers(classes, batch, (height + 4) // 5, (width + 4) // 5)
     labels = patches.repeat_interleave(5, 1).repeat_interleave(5, 2)[:, :height, :width]
     labels = torch.where(choice([0, 0, 0, 0, 0, 1], *labels.shape) == 1, integers(classes, *labels.shape), labels)
-    return [rows(batch, dim, height, width) + rows(classes, dim, seed=1)[labels].movedim(-1, 1) / 2], [labels]
+    return [rows(batch, dim, height, width) + rows(classes, dim, seed=1)[labels].movedim(-1, 1)], [labels]
 
 
 # Name of the loss, inputs, options; "learnt": a temperature with a gradient. Tiles end inside and outside of intervals.

@@ -170,7 +170,7 @@ def pair_cross_entropy(
     relative to it, [N] each.
     """
     results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
-    at, tiles = int32(intervals), config("pair_mean", anchors)  # which needs as many registers
+    at, tiles = int32(intervals), config("pair_cross_entropy", anchors)
     _launch(
         cross_entropy_kernels.forward_kernel, results[0], tiles,
         anchors, _keys(anchors, keys), _fp32(scale), _weighting(hardness, None), *results,
@@ -342,7 +342,7 @@ def _own(
     """The gradient of the own rows, from one pass over the other rows; by_scale [N] is written where it is given."""
     gradient = torch.empty(own.shape if wanted else (0,), dtype=torch.float32, device=own.device)
     if wanted or by_scale is not None:
-        tiles = config("backward", own)
+        tiles = config("cross_entropy_backward" if pair["TERM"] == "cross_entropy" else "backward", own)
         _launch(
             backward_kernel, own, tiles,
             own, other, own_statistics, other_statistics, *values, gradient if wanted else None, by_scale,

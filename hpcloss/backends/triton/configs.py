@@ -25,17 +25,21 @@ class Config(NamedTuple):
 INTERPRETED = Config(16, 16, 4, 1)  # small, so that little inputs make many tiles
 SMALLEST = "turing"  # what an unknown part takes
 WIDTHS = (64, 128, 256, 512)
+# Kernels that run in the shapes of another one, where a part does not name their own.
+SAME_AS = {"pair_cross_entropy": "pair_mean", "cross_entropy_backward": "backward"}
 
 # Products on the multiply-add units, on any part: their operands fill the registers.
 EXACT = {
     "pair_lse": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
     "pair_mean": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
+    "pair_cross_entropy": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
     "backward": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
 }
 # Turing has no matrix instructions in Triton and 64 KB of shared memory.
 TURING = {
     "pair_lse": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
     "pair_mean": (Config(32, 32, 4, 2), Config(32, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+    "pair_cross_entropy": (Config(32, 16, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
     "backward": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 # [part][precision][kernel]: one shape for each of WIDTHS.
@@ -45,6 +49,12 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
             "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
             "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
             "backward": (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+            "cross_entropy_backward": (
+                Config(128, 64, 8, 2),
+                Config(128, 64, 8, 2),
+                Config(128, 32, 8, 2),
+                Config(64, 16, 8, 2),
+            ),
         },
         "tf32": {
             "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 32, 4, 2)),
@@ -58,6 +68,18 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
             "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
             "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 32, 4, 2)),
             "backward": (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+            "pair_cross_entropy": (
+                Config(128, 64, 8, 3),
+                Config(128, 64, 8, 3),
+                Config(128, 64, 8, 3),
+                Config(32, 32, 8, 2),
+            ),
+            "cross_entropy_backward": (
+                Config(64, 32, 4, 2),
+                Config(128, 32, 8, 2),
+                Config(64, 64, 8, 2),
+                Config(32, 32, 8, 2),
+            ),
         },
         "tf32": {
             "pair_lse": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 1)),
@@ -71,6 +93,18 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
             "pair_lse": (Config(64, 64, 8, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
             "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
             "backward": (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 4, 1)),
+            "pair_cross_entropy": (
+                Config(128, 64, 8, 3),
+                Config(128, 64, 8, 3),
+                Config(64, 32, 8, 2),
+                Config(32, 32, 4, 1),
+            ),
+            "cross_entropy_backward": (
+                Config(64, 32, 4, 2),
+                Config(128, 32, 8, 2),
+                Config(64, 32, 8, 2),
+                Config(32, 16, 4, 1),
+            ),
         },
         "tf32": {
             "pair_lse": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 1)),
@@ -84,6 +118,18 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
             "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
             "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
             "backward": (Config(128, 32, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
+            "pair_cross_entropy": (
+                Config(128, 64, 8, 3),
+                Config(128, 32, 8, 3),
+                Config(128, 64, 8, 3),
+                Config(128, 32, 8, 2),
+            ),
+            "cross_entropy_backward": (
+                Config(128, 64, 8, 2),
+                Config(128, 32, 8, 1),
+                Config(64, 32, 8, 2),
+                Config(32, 64, 8, 1),
+            ),
         },
         "tf32": {
             "pair_lse": (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 32, 4, 2)),
@@ -126,8 +172,9 @@ def precision(rows: torch.Tensor) -> str:
 
 
 def config(kernel: str, rows: torch.Tensor) -> Config:
-    """The shape in which a kernel ("pair_lse", "pair_mean", "backward") runs on rows [N, D]."""
+    """The shape in which a kernel ("pair_lse", "pair_mean", "backward", one of SAME_AS) runs on rows [N, D]."""
     if interpreted():
         return INTERPRETED
     width = max(triton.next_power_of_2(rows.shape[1]), WIDTHS[0])
-    return CONFIGS[part(capability(rows.device))][precision(rows)][kernel][WIDTHS.index(width)]
+    shapes = CONFIGS[part(capability(rows.device))][precision(rows)]
+    return shapes.get(kernel, shapes[SAME_AS.get(kernel, kernel)])[WIDTHS.index(width)]
