@@ -163,7 +163,7 @@ CASES = {
     ),
     "region, all": case(REGION, maps, region_size=4, denominator="all", background=None),
     "region, negatives": case(REGION, maps, region_size=4, denominator="negatives", hardness=-20.0),
-    "region, all": case(REGION, maps, region_size=4, denominator="all", hardness=2.0),
+    "region, all, hard": case(REGION, maps, region_size=4, denominator="all", hardness=2.0),
     "region, all, weights": case(REGION, maps, region_size=4, denominator="all", detach_weights=False),
     "region, local": case(REGION, some(maps, batch=2), region_size=4, local_size=2, num_classes=CLASSES),
     "region, samples": case(REGION, maps, region_size=4, num_classes=CLASSES, samples_per_class=3),
