@@ -307,6 +307,7 @@ LOSSES = {
     "supcon raw": ("supcon", vectors(97, 64), {"temperature": 8.0, "normalize": False}),
     "supcon, keys of few labels": ("supcon", queue(200, 90, 64), {}),
     "ntxent": ("ntxent", views(75, 128), {}),
+    "ntxent, blocks of rows": ("ntxent", views(300, 32), {}),
     "infonce": ("infonce", views(150, 64), {"learnt": 0.1}),
     "infonce symmetric": ("infonce", views(131, 48), {"symmetric": True}),
     "infonce symmetric, learnt": ("infonce", views(131, 64), {"symmetric": True, "learnt": 0.1}),
