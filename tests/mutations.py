@@ -101,8 +101,8 @@ MUTATIONS = [
         "test_kernels: test_pair_cross_entropy and float32 and labelled",
     ),
     Mutation(
-        "a far pair of directions from the columns", "hpcloss/backends/blockwise/pair_cross_entropy.py",
-        "slope = torch.add(slope, slope.T", "slope = torch.add(slope, slope",
+        "the other direction of a diagonal tile not transposed", "hpcloss/backends/blockwise/pair_cross_entropy.py",
+        ".copy_(slope.T).add_(slope)", ".copy_(slope).add_(slope)",
         "test_backends: test_pair_cross_entropy and sliced and self",
     ),
     Mutation(

@@ -63,15 +63,18 @@ def pair_cross_entropy(
         tiles.exclude(tile, logits, -INF)
         for side, weight in zip(directions, weights):
             # As attention accumulates its values: what was summed so far moves down when a larger logit comes.
-            now = torch.maximum(largest[side.own], logits.amax(side.dim))
-            rise = now - largest[side.own]
-            above = torch.sub(logits, side.lay(now), out=tiles.buffer("above", tile))
-            gap[side.own] += met[side.own] * rise
+            largest_i, total_i, gap_i, met_i = (values[side.own] for values in (largest, total, gap, met))
+            now = torch.maximum(largest_i, logits.amax(side.dim))
+            rise = now - largest_i
+            # The last direction overwrites the logits: what is not in the core's cache is slow.
+            into = logits if side is directions[-1] else tiles.buffer("above", tile)
+            above = torch.sub(logits, side.lay(now), out=into)
+            gap_i.addcmul_(met_i, rise)
             if tile.positives != "none":
-                gap[side.own] -= positives.sum(tiles, tile, above, weight, side)
-                met[side.own] += positives.among(tile, side) if weight is None else weight.sum(side.dim)
-            total[side.own] = total[side.own] * torch.exp2(-rise) + above.exp2_().sum(side.dim)
-            largest[side.own] = now
+                gap_i -= positives.sum(tiles, tile, above, weight, side)
+                met_i += positives.among(tile, side) if weight is None else weight.sum(side.dim)
+            total_i.mul_(torch.exp2(-rise)).add_(above.exp2_().sum(side.dim))
+            largest_i.copy_(now)
     shift = torch.where(largest == LOWEST, 0.0, largest)
     total = (total + far * torch.exp2(-shift)).masked_fill_(~at.is_anchor(), 0.0)
     log_total = total.log2()
@@ -118,14 +121,14 @@ def pair_cross_entropy_backward(
                 factors = torch.add(factors, of_far[tile.j0 : tile.j1], out=tiles.buffer("factors", tile))
             slope = tiles.exclude(tile, logits.exp2_().mul_(factors), 0.0)
         else:
-            slopes = [
-                positives.slope(tiles, tile, logits, side, shift, of_all, of_positives)
-                for side in sides(tile, both=tile.mirrored)
-            ]
-            slope = tiles.exclude(tile, slopes[0].add_(slopes[1]) if tile.mirrored else slopes[0], 0.0)
+            slopes = []
+            for side in reversed(sides(tile, both=tile.mirrored)):
+                into = logits if side.dim == 1 else tiles.buffer("slope", tile)  # the rows' direction comes last
+                slopes.append(positives.slope(tiles, tile, logits, side, into, shift, of_all, of_positives))
+            slope = tiles.exclude(tile, slopes[-1].add_(slopes[0]) if tile.mirrored else slopes[0], 0.0)
             if tile.diagonal:
                 # Not from its columns: s_ji may be rounded unlike s_ij, from which the row statistics are.
-                slope = torch.add(slope, slope.T, out=tiles.buffer("both", tile))
+                slope = tiles.buffer("both", tile).copy_(slope.T).add_(slope)  # a sum with slope.T is slower
         tiles.scatter(tile, slope, d_anchors, d_keys)
     d_scale = anchors.new_zeros(())
     if d_anchors is not None:
@@ -175,17 +178,27 @@ class _Positives:
         return (end - start - ((own >= start) & (own < end)).to(end.dtype)).clamp(min=0)
 
     def slope(
-        self, tiles: Tiles, tile: Tile, logits: Tensor, side: Side, shift: Tensor, of_all: Tensor, of_positives: Tensor
+        self,
+        tiles: Tiles,
+        tile: Tile,
+        logits: Tensor,
+        side: Side,
+        into: Tensor,
+        shift: Tensor,
+        of_all: Tensor,
+        of_positives: Tensor,
     ) -> Tensor:
-        """of_all_i 2^(logit - shift_i) - of_positives_i w_ij; what the rule excludes is overwritten later."""
-        power = torch.sub(logits, side.along(shift), out=tiles.buffer("power", tile)).exp2_()
-        slope = torch.mul(power, side.along(of_all), out=tiles.buffer(f"slope{side.dim}", tile))
+        """of_all_i 2^(logit - shift_i) - of_positives_i w_ij, written to `into`, which may be the logits.
+
+        What the rule excludes is overwritten later.
+        """
+        weight = self.weights(tiles, tile, logits, side)
+        slope = torch.sub(logits, side.along(shift), out=into).exp2_().mul_(side.along(of_all))
         if tile.positives == "none":
             return slope
-        weight = self.weights(tiles, tile, logits, side)
         if weight is not None:
             return slope.sub_(weight.mul_(side.along(of_positives)))
         if tile.positives == "all":
             return slope.sub_(side.along(of_positives))
-        uniform = power.copy_(side.along(of_positives).expand_as(power))
+        uniform = tiles.buffer("uniform", tile).copy_(side.along(of_positives).expand_as(slope))
         return slope.sub_(tiles.exclude(tile, uniform, 0.0, "positives"))
