@@ -49,3 +49,15 @@ def test_the_gradient_was_noise():
     (grad,) = torch.autograd.grad(loss, z)
     assert 0 <= loss < 1e-9
     assert grad.norm() < 1e-9
+
+
+def test_rows_opposite_to_all_keys_at_a_small_temperature():
+    """Their largest logit is -100 at temperature 0.01: relative to it nothing may overflow."""
+    x = torch.zeros(6, 4)
+    x[:3, 0], x[3:, 0] = 1.0, -1.0
+    keys, labels_of_keys = x[:3].clone(), torch.tensor([0, 1, 1])
+    for dtype in (torch.float32, torch.float64):
+        loss = functional.supcon_loss(
+            x.to(dtype), torch.arange(6) % 2, keys.to(dtype), labels_of_keys, 0.01, reduction="none"
+        )
+        torch.testing.assert_close(loss, torch.full_like(loss, 3.0).log())

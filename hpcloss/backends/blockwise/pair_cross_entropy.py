@@ -76,7 +76,9 @@ def pair_cross_entropy(
             total_i.mul_(torch.exp2(-rise)).add_(above.exp2_().sum(side.dim))
             largest_i.copy_(now)
     shift = torch.where(largest == LOWEST, 0.0, largest)
-    total = (total + far * torch.exp2(-shift)).masked_fill_(~at.is_anchor(), 0.0)
+    if safe:
+        total += far * torch.exp2(-shift)
+    total.masked_fill_(~at.is_anchor(), 0.0)
     log_total = total.log2()
     loss = torch.where(mass == -INF, 0.0, (log_total + gap / torch.where(met > 0, met, 1.0)) * LN2)
     return loss, (shift + log_total) * LN2, mass, shift, total

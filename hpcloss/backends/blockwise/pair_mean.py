@@ -53,11 +53,14 @@ def pair_mean(
         mean = linear_mean(anchors, keys, mass, at)
         if mean is not None:
             return scale * mean, mass, slope
-    weights = _Weights(mass, log_weight, hardness)
+    weights, whole = _Weights(mass, log_weight, hardness), torch.zeros_like(mass)
+    weighted = hardness != 0 or log_weight is not None
     tiles = Tiles(anchors, keys, at, "positives")
     for tile, similarity in tiles:
         for side in sides(tile, both=tile.mirrored):
             weight = weights(similarity, side)
+            if weighted:
+                whole[side.own] += tiles.exclude(tile, weight, 0.0).sum(side.dim)
             if stat is None:
                 out[side.own] += tiles.exclude(tile, weight * similarity, 0.0).sum(side.dim) * scale
                 continue
@@ -67,6 +70,10 @@ def pair_mean(
                 terms -= discount * similarity
             out[side.own] += tiles.exclude(tile, terms.mul_(weight), 0.0).sum(side.dim)
             slope[side.own] += tiles.exclude(tile, logits.sigmoid_().mul_(weight), 0.0).sum(side.dim)
+    if weighted:
+        # Of large exponents the mass is rounded, and with it the weights' sum: backward takes out for their mean.
+        whole = torch.where(whole > 0, whole, 1.0)
+        out, slope = out / whole, slope / whole
     return out, mass, slope
 
 
