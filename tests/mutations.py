@@ -96,9 +96,9 @@ MUTATIONS = [
         f"{ENTROPY} and labelled",
     ),
     Mutation(
-        "the scale's gradient of separate keys halved", "hpcloss/backends/triton/__init__.py",
+        "the scale's gradient of separate keys halved", "__init__.py",
         "(_fp32(scale) * (2 if keys is None else 1))", "(_fp32(scale) * 2)",
-        "test_kernels: test_pair_cross_entropy and float32 and labelled",
+        f"{ENTROPY} and labelled",
     ),
     Mutation(
         "the other direction of a diagonal tile not transposed", "hpcloss/backends/blockwise/pair_cross_entropy.py",
@@ -118,7 +118,7 @@ MUTATIONS = [
     Mutation(
         "blockwise: p from a rounded log-sum-exp", "hpcloss/backends/blockwise/pair_cross_entropy.py",
         "return loss, (shift + log_total) * LN2, mass, shift, total",
-        "return loss, (shift + log_total) * LN2, mass, shift + log_total, torch.ones_like(total)",
+        "return loss, (lse := (shift + log_total) * LN2), mass, lse / LN2, torch.ones_like(total)",
         "test_near_minimum: SupCon",
     ),
     Mutation(
@@ -193,7 +193,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tiles fill more shared memory than there is", "hpcloss/backends/triton/configs.py",
-        "[kernel][WIDTHS.index(width)]", "[kernel][WIDTHS.index(width)]._replace(num_stages=40)",
+        "(kernel, kernel)])[WIDTHS.index(width)]", "(kernel, kernel)])[WIDTHS.index(width)]._replace(num_stages=40)",
         "test_launch_path: float16-supcon",
     ),
     Mutation(
