@@ -52,7 +52,7 @@ def test_the_gradient_was_noise():
 
 
 def test_rows_opposite_to_all_keys_at_a_small_temperature():
-    """Their largest logit is -100 at temperature 0.01: relative to it nothing may overflow."""
+    """Their largest logit is -100 at temperature 0.01. Sums relative to it must not overflow."""
     x = torch.zeros(6, 4)
     x[:3, 0], x[3:, 0] = 1.0, -1.0
     keys, labels_of_keys = x[:3].clone(), torch.tensor([0, 1, 1])
