@@ -20,7 +20,7 @@ from hpcloss.backends.blockwise.tiles import (
     Tiles,
     accumulation,
     finite_mass,
-    gradients,
+    gradients_of_logits,
     is_safe_for,
     sides,
 )
@@ -132,15 +132,7 @@ def pair_cross_entropy_backward(
                 # Not from its columns: s_ji may be rounded unlike s_ij, from which the row statistics are.
                 slope = tiles.buffer("both", tile).copy_(slope.T).add_(slope)  # a sum with slope.T is slower
         tiles.scatter(tile, slope, d_anchors, d_keys)
-    d_scale = anchors.new_zeros(())
-    if d_anchors is not None:
-        if needs_scale:
-            # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
-            d_scale = (anchors * d_anchors).sum() / (2 if keys is None else 1)
-        d_anchors *= scale
-    if keys is not None and d_keys is not None:
-        d_keys *= scale
-    return gradients(anchors, d_anchors if needs_anchors else None, None if keys is None else d_keys, d_scale)
+    return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)
 
 
 class _Positives:

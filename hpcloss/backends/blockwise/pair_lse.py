@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpcloss.backends.blockwise.tiles import INF, LOG2E, Tiles, accumulation, gradients, is_safe_for
+from hpcloss.backends.blockwise.tiles import INF, LOG2E, Tiles, accumulation, gradients_of_logits, is_safe_for
 from hpcloss.ops import statistics_dtype
 from hpcloss.partition import Pairs
 
@@ -95,15 +95,7 @@ def pair_lse_backward(
                     back += bias[rows, None]
                 slope.addcmul_(back.exp_(), grad[columns])
             tiles.scatter(tile, slope, d_anchors, d_keys)
-    d_scale = anchors.new_zeros(())
-    if d_anchors is not None:
-        if needs_scale:
-            # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
-            d_scale = (anchors * d_anchors).sum() / (2 if keys is None else 1)
-        d_anchors *= scale
-    if keys is not None and d_keys is not None:
-        d_keys *= scale
-    return gradients(anchors, d_anchors if needs_anchors else None, None if keys is None else d_keys, d_scale)
+    return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)
 
 
 def pair_lse_both(
@@ -161,11 +153,4 @@ def pair_lse_both_backward(
         slope = torch.exp(logits - rows[row, None]).mul_(grad_rows[row, None])
         slope += torch.exp(logits - columns[column]).mul_(grad_columns[column])
         tiles.scatter(tile, tiles.exclude(tile, slope, 0.0), d_anchors, d_keys)
-    d_scale = anchors.new_zeros(())
-    if d_anchors is not None:
-        if needs_scale:
-            d_scale = (anchors * d_anchors).sum()  # S depends on the scale as on the anchors' length
-        d_anchors *= scale
-    if d_keys is not None:
-        d_keys *= scale
-    return gradients(anchors, d_anchors if needs_anchors else None, d_keys, d_scale)
+    return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)

@@ -71,8 +71,8 @@ def pair_mean(
             out[side.own] += tiles.exclude(tile, terms.mul_(weight), 0.0).sum(side.dim)
             slope[side.own] += tiles.exclude(tile, logits.sigmoid_().mul_(weight), 0.0).sum(side.dim)
     if weighted:
-        # The mass of large exponents is rounded, so the weights do not sum to 1. Backward subtracts `out` from the terms
-        # and needs the mean under these very weights.
+        # The mass of large exponents is rounded, so the weights do not sum to 1. Backward subtracts `out` from the
+        # terms and needs the mean under these very weights.
         whole = torch.where(whole > 0, whole, 1.0)
         out, slope = out / whole, slope / whole
     return out, mass, slope
