@@ -225,7 +225,7 @@ MUTATIONS = [
     Mutation(
         "a loop over no regions starts at the largest number", "tile.py",
         "return tl.minimum(low, high), high", "return low, high",
-        "test_the_intervals_met",
+        "test_intervals_in_any_order",
     ),
     Mutation(
         "a loop that loads ahead starts at the largest number", "hpcloss/backends/triton/tile.py",
@@ -282,18 +282,43 @@ MUTATIONS = [
     ),
     Mutation(
         "clean by the last row's positives", "tile.py",
-        "inner_end = tl.min(tl.where(member, end, FARTHEST))", "inner_end = tl.max(tl.where(member, end, 0))",
+        "tl.minimum(inner_end, other_inner_end)", "tl.minimum(tl.maximum(inner_end, other_inner_end), FARTHEST - 1)",
         f"{EDGE} and runs",
     ),
     Mutation(
+        "rows of no region visit keys", "tile.py",
+        "end = tl.where(inner_end == FARTHEST, start, end)", "end = end",
+        "test_spans_are_keys_of_the_region and others",
+    ),
+    Mutation(
         "region that ends on a block's first row", "tile.py",
-        "(start < last) & (end > first) & (start < end)", "(start < last) & (end > first + 1) & (start < end)",
+        "low += tl.sum((end <= first)", "low += tl.sum((end <= first + 1)",
         f"{EDGE} and regions and not without",
     ),
     Mutation(
         "region that starts on a block's last row", "tile.py",
-        "(start < last) & (end > first) & (start < end)", "(start < last - 1) & (end > first) & (start < end)",
+        "high += tl.sum((start < last)", "high += tl.sum((start < last - 1)",
         f"{EDGE} and regions and not without",
+    ),
+    Mutation(
+        "a search of many regions in one trip", "tile.py",
+        "while step * SCAN < count:", "while step * SCAN < count - 1:",
+        "test_ascending_intervals and 257",
+    ),
+    Mutation(
+        "a search that looks at the first of each piece", "tile.py",
+        "tl.arange(0, SCAN) * step + step - 1", "tl.arange(0, SCAN) * step",
+        "test_ascending_intervals and 513",
+    ),
+    Mutation(
+        "keys of regions in no order miss the last", "tile.py",
+        "tl.max(tl.where(meets, number + 1, 0))", "tl.max(tl.where(meets, number, 0))",
+        "test_intervals_in_any_order",
+    ),
+    Mutation(
+        "the own key of another anchor", "tile.py",
+        "tl.where(which == 1, pos_end, self_pos)", "tl.where(which == 1, pos_end, pos_end)",
+        f"{LSE} and labelled and others",
     ),
     Mutation(
         "keys past the region counted", "pair_lse.py",
@@ -314,8 +339,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients of rows of other regions", "backward.py",
-        "slopes = tl.where(counted & member[:, None] & inside[None, :], slopes, 0.0)",
-        "slopes = tl.where(counted & inside[None, :], slopes, 0.0)",
+        "met, RULE) & member[:, None] & inside[None, :]", "met, RULE) & inside[None, :]",
         f"{LSE} and many and every",
     ),
     Mutation(
@@ -331,8 +355,7 @@ MUTATIONS = [
     ),
     Mutation(
         "keys miss the last anchor they meet", "backward.py",
-        "begin + tl.minimum(low_met, stop - begin), begin + high_met",
-        "begin + tl.minimum(low_met, stop - begin), begin + high_met - 1",
+        "begin, stop = begin + low_met, begin + high_met", "begin, stop = begin + low_met, begin + high_met - 1",
         f"{LSE} and labelled and positives",
     ),
     # ----------------------------------------------------------------------------------------- values
@@ -410,8 +433,7 @@ MUTATIONS = [
     ),
     Mutation(
         "d scale of pairs that do not count", "backward.py",
-        "along_scale = tl.where(counted & member[:, None] & inside[None, :], along_scale, 0.0)",
-        "along_scale = along_scale",
+        "along_scale = tl.where(counted, along_scale, 0.0)", "along_scale = along_scale",
         f"{LSE} and background and negatives",
     ),
     Mutation(

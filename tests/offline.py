@@ -62,7 +62,7 @@ def recorded(capability: int, tiles: configs.Config | None = None):
     launches: list[Launch] = []
 
     def record(kernel: Any, programs: int, like: Any, *args: Any, **constants: Any) -> None:
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
         launches.append(Launch(kernel, args, constants, options))
 
     with contextlib.ExitStack() as stack:

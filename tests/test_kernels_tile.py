@@ -8,12 +8,13 @@ import itertools
 
 import pytest
 import torch
+from cases import choice
 from kernels import DEVICE, needs_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton import language as tl  # noqa: E402
 
-from hpcloss.backends.triton.tile import hulls, meeting, spans  # noqa: E402
+from hpcloss.backends.triton.tile import hulls, meeting, meeting_in_any_order, spans  # noqa: E402
 
 pytestmark = needs_kernels
 
@@ -35,8 +36,8 @@ def spans_kernel(
 
 
 @triton.jit
-def meeting_kernel(starts, ends, bounds, count, first, last):
-    low, high = meeting(starts, ends, count, first, last)
+def meeting_kernel(starts, ends, bounds, count, first, last, MEETING: tl.constexpr):
+    low, high = MEETING(starts, ends, count, first, last)
     tl.store(bounds, low)
     tl.store(bounds + 1, high)
 
@@ -61,19 +62,37 @@ def test_spans_are_keys_of_the_region(positives, member, rule):
     assert 0 <= begin <= hole <= REGION[1]
     assert 0 <= rest <= stop <= REGION[1]
     met = [*range(begin, hole), *range(rest, stop)]
-    inside, region = set(range(start, end) if member else ()), set(range(*REGION))
+    inside, region = set(range(start, end)), set(range(*REGION))
     wanted = {"positives": inside & region, "negatives": region - inside}.get(rule, region)
-    if member:
-        assert sorted(wanted) == met
-    else:
-        assert rule != "positives" or not met  # the others may visit keys in vain
+    assert met == (sorted(wanted) if member else [])  # rows of no region visit none in vain
 
 
-def test_the_intervals_met_are_numbers_of_intervals():
-    cases = [([], []), ([0, 16, 32], [16, 32, 48]), ([5, 5], [5, 5]), ([0] * 300, [16] * 300)]
+def range_met(function, starts, ends, first, last):
+    bounds = int32([-1, -1])
+    # A pointer needs memory even where there are no intervals.
+    meeting_kernel[(1,)](int32([*starts, 0]), int32([*ends, 0]), bounds, len(starts), first, last, MEETING=function)
+    return bounds.tolist()
+
+
+def test_intervals_in_any_order():
+    cases = [([], []), ([0, 16, 32], [16, 32, 48]), ([5, 5], [5, 5]), ([0] * 1100, [16] * 1100)]
+    cases += [([32, 0, 7, 16], [48, 16, 7, 32]), ([90] * 1050 + [0, 3, 90], [99] * 1050 + [2, 9, 99])]
     for (starts, ends), first in itertools.product(cases, [0, 16, 40, 100]):
-        bounds = int32([-1, -1])
-        # A pointer needs memory even where there are no intervals.
-        meeting_kernel[(1,)](int32([*starts, 0]), int32([*ends, 0]), bounds, len(starts), first, first + 16)
         met = [k for k, (a, b) in enumerate(zip(starts, ends, strict=True)) if a < first + 16 and b > first and a < b]
-        assert bounds.tolist() == ([met[0], met[-1] + 1] if met else [0, 0])
+        found = range_met(meeting_in_any_order, starts, ends, first, first + 16)
+        assert found == ([met[0], met[-1] + 1] if met else [0, 0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 255, 256, 257, 511, 512, 513, 65535, 65536, 65537, 70001])
+def test_ascending_intervals(count):
+    """Those met, by a search in one, two or three trips; some intervals are empty, and some rows are in none."""
+    widths = choice([0, 1, 2, 5, 0, 0], count, seed=count)
+    gaps = choice([0, 0, 0, 3], count, seed=count + 1)
+    ends = (widths + gaps).cumsum(0)
+    starts = ends - widths
+    most = int(ends[-1]) if count else 0
+    for first in sorted({0, 1, 37, most // 2, most - 16, most - 1, most, most + 5}):
+        low, high = range_met(meeting, starts.tolist(), ends.tolist(), first, first + 16)
+        assert low == int((ends <= first).sum()) and high == int((starts < first + 16).sum())
+        met = ((starts < first + 16) & (ends > first) & (starts < ends)).nonzero().flatten()
+        assert all(low <= k < high for k in met.tolist()), "every interval with rows of the block is in the range"

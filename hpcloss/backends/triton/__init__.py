@@ -93,7 +93,7 @@ def pair_lse_backward(
     statistics, lift = _lse_statistics(grad, lse, anchors, scale, online)
     return _backward(
         anchors, keys, statistics, lift, bias, scale, None, None, None, intervals,
-        dict(SLOPE=lse_kernels.slope, TERM="lse", RULE=rule, ONLINE=online),
+        dict(SLOPE=lse_kernels.slope, TERM="lse", RULE=rule, ONLINE=online), "backward",
         needs_anchors, needs_keys, needs_scale,
     )  # fmt: skip
 
@@ -144,7 +144,9 @@ def pair_lse_both_backward(
         *positives, own_start, own_end, other_start, other_end = int32(at)
         parts.append(torch.zeros_like(of_own[:, 0]) if needs_scale else None)
         regions = (own_start, own_end, other_start, other_end, *none)
-        gradients.append(_own(own, other, of_own, of_other, values, positives, regions, pair, wanted, parts[-1]))
+        gradients.append(
+            _own(own, other, of_own, of_other, values, positives, regions, pair, "backward", wanted, parts[-1])
+        )
     return *gradients, _sum_if_wanted(torch.cat(parts) if needs_scale else None, anchors)
 
 
@@ -206,6 +208,7 @@ def pair_cross_entropy_backward(
     d_anchors, d_keys, d_scale = _backward(
         anchors, keys, statistics, lift, None, scale, weighting, None, None, intervals,
         dict(SLOPE=cross_entropy_kernels.slope, TERM="cross_entropy", RULE="others", ONLINE=True),
+        "cross_entropy_backward" if weighting is None else "weighted_cross_entropy_backward",
         needs_anchors or needs_scale, needs_keys, False,
     )  # fmt: skip
     if needs_scale:
@@ -287,6 +290,7 @@ def pair_mean_backward(
     return _backward(
         anchors, keys, statistics, lift, log_weight, scale, weighting, pull, discount or None, intervals,
         dict(SLOPE=mean_kernels.slope, TERM=term, RULE="positives", ONLINE=online),
+        "weighted_mean_backward" if online else "backward",
         needs_anchors, needs_keys, needs_scale,
     )  # fmt: skip
 
@@ -303,6 +307,7 @@ def _backward(
     discount: float | None,
     intervals: list[Tensor],
     pair: dict[str, Any],
+    shape: str,
     needs_anchors: bool,
     needs_keys: bool,
     needs_scale: bool,
@@ -317,13 +322,13 @@ def _backward(
     if keys is None:
         # Here every row of a region is a key, and meets its region.
         sides, at = (anchors, anchors, statistics, statistics), (*at_keys, *at_keys, *at_anchors)
-        d_anchors = _own(*sides, values, positives, at, pair, needs_anchors, by_scale)
+        d_anchors = _own(*sides, values, positives, at, pair, shape, needs_anchors, by_scale)
     else:
         sides, at = (anchors, keys, statistics, None), (*at_anchors, *at_keys, *no_anchors)
-        d_anchors = _own(*sides, values, positives, at, pair, needs_anchors, by_scale)
+        d_anchors = _own(*sides, values, positives, at, pair, shape, needs_anchors, by_scale)
         if needs_keys:
             sides, at = (keys, anchors, None, statistics), (*at_keys, *at_anchors, *no_anchors)
-            d_keys = _own(*sides, values, positives, at, pair, True, None)
+            d_keys = _own(*sides, values, positives, at, pair, shape, True, None)
     return d_anchors, d_keys, _sum_if_wanted(by_scale, anchors)
 
 
@@ -336,13 +341,14 @@ def _own(
     positives: Sequence[Tensor],
     regions: tuple[Tensor | None, ...],
     pair: dict[str, Any],
+    shape: str,
     wanted: bool,
     by_scale: Tensor | None,
 ) -> Tensor:
     """The gradient of the own rows, from one pass over the other rows; by_scale [N] is written where it is given."""
     gradient = torch.empty(own.shape if wanted else (0,), dtype=torch.float32, device=own.device)
     if wanted or by_scale is not None:
-        tiles = config("cross_entropy_backward" if pair["TERM"] == "cross_entropy" else "backward", own)
+        tiles = config(shape, own)
         _launch(
             backward_kernel, own, tiles,
             own, other, own_statistics, other_statistics, *values, gradient if wanted else None, by_scale,
@@ -422,5 +428,7 @@ def _tiling(tiles: Config, rows: Tensor) -> dict[str, Any]:
 
 def _launch(kernel: Any, like: Tensor, tiles: Config, *args: Any, **constants: Any) -> None:
     """Run one program for each block of the leading dimension of `like`."""
-    warps = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    launch.run(kernel, triton.cdiv(like.shape[0], tiles.block_i), like, *args, **constants, **warps)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    if tiles.maxnreg is not None:
+        options["maxnreg"] = tiles.maxnreg
+    launch.run(kernel, triton.cdiv(like.shape[0], tiles.block_i), like, *args, **constants, **options)

@@ -12,12 +12,14 @@ import triton.language as tl
 
 from hpcloss.backends.triton.pair_cross_entropy import subtract_positives
 from hpcloss.backends.triton.tile import (
+    column_intervals,
     counts,
     hulls,
     is_clean,
     load_rows,
     load_statistics,
     meeting,
+    meeting_in_any_order,
     row_intervals,
     similarities,
     spans,
@@ -53,7 +55,10 @@ def backward_kernel(
         own_side = load_statistics(own_statistics, rows, there)
     if COL and key_bias is not None:
         own_bias = tl.load(key_bias + rows, mask=there, other=0.0)[:, None]
-    low, high = meeting(own_start, own_end, num_regions, first_row, first_row + BLOCK_I)
+    if ROW:
+        low, high = meeting(own_start, own_end, num_regions, first_row, first_row + BLOCK_I)
+    else:
+        low, high = meeting_in_any_order(own_start, own_end, num_regions, first_row, first_row + BLOCK_I)
     for region in range(low, high):
         first_own, last_own = tl.load(own_start + region), tl.load(own_end + region)
         member = (rows >= first_own) & (rows < last_own)
@@ -65,10 +70,10 @@ def backward_kernel(
             begin, hole, rest, stop = spans(outer_start, outer_end, inner_start, inner_end, begin, stop, RULE)
         elif RULE == "positives":
             # The anchors whose positives are among the own rows.
-            low_met, high_met = meeting(
+            low_met, high_met = meeting_in_any_order(
                 pos_start + begin, pos_end + begin, stop - begin, first_row, first_row + BLOCK_I
             )
-            begin, stop = begin + tl.minimum(low_met, stop - begin), begin + high_met
+            begin, stop = begin + low_met, begin + high_met
             hole, rest = stop, stop
         if anchor_start is not None:
             # Rows that are keys alone meet anchors alone.
@@ -92,31 +97,29 @@ def backward_kernel(
             slopes, along_scale = SLOPE(
                 similarity, own_side, other, own_bias, other_bias, logit_scale, hardness, pull, discount, TERM, ONLINE
             )
+            # The intervals are the anchors': the own rows', or where these are keys alone those of the other rows.
+            if ROW:
+                starts, ends, selves, met = start[:, None], end[:, None], own[:, None], columns[None, :]
+            else:
+                starts, ends, selves = column_intervals(pos_start, pos_end, self_pos, columns, inside)
+                starts, ends, selves, met = starts[None, :], ends[None, :], selves[None, :], rows[:, None]
             if TERM == "cross_entropy":
+                near = True
                 if ROW:
-                    positive = counts(start[:, None], end[:, None], own[:, None], columns[None, :], "positives")
                     near = (first < outer_end) & (first + BLOCK_J > outer_start)
-                else:
-                    starts, ends, key = row_intervals(pos_start, pos_end, self_pos, columns, inside)
-                    positive = counts(starts[None, :], ends[None, :], key[None, :], rows[:, None], "positives")
-                    near = True
                 if near:
+                    positive = counts(starts, ends, selves, met, "positives")
                     slopes = subtract_positives(slopes, similarity, positive, own_side, other, hardness)
+            clean = RULE == "every"
             if ROW:
                 clean = is_clean(
                     outer_start, outer_end, inner_start, inner_end, key_start, key_end, first, first + BLOCK_J, RULE
                 )
-            else:
-                clean = RULE == "every"
             if not (clean & whole & (first + BLOCK_J <= last)):
-                if ROW:
-                    counted = counts(start[:, None], end[:, None], own[:, None], columns[None, :], RULE)
-                else:
-                    starts, ends, key = row_intervals(pos_start, pos_end, self_pos, columns, inside)
-                    counted = counts(starts[None, :], ends[None, :], key[None, :], rows[:, None], RULE)
-                slopes = tl.where(counted & member[:, None] & inside[None, :], slopes, 0.0)
+                counted = counts(starts, ends, selves, met, RULE) & member[:, None] & inside[None, :]
+                slopes = tl.where(counted, slopes, 0.0)
                 if scale_gradient is not None:
-                    along_scale = tl.where(counted & member[:, None] & inside[None, :], along_scale, 0.0)
+                    along_scale = tl.where(counted, along_scale, 0.0)
             if scale_gradient is not None:
                 by_scale += tl.sum(along_scale, 1)
             if gradient is not None:

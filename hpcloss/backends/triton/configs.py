@@ -14,19 +14,26 @@ from hpcloss.backends.triton.probe import interpreted
 
 
 class Config(NamedTuple):
-    """Rows of a block, columns of a tile, and how a program is run."""
+    """Rows of a block, columns of a tile, and how a program is run; maxnreg: the most registers of a thread."""
 
     block_i: int
     block_j: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 INTERPRETED = Config(16, 16, 4, 1)  # small, so that little inputs make many tiles
 SMALLEST = "turing"  # what an unknown part takes
 WIDTHS = (64, 128, 256, 512)
 # Kernels that run in the shapes of another one, where a part does not name their own.
-SAME_AS = {"pair_cross_entropy": "pair_mean", "cross_entropy_backward": "backward"}
+SAME_AS = {
+    "pair_cross_entropy": "pair_mean",
+    "cross_entropy_backward": "backward",
+    # Slopes with weights of their own, which need more registers.
+    "weighted_mean_backward": "backward",
+    "weighted_cross_entropy_backward": "cross_entropy_backward",
+}
 
 # Products on the multiply-add units, on any part: their operands fill the registers.
 EXACT = {
@@ -44,14 +51,38 @@ TURING = {
 }
 # [part][precision][kernel]: one shape for each of WIDTHS.
 CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
+    # Programs small enough for two or three at a time: one waits for its tiles or products while another computes.
     "hopper": {
         "half": {
-            "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-            "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-            "backward": (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+            "pair_lse": (
+                Config(128, 64, 8, 3, 128),
+                Config(128, 64, 8, 3, 128),
+                Config(128, 64, 8, 2),
+                Config(128, 32, 8, 2),
+            ),
+            "pair_mean": (Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+            "pair_cross_entropy": (
+                Config(64, 64, 4, 3),
+                Config(128, 32, 8, 3, 128),
+                Config(128, 64, 8, 2),
+                Config(128, 32, 8, 2),
+            ),
+            "backward": (Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
             "cross_entropy_backward": (
-                Config(128, 64, 8, 2),
-                Config(128, 64, 8, 2),
+                Config(64, 64, 4, 3),
+                Config(64, 64, 4, 3),
+                Config(128, 32, 8, 2),
+                Config(64, 16, 8, 2),
+            ),
+            "weighted_mean_backward": (
+                Config(64, 32, 4, 3),
+                Config(64, 32, 4, 3),
+                Config(128, 32, 8, 2),
+                Config(64, 32, 8, 2),
+            ),
+            "weighted_cross_entropy_backward": (
+                Config(64, 32, 4, 3),
+                Config(64, 32, 4, 3),
                 Config(128, 32, 8, 2),
                 Config(64, 16, 8, 2),
             ),

@@ -19,6 +19,7 @@ from hpcloss.backends.triton.tile import (
     number_of_positives,
     row_intervals,
     similarities,
+    spans,
 )
 
 
@@ -51,7 +52,10 @@ def forward_kernel(
         member = (rows >= first_anchor) & (rows < last_anchor)
         whole = (first_row >= first_anchor) & (first_row + BLOCK_I <= last_anchor)
         outer_start, outer_end, inner_start, inner_end, own_start, own_end = hulls(start, end, own, member)
-        begin, stop = tl.load(key_start + region), tl.load(key_end + region)
+        begin, _, _, stop = spans(
+            outer_start, outer_end, inner_start, inner_end,
+            tl.load(key_start + region), tl.load(key_end + region), "others",
+        )  # fmt: skip
         for first in range(begin, stop, BLOCK_J):
             columns = first + tl.arange(0, BLOCK_J)
             y = load_rows(keys, columns, columns < stop, D, BLOCK_D)

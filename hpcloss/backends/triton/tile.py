@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 FARTHEST = tl.constexpr(2**31 - 1)
-SCAN = tl.constexpr(256)  # intervals looked at together
+SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals looked at together
 
 
 # ---------------------------------------------------------------------------------------------------- intervals
@@ -21,14 +21,32 @@ SCAN = tl.constexpr(256)  # intervals looked at together
 
 @triton.jit
 def meeting(starts, ends, count, first, last):
-    """Range of the intervals [starts, ends) that meet rows first:last; a hull, they may come in any order.
+    """Range of the intervals [starts, ends), in ascending order, that meet rows first:last."""
+    # Both bounds are counts of what lies before them. Each trip of the second loop narrows them 256 times.
+    step = tl.full([], 1, tl.int64)
+    while step * SCAN < count:
+        step *= SCAN
+    low, high = tl.zeros_like(step), tl.zeros_like(step)
+    while step > 0:
+        ahead = tl.arange(0, SCAN) * step + step - 1
+        end = tl.load(ends + low + ahead, mask=low + ahead < count, other=FARTHEST)
+        start = tl.load(starts + high + ahead, mask=high + ahead < count, other=FARTHEST)
+        low += tl.sum((end <= first).to(tl.int32)) * step
+        high += tl.sum((start < last).to(tl.int32)) * step
+        step = step // SCAN
+    return low.to(tl.int32), high.to(tl.int32)
 
-    0:0 where none does. No loop may start at FARTHEST: a compiler that loads ahead adds to it, and that wraps around.
+
+@triton.jit
+def meeting_in_any_order(starts, ends, count, first, last):
+    """Hull of the intervals [starts, ends) that meet rows first:last; 0:0 where none does.
+
+    No loop may start at FARTHEST: a compiler that loads ahead adds to it, and that wraps around.
     """
     # Scalars: with vectors carried through this loop the compiler no longer pipelines the one over tiles.
     low, high = FARTHEST, 0
-    for begin in range(0, count, SCAN):
-        number = begin + tl.arange(0, SCAN)
+    for begin in range(0, count, LONG_SCAN):
+        number = begin + tl.arange(0, LONG_SCAN)
         start = tl.load(starts + number, mask=number < count, other=FARTHEST)
         end = tl.load(ends + number, mask=number < count, other=0)
         meets = (start < last) & (end > first) & (start < end)
@@ -47,6 +65,21 @@ def row_intervals(pos_start, pos_end, self_pos, rows, there):
 
 
 @triton.jit
+def column_intervals(pos_start, pos_end, self_pos, columns, there):
+    """As `row_intervals`, for the columns of a tile; all zero where no column is.
+
+    One load of a table: of a vector shorter than a program Triton 3.6 makes a load for each thread and entry.
+    """
+    which = tl.arange(0, 4)[None, :]
+    bound = tl.where(which == 0, pos_start, tl.where(which == 1, pos_end, self_pos))
+    four = tl.load(bound + columns[:, None], mask=there[:, None], other=0)
+    even, odd = tl.split(tl.reshape(four, [four.shape[0], 2, 2]))
+    start, own = tl.split(even)
+    end, _ = tl.split(odd)
+    return start, end, own
+
+
+@triton.jit
 def number_of_positives(start, end, own):
     """How many keys are positives of each row, as fp32."""
     return (end - start - tl.where((own >= start) & (own < end), 1, 0)).to(tl.float32)
@@ -56,21 +89,38 @@ def number_of_positives(start, end, own):
 def hulls(start, end, own, member):
     """Over the member rows: hull and intersection of the positives, hull of the own keys. Empty ones end at 0."""
     filled = member & (start < end)
-    outer_start = tl.min(tl.where(filled, start, FARTHEST))
-    outer_end = tl.max(tl.where(filled, end, 0))
-    inner_start = tl.max(tl.where(member, start, 0))
-    inner_end = tl.min(tl.where(member, end, FARTHEST))
-    own_start = tl.min(tl.where(member & (own >= 0), own, FARTHEST))
-    own_end = tl.max(tl.where(member, own + 1, 0))
+    # One reduction of all six: each has barriers of its own.
+    outer_start, outer_end, inner_start, inner_end, own_start, own_end = tl.reduce(
+        (
+            tl.where(filled, start, FARTHEST), tl.where(filled, end, 0),
+            tl.where(member, start, 0), tl.where(member, end, FARTHEST),
+            tl.where(member & (own >= 0), own, FARTHEST), tl.where(member, own + 1, 0),
+        ),
+        0, joined_hulls,
+    )  # fmt: skip
     return outer_start, outer_end, inner_start, inner_end, own_start, own_end
+
+
+@triton.jit
+def joined_hulls(
+    outer_start, outer_end, inner_start, inner_end, own_start, own_end,
+    other_outer_start, other_outer_end, other_inner_start, other_inner_end, other_own_start, other_own_end,
+):  # fmt: skip
+    return (
+        tl.minimum(outer_start, other_outer_start), tl.maximum(outer_end, other_outer_end),
+        tl.maximum(inner_start, other_inner_start), tl.minimum(inner_end, other_inner_end),
+        tl.minimum(own_start, other_own_start), tl.maximum(own_end, other_own_end),
+    )  # fmt: skip
 
 
 @triton.jit
 def spans(outer_start, outer_end, inner_start, inner_end, start, end, RULE: tl.constexpr):
     """The keys of start:end that a rule can count, as two spans; the second is empty but for a hole in the middle.
 
-    No bound lies behind `end`, even where the positives have none (see `meeting`).
+    No bound lies behind `end`, even where the positives have none (see `meeting_in_any_order`). Both are empty where no
+    row of the block is in the region: then the intersection of the positives is everything.
     """
+    end = tl.where(inner_end == FARTHEST, start, end)
     if RULE == "positives":
         end = tl.minimum(outer_end, end)
         start = tl.minimum(tl.maximum(outer_start, start), end)
