@@ -263,6 +263,30 @@ def test_faults(said):
         kernel(FAULTS[said]).launch(1, [x, x.clone()])
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("s32", -5), ("u32", 2**32 - 5)])
+def test_a_parameter_in_a_wider_register(kind, expected):
+    out = torch.zeros(1, dtype=torch.int64)
+    one = Kernel(
+        f"""
+.visible .entry test(
+    .param .u64 .ptr .global .align 1 test_param_0,
+    .param .u32 test_param_1
+)
+.reqntid {THREADS}
+{{
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd0, [test_param_0];
+    ld.param.{kind} %rd1, [test_param_1];
+    st.global.b64 [%rd0], %rd1;
+    ret;
+}}
+""",
+        shared=0,
+    )
+    one.launch(1, [out, -5])
+    assert out.item() == expected
+
+
 def test_a_loop():
     out = torch.zeros(THREADS, dtype=torch.int32)
     body = "mov.b32 %r3, 0; mov.b32 %r1, 0;\n$loop:\nadd.s32 %r3, %r3, %r1; add.s32 %r1, %r1, 1;"

@@ -10,6 +10,13 @@ from tools.ptx.parser import members
 from tools.ptx.registers import SIGNED, TYPES, Registers, Step, bits_of, not_modelled
 
 
+def widened(words: np.ndarray, kind: str, register: int) -> np.ndarray:
+    """Words of a type, in a register of `register` bits: a load into a wider one extends the sign, or zeros."""
+    if register == bits_of(kind):
+        return words
+    return words.view(TYPES[kind]).astype(SIGNED[register] if kind[0] == "s" else RAW[register]).view(RAW[register])
+
+
 class Transfers(Registers):
     memory: GlobalMemory
     shared: SharedMemory  # of the program that runs
@@ -18,7 +25,10 @@ class Transfers(Registers):
         name = args[1].strip("[] ")
         if dict(self.program.parameters).get(name) != bits_of(parts[-1]):
             raise not_modelled(parts)
-        return self.apply(lambda value: value, self.target(args[0]), [self.set_at_start(name)])
+        register = bits_of(self.kind(args[0]))
+        return self.apply(
+            lambda value: widened(value, parts[-1], register), self.target(args[0]), [self.set_at_start(name)]
+        )
 
     def transfer(self, parts: list[str], args: list[str], predicate: str | None, negated: bool) -> Step:
         """A load or store of up to four words of each thread that takes part."""
@@ -48,7 +58,6 @@ class Transfers(Registers):
             for place, name in enumerate(members(of))
             if name != "_"
         ]
-        signed = parts[-1][0] == "s"
 
         def load() -> None:
             active = lanes()
@@ -57,10 +66,8 @@ class Transfers(Registers):
             got = memory().load((values[base] + plus)[active], active, width, count)
             for place, target, bits in targets:
                 word = np.ascontiguousarray(got[:, place])
-                if bits != 8 * width:
-                    word = word.view(TYPES[parts[-1]]).astype(SIGNED[bits] if signed else RAW[bits]).view(RAW[bits])
                 new = values[target].copy()
-                new[active] = word
+                new[active] = widened(word, parts[-1], bits)
                 values[target] = new
 
         return load
