@@ -14,6 +14,8 @@ TRITON_OF_TORCH_2_11 := 3.6.0
 OLDEST_TRITON := 3.4.0
 NUMPY_OF_OLDER_TRITON := 2.3.5
 OF_TRITON := tests/test_launch_path.py tests/test_offline.py tests/test_ptx.py
+# Of the interpreter's tests those that reach every kernel, rule and mask; dtypes, shapes and options are for the newest.
+IN_THE_INTERPRETER := tests/test_kernels*.py -k "losses or recipes or edges or both or of_plans or segment_mean or spans"
 OF_THE_WHEEL := tests/test_modules.py tests/test_reference.py tests/test_native.py -k "not cuda and not sanitizers"
 
 .PHONY: demo test test-all wheel parity bench check format clean
@@ -37,7 +39,7 @@ test-all: test test-triton-$(TRITON_OF_TORCH_2_11) test-triton-$(OLDEST_TRITON)
 test-triton-%: .venv-triton-%/installed
 	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__file__"
 	PYTHONPATH=$(CURDIR)/$(<D) $(PYTEST) $(OF_TRITON) -n 2 --timeout 400
-	PYTHONPATH=$(CURDIR)/$(<D) TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2 --timeout 400
+	PYTHONPATH=$(CURDIR)/$(<D) TRITON_INTERPRET=1 $(PYTEST) $(IN_THE_INTERPRETER) -n 2 --timeout 400
 
 # What a release uploads, installed beside torch alone, and tests of it: `pytest` does not see the sources, `python -m` would.
 wheel: $(VENV)/installed

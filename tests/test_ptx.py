@@ -26,7 +26,7 @@ from hpcloss import backends  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
 
 THREADS = 64
-# Up to Triton 3.7.0 the compiler leaves out the fence between cp.async and wgmma (DESIGN.md, "Older versions of Triton").
+# Up to Triton 3.7.0 the compiler leaves out the fence between cp.async and wgmma (DESIGN.md).
 NO_FENCE = "wgmma over cp.async without fence.proxy.async"
 LEAVES_OUT_FENCES = tuple(int(number) for number in triton.__version__.split(".")[:3]) < (3, 7, 1)
 
