@@ -9,6 +9,13 @@ PIP := $(BIN)/python $(INSTALL)
 # A test that hangs says where, and fails alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout-method thread
 WHEEL := .venv-wheel
+# Triton as torch 2.11 brings it, and the oldest one that is supported. Their interpreters want an older NumPy.
+TRITON_OF_TORCH_2_11 := 3.6.0
+OLDEST_TRITON := 3.4.0
+NUMPY_OF_OLDER_TRITON := 2.3.5
+OF_TRITON := tests/test_launch_path.py tests/test_offline.py tests/test_ptx.py
+# Of the interpreter's tests those that reach every kernel, rule and mask; dtypes, shapes and options are for the newest.
+IN_THE_INTERPRETER := tests/test_kernels*.py -k "losses or recipes or edges or both or of_plans or segment_mean or spans"
 OF_THE_WHEEL := tests/test_modules.py tests/test_reference.py tests/test_native.py -k "not cuda and not sanitizers"
 
 .PHONY: demo test test-all wheel parity bench check format clean
@@ -22,10 +29,17 @@ test: $(VENV)/installed
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2 --timeout 400
 
 # Also every shipped tile shape on every GPU target, every loss launched and its PTX interpreted for more of them, and every
-# planted mistake.
-test-all: test
+# planted mistake; and the tests of kernels on older versions of Triton.
+test-all: test test-triton-$(TRITON_OF_TORCH_2_11) test-triton-$(OLDEST_TRITON)
 	$(PYTEST) tests -n 2 -m slow --timeout 5400
 	$(BIN)/python tests/mutations.py
+
+# `make test-triton-3.6.0`: the kernels on this version of Triton. Launched, compiled within their budgets, executed from
+# their PTX, and in Triton's interpreter.
+test-triton-%: .venv-triton-%/installed
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__file__"
+	PYTHONPATH=$(CURDIR)/$(<D) $(PYTEST) $(OF_TRITON) -n 2 --timeout 400
+	PYTHONPATH=$(CURDIR)/$(<D) TRITON_INTERPRET=1 $(PYTEST) $(IN_THE_INTERPRETER) -n 2 --timeout 400
 
 # What a release uploads, installed beside torch alone, and tests of it: `pytest` does not see the sources, `python -m` would.
 wheel: $(VENV)/installed
@@ -62,7 +76,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(WHEEL) build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PEERS) $(WHEEL) .venv-triton-* build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # torch first and alone: nothing that comes after may choose another build of it.
 $(VENV)/torch: constraints.txt
@@ -82,4 +96,12 @@ $(PEERS)/installed: constraints.txt setup.py $(wildcard csrc/*)
 	$(PEERS)/bin/python $(INSTALL) torch
 	$(PEERS)/bin/python $(INSTALL) -e . pytest pytest-benchmark matplotlib scipy scikit-learn tqdm
 	$(PEERS)/bin/python $(INSTALL) --no-deps pytorch-metric-learning lightly info-nce-pytorch monai
+	touch $@
+
+# Nothing but Triton and its NumPy, for PYTHONPATH: the rest is that of the environment.
+.PRECIOUS: .venv-triton-%/installed
+.venv-triton-%/installed: | $(VENV)/installed
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+		triton==$* numpy==$(NUMPY_OF_OLDER_TRITON)
 	touch $@

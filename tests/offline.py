@@ -1,7 +1,7 @@
 """Kernels compiled for GPUs that are not here: what the backend would launch, and what the compiler makes of it.
 
 Run the backend on CPU tensors with its launcher replaced by a recorder, then compile each recorded launch for a target.
-Needs a process without TRITON_INTERPRET. `python tests/offline.py 90 128` prints registers, spills, shared memory.
+Needs a process without TRITON_INTERPRET. `python tests/kernel_table.py 90 128` prints what is found.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ import importlib
 import inspect
 import pkgutil
 import re
-import subprocess
-import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
+from tools.machine_code import MachineCode, disassembled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -29,13 +26,14 @@ from hpcloss.backends import triton as backend
 from hpcloss.backends.triton import configs, launch
 from hpcloss.partition import one_to_one, partition
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPERATIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "LDGSTS", "LDL", "STL", "MUFU", "FFMA")
 # Shared memory a program may have, by compute capability.
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# AMD parts have no compute capability; the backend calls it 0. Each has 64 KB of shared memory.
+AMD, AMD_SHARED_LIMIT = ("gfx90a", "gfx942"), 65536
 
 
 class Launch(NamedTuple):
@@ -54,6 +52,23 @@ class Compiled(NamedTuple):
     spilled_bytes: int
     shared_bytes: int
     operations: Counter[str]
+    code: MachineCode
+
+    def __str__(self) -> str:
+        return f"{self[:4]}"
+
+
+class CompiledForAMD(NamedTuple):
+    """Registers of a lane (accumulation registers among them), of a wave; what of both is spilled, in registers."""
+
+    vector_registers: int
+    accumulation_registers: int
+    scalar_registers: int
+    spilled_vectors: int
+    spilled_scalars: int
+    scratch_bytes: int
+    shared_bytes: int
+    matrix: int  # instructions of the matrix units
 
 
 @contextlib.contextmanager
@@ -126,8 +141,8 @@ def kernels() -> set[Any]:
     return {f for f in functions if f.__name__ not in called and not re.search(r"^ +return ", f.src, re.MULTILINE)}
 
 
-def compile_for(recorded_launch: Launch, capability: int) -> Compiled:
-    """Compile a recorded launch for a compute capability, and look at the machine code."""
+def build(recorded_launch: Launch, target: GPUTarget) -> Any:
+    """A recorded launch compiled for a target."""
     names = recorded_launch.kernel.arg_names
     given = dict(zip(names, recorded_launch.args)) | recorded_launch.constants
     signature, constants, attributes = {}, {}, {}
@@ -143,18 +158,27 @@ def compile_for(recorded_launch: Launch, capability: int) -> Compiled:
         else:
             signature[name] = parameter.annotation_type or ("i32" if isinstance(value, int) else "fp32")
     source = ASTSource(recorded_launch.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    built = triton.compile(source, target=target, options=recorded_launch.options | {"enable_fp_fusion": True})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    operations = Counter(re.findall(r"\b(" + "|".join(OPERATIONS) + r")\b", code))
+    return triton.compile(source, target=target, options=recorded_launch.options | {"enable_fp_fusion": True})
+
+
+def compile_for(recorded_launch: Launch, capability: int) -> Compiled:
+    """Compile a recorded launch for a compute capability, and look at the machine code."""
+    built = build(recorded_launch, GPUTarget("cuda", capability, 32))
+    usage, text = disassembled(built.asm["cubin"])
+    operations = Counter(re.findall(r"\b(" + "|".join(OPERATIONS) + r")\b", text))
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-    return Compiled(registers, stack, built.metadata.shared, operations)
+    return Compiled(registers, stack, built.metadata.shared, operations, MachineCode(text))
+
+
+def compile_for_amd(recorded_launch: Launch, architecture: str) -> CompiledForAMD:
+    """Compile a recorded launch for an AMD part, and read the assembly."""
+    built = build(recorded_launch, GPUTarget("hip", architecture, 64))
+    text = built.asm["amdgcn"]
+    said = {name: int(number) for name, number in re.findall(r"^[ -]*\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    return CompiledForAMD(
+        said["vgpr_count"], said["agpr_count"], said["sgpr_count"], said["vgpr_spill_count"], said["sgpr_spill_count"],
+        said["private_segment_fixed_size"], built.metadata.shared, len(re.findall(r"\bv_mfma", text)),
+    )  # fmt: skip
 
 
 def calls(dim: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -261,26 +285,3 @@ def calls(dim: int, dtype: torch.dtype) -> dict[str, Any]:
         "cross-entropy backward, keys": cross_entropy_backward(1.0, (False, True, False), k, cross),
         "logit backward, keys": mean_backward(None, 10.0, 0.0, True, (False, True, False), k, cross),
     }
-
-
-def main() -> None:
-    """Print the table of one compute capability and width."""
-    capability, dim = int(sys.argv[1]), int(sys.argv[2])
-    dtype = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else torch.float16
-    tiles = configs.Config(*map(int, sys.argv[4].split(","))) if len(sys.argv) > 4 else None
-    chosen = sys.argv[5] if len(sys.argv) > 5 else ""
-    for name, call in calls(dim, dtype).items():
-        if chosen not in name:
-            continue
-        with recorded(capability, tiles) as launches:
-            call()
-        for one in launches:
-            made = compile_for(one, capability)
-            print(
-                f"{name:24} {one.kernel.__name__:18} {made.registers:4} registers {made.spilled_bytes:5} spilled"
-                f" {made.shared_bytes:7} shared  {dict(made.operations)}"
-            )
-
-
-if __name__ == "__main__":
-    main()

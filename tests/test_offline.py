@@ -1,15 +1,23 @@
 """Shipped kernels compiled for every supported GPU: nothing spills, shared memory fits, the matrix units are used.
 
+What older versions of Triton spill is stated in SPILLED, what is spilled on AMD parts in AMD_SCRATCH.
+
 One call of each kernel, at one width in fp16, in `make test`; every shipped tile shape and variant in `make test-all`.
 """
+
+from pathlib import Path
 
 import pytest
 import torch
 from kernels import compile_or_skip
 
 compile_or_skip()
+import kernel_table  # noqa: E402
 import offline  # noqa: E402
+import triton  # noqa: E402
+from tools.machine_code import MachineCode, trip  # noqa: E402
 
+import hpcloss  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
 
 # Instructions of a matrix unit; those of Hopper and Blackwell take 64 rows at least, else they run as on Ampere.
@@ -24,6 +32,28 @@ KERNELS = {
     "pack, channels first", "segment mean", "linear mean", "linear mean backward",
     "lse", "mean", "cross-entropy", "lse backward", "mean backward", "cross-entropy backward",
 }  # fmt: skip
+
+
+# Bytes that the compilers of older versions may spill, by capability and call: fp16, 128 wide, the quick slice.
+SPILLED = {
+    (3, 6): {(75, "cross-entropy"): 200, (90, "mean backward, online"): 16, (90, "mean backward, weights"): 56},
+    (3, 4): {
+        (75, "cross-entropy"): 200, (86, "cross-entropy backward"): 8, (89, "cross-entropy backward"): 8,
+        (90, "both backward"): 8, (90, "both backward, scale"): 8, (90, "lse backward"): 8,
+        (90, "lse backward, anchors"): 8, (90, "lse backward, keys"): 8, (90, "mean backward, weights"): 56,
+        (90, "logit backward, keys"): 24, (100, "lse backward"): 8, (100, "cross-entropy"): 8,
+        (120, "cross-entropy backward"): 8,
+    },
+}  # fmt: skip
+# Bytes of scratch memory of a lane that AMD parts may use: registers of the backward pass do not fit, and nobody has
+# looked for shapes in which they would.
+AMD_SCRATCH = {"forward": 0, "backward": 800}
+VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+def spilled(capability, dtype, dim, name):
+    """Bytes that this version of the compiler is known to spill where the newest one spills none."""
+    return SPILLED.get(VERSION, {}).get((capability, name), 0) if (dtype, dim) == (torch.float16, 128) else 0
 
 
 def targets():
@@ -58,7 +88,8 @@ def test_budget(capability, dtype, precision, dim, name, matmul_precision):
         made = offline.compile_for(launch, capability)
         about = f"{launch.kernel.__name__} {launch.constants} {launch.options}: {made}"
         # The compiler spills a few bytes of fp32 programs to fit one more of them; half precision has nothing to give.
-        assert made.spilled_bytes <= (0 if precision == "half" else 64), about
+        allowed = spilled(capability, dtype, dim, name) if precision == "half" else 64
+        assert made.spilled_bytes <= allowed, about
         assert made.shared_bytes <= offline.SHARED_LIMIT[capability], about
         if "PRECISION" in launch.constants and capability != TURING and precision != "highest":
             unit = MATRIX_UNIT[capability] if launch.constants["BLOCK_I"] >= 64 else "HMMA"
@@ -93,3 +124,68 @@ def test_every_kernel_is_launched_and_again():
     with offline.launched(90) as first:
         probe._touch[(1,)](torch.zeros(1))
     assert offline.kernels() == launched | {kernel for kernel, _ in first}, "KERNELS names a call of each"
+
+
+# ------------------------------------------------------------------------------------------------------ machine code
+
+# A loop of two trips around one over tiles, whose first branch leads around a mask.
+LOOPS = """
+        /*0000*/                   MOV R0, RZ ;
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0030*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], RZ, !UPT ;
+        /*0040*/               @P3 BRA P6, 0x80 ;
+        /*0050*/                   ISETP.GE.AND P0, PT, R0, R1, PT ;
+        /*0060*/                   SEL R2, R3, R4, P0 ;
+        /*0070*/                   MUFU.EX2 R5, R5 ;
+        /*0080*/                   MUFU.EX2 R6, R6 ;
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00a0*/               @P1 BRA 0x20 ;
+        /*00b0*/              @!P0 BRA 0x10 ;
+        /*00c0*/                   EXIT ;
+        /*00d0*/                   BRA 0xd0;
+"""
+
+
+def test_the_machine_code_is_read():
+    assert trip(MachineCode(LOOPS)) == {
+        "instructions": 6, "special": 1, "matrix": 1, "copies": "0/0/1", "barriers": 1, "barriers a region": 1,
+        "loops": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", kernel_table.CALLS_IN_DESIGN)
+def test_the_table_in_the_design(name):
+    """It is what `python tests/kernel_table.py 90 128 --into hpcloss/DESIGN.md` writes, for the newest Triton and 3.6."""
+    part, dim = kernel_table.IN_DESIGN
+    text = Path(hpcloss.__file__).with_name("DESIGN.md").read_text()
+    found = kernel_table.between(text, str(part), dim, "float16")
+    assert found is not None or VERSION not in ((3, 9), (3, 6)), "no table of this Triton"
+    if found is None:
+        pytest.skip(f"no table of Triton {triton.__version__}")
+    printed = [line for line in found[1].splitlines() if line.startswith(f"| {name} |")]
+    assert printed == kernel_table.rows(str(part), dim, torch.float16, [name])
+
+
+# --------------------------------------------------------------------------------------------------------------- AMD
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        pytest.param(one, name, marks=[] if one == "gfx942" and name in KERNELS else pytest.mark.slow)
+        for one in offline.AMD
+        for name in CALLS
+    ],
+)
+def test_amd(architecture, name):
+    """Compiles to assembly that uses the matrix units; its shapes are those of Turing, which nobody has tuned."""
+    with offline.recorded(0) as launches:
+        offline.calls(128, torch.float16)[name]()
+    for launch in launches:
+        made = offline.compile_for_amd(launch, architecture)
+        about = f"{launch.kernel.__name__} {launch.constants} {launch.options}: {made}"
+        assert made.shared_bytes <= offline.AMD_SHARED_LIMIT, about
+        assert made.scratch_bytes <= AMD_SCRATCH["backward" if "backward" in name else "forward"], about
+        if "PRECISION" in launch.constants:
+            assert made.matrix, about

@@ -18,6 +18,7 @@ from numerics import assert_within_budget
 
 compile_or_skip()
 import offline  # noqa: E402
+import triton  # noqa: E402
 from tools.ptx import Fault, Kernel  # noqa: E402
 from tools.ptx.backend import Machine  # noqa: E402
 
@@ -25,6 +26,9 @@ from hpcloss import backends  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
 
 THREADS = 64
+# Up to Triton 3.7.0 the compiler leaves out the fence between cp.async and wgmma (DESIGN.md).
+NO_FENCE = "wgmma over cp.async without fence.proxy.async"
+LEAVES_OUT_FENCES = tuple(int(number) for number in triton.__version__.split(".")[:3]) < (3, 7, 1)
 
 # ------------------------------------------------------------------------------------------------------ instructions
 
@@ -435,7 +439,10 @@ def precision():
 
 @pytest.mark.parametrize(("capability", "kind", "name"), list(losses()))
 def test_losses(capability, kind, name, precision):
-    """Values and gradients within the budget of the reference in the same precision; no fault, and no hazard."""
+    """Values and gradients within the budget of the reference in the same precision; no fault, and no hazard but one.
+
+    The fence that older compilers leave out must be missed: where a version has it, it is no longer expected.
+    """
     precision(kind)
     tested, dtype = TYPES[kind]
     if kind == "float16" and not LOSSES[name][2].get("normalize", True):
@@ -443,7 +450,9 @@ def test_losses(capability, kind, name, precision):
     machine = Machine(capability)
     with machine():
         results = evaluate(name, FAST, tested, tested, backend="triton")
-    assert not machine.hazards(), machine.hazards()
+    hazards = machine.hazards()
+    unfenced = LEAVES_OUT_FENCES and any("cp.async" in ptx and "wgmma.mma_async" in ptx for ptx in machine.kernels)
+    assert hazards.keys() == ({NO_FENCE} if unfenced else set()), hazards
     right = exact(name, kind, tested)
     for place, three in enumerate(zip(results, plain(name, tested, dtype, right), right, strict=True)):
         assert_within_budget(*three, "grad" if place else "loss", dtype)

@@ -174,7 +174,9 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, such as 90."""
+    """Compute capability as one number, such as 90; 0 of AMD parts, whose numbers mean something else."""
+    if torch.version.hip:
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

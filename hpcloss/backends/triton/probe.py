@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -28,8 +30,8 @@ def why_not(device: str, index: int | None) -> str | None:
         return f"its kernels run on CUDA devices, the tensor is on {device!r} (TRITON_INTERPRET=1 interprets them)"
     if tuple(int(number) for number in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton {triton.__version__} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
-    if torch.version.hip:
-        return "its kernels are built and tested for NVIDIA devices alone"
+    if (refused := refused_on_rocm()) is not None:
+        return refused
     if torch.cuda.get_device_capability(index) < OLDEST:
         return f"{torch.cuda.get_device_name(index)} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
     try:
@@ -43,3 +45,10 @@ def why_not(device: str, index: int | None) -> str | None:
             "(Triton needs a C compiler, the Python headers and a driver of its CUDA version)"
         )
     return None
+
+
+def refused_on_rocm() -> str | None:
+    """Why kernels do not run on AMD devices, unless the environment asks to try; None elsewhere."""
+    if not torch.version.hip or os.environ.get("HPCLOSS_ROCM") == "1":
+        return None
+    return "on AMD devices its kernels have been compiled but never run (set HPCLOSS_ROCM=1 to try them)"

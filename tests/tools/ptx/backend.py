@@ -23,10 +23,13 @@ class Machine:
         self.capability, self.change = capability, change
         self.kernels: dict[str, Kernel] = {}
 
-    def hazards(self) -> str:
-        """What was noted of all launches; nothing if all is well."""
-        seen = [kernel for kernel in self.kernels.values() if kernel.hazards.counts]
-        return "\n".join(f"{kernel.program.name}: {kernel.hazards}" for kernel in seen)
+    def hazards(self) -> dict[str, str]:
+        """Each kind of hazard that was noted, and where."""
+        return {
+            kind: f"{kernel.program.name}: {kernel.hazards}"
+            for kernel in self.kernels.values()
+            for kind, _ in kernel.hazards.counts
+        }
 
     def run(self, function: Any, built: Any, grid: tuple[int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """One launch."""

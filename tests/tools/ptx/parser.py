@@ -44,7 +44,8 @@ def parse(ptx: str) -> Program:
             found = re.match(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)$", text)
             if found is None:
                 raise Fault(f"not an instruction: {text!r}")
-            instructions.append(Instruction(found[2], bool(found[1]), found[3], operands(found[4]), text))
+            op = found[3].replace(".shared::cta", ".shared")  # the same space, as Triton 3.8 spells it
+            instructions.append(Instruction(found[2], bool(found[1]), op, operands(found[4]), text))
     return Program(
         name=re.search(r"\.entry\s+(\w+)", head)[1],
         threads=int(re.search(r"\.reqntid\s+(\d+)", head)[1]),

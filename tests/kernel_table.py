@@ -1,0 +1,126 @@
+"""What the compiler makes of each kernel, as a table: `python tests/kernel_table.py 90 128`.
+
+Of NVIDIA parts (a compute capability): registers, programs a multiprocessor, shared memory, spilled bytes, and what one
+trip of the loop over tiles executes where no mask is needed. Of AMD parts ("gfx942"): registers and what is spilled.
+`--into FILE` writes the table of the installed Triton between its markers in the file, which DESIGN.md has for two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import offline
+import torch
+import triton
+from tools.machine_code import trip
+
+from hpcloss.backends.triton import configs
+
+# The part, width and calls of the tables in DESIGN.md.
+IN_DESIGN = (90, 128)
+CALLS_IN_DESIGN = (
+    "lse", "lse, online", "mean", "mean, uniform", "cross-entropy", "cross-entropy, weights", "lse backward",
+    "lse backward, anchors", "lse backward, keys", "mean backward", "mean backward, uniform", "mean backward, weights",
+    "cross-entropy backward", "cross-entropy backward, weights", "cross-entropy backward, keys",
+)  # fmt: skip
+# Of a multiprocessor, by compute capability: threads, programs, and bytes of shared memory, of which a program takes
+# RESERVED besides its own (not on Turing).
+THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+PROGRAMS = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+SHARED = {75: 65536, 80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
+RESERVED, REGISTERS = 1024, 65536
+TITLES = (
+    "call", "tile", "registers", "programs", "shared KB", "spilled B", "instructions", "special", "matrix",
+    "copies of 4/8/16 B", "barriers", "barriers a region", "loops",
+)  # fmt: skip
+TITLES_OF_AMD = (
+    "call", "tile", "vector registers", "of them accumulation", "scalar registers", "spilled vector/scalar",
+    "scratch B", "shared KB", "matrix",
+)  # fmt: skip
+
+
+def programs(made: offline.Compiled, capability: int, num_warps: int) -> int:
+    """How many programs a multiprocessor holds at once."""
+    registers_of_a_warp = -(-made.registers // 8) * 8 * 32
+    shared = made.shared_bytes + (RESERVED if capability != 75 else 0)
+    return min(
+        REGISTERS // registers_of_a_warp // num_warps,
+        THREADS[capability] // (32 * num_warps),
+        PROGRAMS[capability],
+        SHARED[capability] // shared if shared else PROGRAMS[capability],
+    )
+
+
+def tile(launch: offline.Launch) -> str:
+    """Rows x columns, warps and stages."""
+    shape = [str(launch.constants[name]) for name in ("BLOCK_I", "BLOCK_J") if name in launch.constants]
+    return ", ".join(["x".join(shape), *(str(value) for value in launch.options.values())])
+
+
+def rows(part: str, dim: int, dtype: torch.dtype, calls: list[str], tiles: configs.Config | None = None) -> list[str]:
+    """A line for each kernel with a loop over tiles that these calls launch."""
+    lines = []
+    for name in calls:
+        with offline.recorded(0 if part in offline.AMD else int(part), tiles) as launches:
+            offline.calls(dim, dtype)[name]()
+        for launch in launches:
+            if "BLOCK_J" not in launch.constants:
+                continue
+            cells = [name, tile(launch)]
+            if part in offline.AMD:
+                of_amd = offline.compile_for_amd(launch, part)
+                vectors, accumulation, scalars, *spilled, scratch, shared, matrix = of_amd
+                cells += [vectors, accumulation, scalars, "/".join(map(str, spilled)), scratch, shared // 1024, matrix]
+            else:
+                made = offline.compile_for(launch, int(part))
+                cells += [made.registers, programs(made, int(part), launch.options["num_warps"])]
+                cells += [f"{made.shared_bytes / 1024:.0f}", made.spilled_bytes, *trip(made.code).values()]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def head(part: str) -> list[str]:
+    titles = TITLES_OF_AMD if part in offline.AMD else TITLES
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+
+
+def markers(part: str, dim: int, dtype: str) -> tuple[str, str]:
+    version = ".".join(triton.__version__.split(".")[:2])
+    return f"<!-- kernels: Triton {version}, {part}, {dim} channels, {dtype} -->", "<!-- end of kernels -->"
+
+
+def between(text: str, part: str, dim: int, dtype: str) -> re.Match[str] | None:
+    """The table of the installed Triton in a text, as group 1."""
+    first, last = map(re.escape, markers(part, dim, dtype))
+    return re.search(f"{first}\n(.*?){last}", text, re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", help='a compute capability such as 90, or "gfx90a" or "gfx942"')
+    parser.add_argument("dim", type=int)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--calls", help="those with this in their name; by default all that have a loop over tiles")
+    parser.add_argument("--tiles", help="block_i,block_j,num_warps,num_stages instead of the shipped shapes")
+    parser.add_argument("--into", type=Path, help="replace the table of this part, width and Triton in a file")
+    given = parser.parse_args()
+    dtype = getattr(torch, given.dtype)
+    tiles = configs.Config(*map(int, given.tiles.split(","))) if given.tiles else None
+    names = [name for name in offline.calls(given.dim, dtype) if (given.calls or "") in name]
+    if given.into:
+        names = list(CALLS_IN_DESIGN)
+    table = "\n".join([*head(given.part), *rows(given.part, given.dim, dtype, names, tiles)]) + "\n"
+    if given.into is None:
+        print(f"Triton {triton.__version__}, {given.part}, {given.dim} channels, {given.dtype}\n\n{table}", end="")
+        return
+    text = given.into.read_text()
+    found = between(text, given.part, given.dim, given.dtype)
+    if found is None:
+        raise SystemExit(f"{given.into} has no line {markers(given.part, given.dim, given.dtype)[0]}")
+    given.into.write_text(text[: found.start(1)] + table + text[found.end(1) :])
+
+
+if __name__ == "__main__":
+    main()
