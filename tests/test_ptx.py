@@ -285,7 +285,7 @@ def test_a_parameter_in_a_wider_register(kind, expected):
     ret;
 }}
 """,
-        shared=0,
+        shared_bytes=0,
     )
     one.launch(1, [out, -5])
     assert out.item() == expected

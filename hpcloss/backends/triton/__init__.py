@@ -93,7 +93,8 @@ def pair_lse_backward(
     statistics, lift = _lse_statistics(grad, lse, anchors, scale, online)
     return _backward(
         anchors, keys, statistics, lift, bias, scale, None, None, None, intervals,
-        dict(SLOPE=lse_kernels.slope, TERM="lse", RULE=rule, ONLINE=online), "backward",
+        dict(SLOPE=lse_kernels.slope, TERM="lse", RULE=rule, ONLINE=online),
+        "backward" if bias is None else "weighted_backward",
         needs_anchors, needs_keys, needs_scale,
     )  # fmt: skip
 
@@ -172,10 +173,11 @@ def pair_cross_entropy(
     relative to it, [N] each.
     """
     results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
-    at, tiles = int32(intervals), config("pair_cross_entropy", anchors)
+    at, weighting = int32(intervals), _weighting(hardness, None)
+    tiles = config("pair_cross_entropy" if weighting is None else "weighted_cross_entropy", anchors)
     _launch(
         cross_entropy_kernels.forward_kernel, results[0], tiles,
-        anchors, _keys(anchors, keys), _fp32(scale), _weighting(hardness, None), *results,
+        anchors, _keys(anchors, keys), _fp32(scale), weighting, *results,
         *at, anchors.shape[0], at[3].numel(), D=anchors.shape[1], **_tiling(tiles, anchors),
     )  # fmt: skip
     return tuple(results)
@@ -290,7 +292,7 @@ def pair_mean_backward(
     return _backward(
         anchors, keys, statistics, lift, log_weight, scale, weighting, pull, discount or None, intervals,
         dict(SLOPE=mean_kernels.slope, TERM=term, RULE="positives", ONLINE=online),
-        "weighted_mean_backward" if online else "backward",
+        "weighted_backward" if online else "backward",
         needs_anchors, needs_keys, needs_scale,
     )  # fmt: skip
 

@@ -104,10 +104,13 @@ def backward_kernel(
                 starts, ends, selves = column_intervals(pos_start, pos_end, self_pos, columns, inside)
                 starts, ends, selves, met = starts[None, :], ends[None, :], selves[None, :], rows[:, None]
             if TERM == "cross_entropy":
-                near = True
                 if ROW:
-                    near = (first < outer_end) & (first + BLOCK_J > outer_start)
-                if near:
+                    if (first < outer_end) & (first + BLOCK_J > outer_start):
+                        # With loads in it this is a branch; without them the compiler would do it for every tile.
+                        here = row_intervals(pos_start, pos_end, self_pos, rows, there)
+                        positive = counts(here[0][:, None], here[1][:, None], here[2][:, None], met, "positives")
+                        slopes = subtract_positives(slopes, similarity, positive, own_side, other, hardness)
+                else:
                     positive = counts(starts, ends, selves, met, "positives")
                     slopes = subtract_positives(slopes, similarity, positive, own_side, other, hardness)
             clean = RULE == "every"

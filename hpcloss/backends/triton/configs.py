@@ -30,8 +30,9 @@ WIDTHS = (64, 128, 256, 512)
 SAME_AS = {
     "pair_cross_entropy": "pair_mean",
     "cross_entropy_backward": "backward",
-    # Slopes with weights of their own, which need more registers.
-    "weighted_mean_backward": "backward",
+    # With weights there are more numbers to keep in registers.
+    "weighted_cross_entropy": "pair_cross_entropy",
+    "weighted_backward": "backward",
     "weighted_cross_entropy_backward": "cross_entropy_backward",
 }
 
@@ -62,7 +63,13 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
             ),
             "pair_mean": (Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
             "pair_cross_entropy": (
-                Config(64, 64, 4, 3),
+                Config(128, 64, 8, 3, 128),
+                Config(128, 64, 8, 3, 128),
+                Config(128, 64, 8, 2),
+                Config(128, 32, 8, 2),
+            ),
+            "weighted_cross_entropy": (
+                Config(128, 32, 8, 3, 128),
                 Config(128, 32, 8, 3, 128),
                 Config(128, 64, 8, 2),
                 Config(128, 32, 8, 2),
@@ -74,7 +81,7 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
                 Config(128, 32, 8, 2),
                 Config(64, 16, 8, 2),
             ),
-            "weighted_mean_backward": (
+            "weighted_backward": (
                 Config(64, 32, 4, 3),
                 Config(64, 32, 4, 3),
                 Config(128, 32, 8, 2),
@@ -210,4 +217,6 @@ def config(kernel: str, rows: torch.Tensor) -> Config:
         return INTERPRETED
     width = max(triton.next_power_of_2(rows.shape[1]), WIDTHS[0])
     shapes = CONFIGS[part(capability(rows.device))][precision(rows)]
-    return shapes.get(kernel, shapes[SAME_AS.get(kernel, kernel)])[WIDTHS.index(width)]
+    while kernel not in shapes:
+        kernel = SAME_AS[kernel]
+    return shapes[kernel][WIDTHS.index(width)]

@@ -75,7 +75,9 @@ def forward_kernel(
             powers = powers * tl.exp2(-rise * rate) + tl.sum(tl.exp2(-below * rate), 1)
             gap += weights * rise
             if (first < outer_end) & (first + BLOCK_J > outer_start):
-                positive = counts(start[:, None], end[:, None], own[:, None], columns[None, :], "positives")
+                # With loads in it this is a branch; without them the compiler would do it for every tile.
+                here = row_intervals(pos_start, pos_end, self_pos, rows, there)
+                positive = counts(here[0][:, None], here[1][:, None], here[2][:, None], columns[None, :], "positives")
                 positive = positive & member[:, None] & (columns < stop)[None, :]
                 below = tl.where(positive, below, 0.0)
                 if hardness is None:
@@ -133,7 +135,9 @@ def statistics_kernel(
         start, end, own = row_intervals(pos_start, pos_end, self_pos, rows, filled)
         of_positives /= tl.where(filled, number_of_positives(start, end, own), 1.0)
     here = statistics + rows.to(tl.int64) * 4
-    tl.store(here, tl.where(powers > 0, tl.load(shift + rows, mask=there, other=0.0), INF), mask=there)
+    # With the sign of the scale, which `slope` then need not take from each similarity: all of this is exact.
+    sign, _ = sign_and_rate(tl.load(scale))
+    tl.store(here, sign * tl.where(powers > 0, tl.load(shift + rows, mask=there, other=0.0), INF), mask=there)
     tl.store(here + 1, of_all / tl.where(powers > 0, powers, 1.0), mask=there)
     tl.store(here + 2, of_positives, mask=there)
     tl.store(here + 3, tl.where(filled, mass_i * LOG2E, INF), mask=there)
@@ -155,15 +159,14 @@ def slope(
     own, other: statistics of the own rows (i is the anchor) and of the other rows (j is), None where a side has none.
     Takes and returns what that of `pair_mean` does.
     """
-    sign, rate = sign_and_rate(scale)
-    signed = similarity * sign
+    rate = scale * LOG2E
     slopes = tl.zeros_like(similarity)
     if own is not None:
         shift, factor, _, _ = own
-        slopes += tl.exp2((signed - shift[:, None]) * rate) * factor[:, None]
+        slopes += tl.exp2((similarity - shift[:, None]) * rate) * factor[:, None]
     if other is not None:
         shift, factor, _, _ = other
-        slopes += tl.exp2((signed - shift[None, :]) * rate) * factor[None, :]
+        slopes += tl.exp2((similarity - shift[None, :]) * rate) * factor[None, :]
     return slopes, slopes
 
 
