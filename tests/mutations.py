@@ -92,7 +92,7 @@ MUTATIONS = [
     ),
     Mutation(
         "keys' pass forgets the positives", "backward.py",
-        "near = True", "near = False",
+        'positive = counts(starts, ends, selves, met, "positives")', "positive = met < 0",
         f"{ENTROPY} and labelled",
     ),
     Mutation(
@@ -193,7 +193,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tiles fill more shared memory than there is", "hpcloss/backends/triton/configs.py",
-        "(kernel, kernel)])[WIDTHS.index(width)]", "(kernel, kernel)])[WIDTHS.index(width)]._replace(num_stages=40)",
+        "shapes[kernel][WIDTHS.index(width)]", "shapes[kernel][WIDTHS.index(width)]._replace(num_stages=40)",
         "test_launch_path: float16-supcon",
     ),
     Mutation(
