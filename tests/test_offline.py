@@ -156,7 +156,7 @@ def test_the_machine_code_is_read():
 
 @pytest.mark.parametrize("name", kernel_table.CALLS_IN_DESIGN)
 def test_the_table_in_the_design(name):
-    """It is what `python tests/kernel_table.py 90 128 --into hpcloss/DESIGN.md` writes, for the newest Triton and 3.6."""
+    """It is what `python tests/kernel_table.py 90 128 --into hpcloss/DESIGN.md` writes, with the newest Triton or 3.6."""
     part, dim = kernel_table.IN_DESIGN
     text = Path(hpcloss.__file__).with_name("DESIGN.md").read_text()
     found = kernel_table.between(text, str(part), dim, "float16")
