@@ -151,6 +151,11 @@ MUTATIONS = [
         "test_offline: launched_and_again",
     ),
     Mutation(
+        "a loss launches a global that differs from itself", "hpcloss/backends/triton/pack.py",
+        'INF = tl.constexpr(float("inf"))', 'INF = tl.constexpr(float("nan"))',
+        "test_launch_path: float16-ntxent",
+    ),
+    Mutation(
         "an argument is missing", "hpcloss/backends/triton/segments.py",
         "*positives, anchor_start, anchor_end, anchors.shape[0], anchor_start.numel(), BLOCK_I",
         "*positives, anchor_start, anchor_end, anchors.shape[0], BLOCK_I",

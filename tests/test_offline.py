@@ -1,6 +1,6 @@
 """Shipped kernels compiled for every supported GPU: nothing spills, shared memory fits, the matrix units are used.
 
-What older versions of Triton spill is stated in SPILLED, what is spilled on AMD parts in AMD_SCRATCH.
+What older versions of Triton spill is stated in SPILLED. On AMD parts nothing spills to memory.
 
 One call of each kernel, at one width in fp16, in `make test`; every shipped tile shape and variant in `make test-all`.
 """
@@ -36,7 +36,7 @@ KERNELS = {
 
 # Bytes that the compilers of older versions may spill, by capability and call: fp16, 128 wide, the quick slice.
 SPILLED = {
-    (3, 6): {(75, "cross-entropy"): 200, (90, "mean backward, online"): 16, (90, "mean backward, weights"): 56},
+    (3, 6): {(75, "cross-entropy"): 184, (90, "mean backward, online"): 16, (90, "mean backward, weights"): 56},
     (3, 4): {
         (75, "cross-entropy"): 200, (86, "cross-entropy backward"): 8, (89, "cross-entropy backward"): 8,
         (90, "both backward"): 8, (90, "both backward, scale"): 8, (90, "lse backward"): 8,
@@ -45,9 +45,6 @@ SPILLED = {
         (120, "cross-entropy backward"): 8,
     },
 }  # fmt: skip
-# Bytes of scratch memory of a lane that AMD parts may use: registers of the backward pass do not fit, and nobody has
-# looked for shapes in which they would.
-AMD_SCRATCH = {"forward": 0, "backward": 800}
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
@@ -91,6 +88,8 @@ def test_budget(capability, dtype, precision, dim, name, matmul_precision):
         allowed = spilled(capability, dtype, dim, name) if precision == "half" else 64
         assert made.spilled_bytes <= allowed, about
         assert made.shared_bytes <= offline.SHARED_LIMIT[capability], about
+        # Assemblers before 13.3 may reuse such registers (DESIGN.md, "Older versions of Triton").
+        assert not made.code.overwritten(), about
         if "PRECISION" in launch.constants and capability != TURING and precision != "highest":
             unit = MATRIX_UNIT[capability] if launch.constants["BLOCK_I"] >= 64 else "HMMA"
             assert made.operations[unit], about
@@ -154,9 +153,17 @@ def test_the_machine_code_is_read():
     }  # fmt: skip
 
 
+def test_registers_of_a_running_product_are_not_written():
+    product = "/*0000*/ HGMMA.64x64x16.F32 R24, R4, gdesc[UR8], R24, gsb0 ;\n"
+    wait, write = "/*0010*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n", "/*0020*/ F2FP.F16.F32.PACK_AB R7, R9, R8 ;\n"
+    assert MachineCode(product + write).overwritten() == ["F2FP.F16.F32.PACK_AB R7, R9, R8 "]
+    assert MachineCode(product + write.replace("R7", "R8")).overwritten() == []
+    assert MachineCode(product + wait + write).overwritten() == []
+
+
 @pytest.mark.parametrize("name", kernel_table.CALLS_IN_DESIGN)
 def test_the_table_in_the_design(name):
-    """It is what `python tests/kernel_table.py 90 128 --into hpcloss/DESIGN.md` writes, for the newest Triton and 3.6."""
+    """It is what `python tests/kernel_table.py 90 128 --into hpcloss/DESIGN.md` writes, of Triton 3.9 or 3.6."""
     part, dim = kernel_table.IN_DESIGN
     text = Path(hpcloss.__file__).with_name("DESIGN.md").read_text()
     found = kernel_table.between(text, str(part), dim, "float16")
@@ -179,13 +186,13 @@ def test_the_table_in_the_design(name):
     ],
 )
 def test_amd(architecture, name):
-    """Compiles to assembly that uses the matrix units; its shapes are those of Turing, which nobody has tuned."""
+    """Compiles to assembly that uses the matrix units; nobody has tuned its shapes, which are those of Turing."""
     with offline.recorded(0) as launches:
         offline.calls(128, torch.float16)[name]()
     for launch in launches:
         made = offline.compile_for_amd(launch, architecture)
         about = f"{launch.kernel.__name__} {launch.constants} {launch.options}: {made}"
         assert made.shared_bytes <= offline.AMD_SHARED_LIMIT, about
-        assert made.scratch_bytes <= AMD_SCRATCH["backward" if "backward" in name else "forward"], about
+        assert made.scratch_bytes == 0, about
         if "PRECISION" in launch.constants:
             assert made.matrix, about

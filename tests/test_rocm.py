@@ -67,4 +67,4 @@ def test_its_number_is_no_compute_capability():
 torch.set_float32_matmul_precision("high")
 print(configs.part(configs.capability(x.device)), configs.precision(torch.zeros(2, 8)))
 """)
-    assert out == "turing ieee"
+    assert out == "amd ieee"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+NO_RESULT = ("LDGSTS", "R2UR", "BAR", "WARPSYNC")  # whose first operand may be a register that they read
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")
 
 
@@ -131,6 +132,25 @@ class MachineCode:
             path.append(at)
             at = best[at][2]
         return path
+
+    def overwritten(self) -> list[str]:
+        """Instructions that write a register from which a running product of a warpgroup may still read its rows.
+
+        Read from top to bottom: a product runs until the next wait.
+        """
+        found, read = [], set()
+        for _, op, operands in self.instructions:
+            name, first = op.split(".")[0], re.match(r"R(\d+)", operands)
+            if name == "HGMMA":
+                rows = re.match(r"R(\d+)", operands.split(",")[1].strip())
+                read |= {int(rows[1]) + k for k in range(4)} if rows else set()
+            elif op.startswith("WARPGROUP.DEPBAR"):
+                read = set()
+            elif first and name not in NO_RESULT:
+                width = 4 if ".128" in op else 2 if ".64" in op or ".WIDE" in op else 1
+                if read & {int(first[1]) + k for k in range(width)}:
+                    found.append(f"{op} {operands}")
+        return found
 
 
 def trip(code: MachineCode) -> dict[str, object]:

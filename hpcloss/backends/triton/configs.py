@@ -50,6 +50,8 @@ TURING = {
     "pair_cross_entropy": (Config(32, 16, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
     "backward": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
+# AMD parts have 64 KB too, and waves of 64 lanes: the registers of eight of them would not hold a backward program.
+AMD = {kernel: tuple(shape._replace(num_warps=4) for shape in shapes) for kernel, shapes in TURING.items()}
 # [part][precision][kernel]: one shape for each of WIDTHS.
 CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
     # Programs small enough for two or three at a time: one waits for its tiles or products while another computes.
@@ -177,6 +179,7 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
         "ieee": EXACT,
     },
     "turing": {"half": TURING, "tf32": TURING, "ieee": TURING},
+    "amd": {"half": AMD, "tf32": AMD, "ieee": AMD},
 }
 
 
@@ -194,7 +197,7 @@ def part(capability: int) -> str:
         return "ampere"  # 163 KB of shared memory a block
     if capability in (86, 89, 120, 121):
         return "consumer"  # 99 KB
-    return {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(capability, SMALLEST)
+    return {0: "amd", 90: "hopper", 100: "blackwell", 103: "blackwell"}.get(capability, SMALLEST)
 
 
 def precision(rows: torch.Tensor) -> str:

@@ -42,7 +42,12 @@ class Machine:
             for name in function.arg_names
             for kind, value in _flat(built.src.signature[name], given.get(name))
         ]
-        self.kernels[ptx].launch(*grid, [value for _, value in taken], [name for name, _ in taken])
+        values, names = [value for _, value in taken], [name for name, _ in taken]
+        self.launch(self.kernels[ptx], ptx, built.metadata.shared, *grid, values, names)
+
+    def launch(self, kernel: Kernel, ptx: str, shared: int, programs: int, given: list[Any], names: list[str]) -> None:
+        """`ptx` is what the compiler made, `given` what the kernel takes."""
+        kernel.launch(programs, given, names)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

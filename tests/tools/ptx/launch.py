@@ -36,8 +36,11 @@ class Block:
 class Kernel(Arithmetic, Transfers, Matrices):
     """A kernel of PTX and the shared memory that its programs have.
 
-    hazards: what was seen in all launches.
+    hazards: what was seen in all launches. limit: of blocks of instructions that a program executes; more have no end.
+    longest: how many one did.
     """
+
+    limit, longest = 1_000_000, 0
 
     def __init__(self, ptx: str, shared_bytes: int) -> None:
         super().__init__(parse(ptx))
@@ -68,9 +71,12 @@ class Kernel(Arithmetic, Transfers, Matrices):
                 self._run()
 
     def _run(self) -> None:
-        at = 0
+        at = count = 0
         while at < len(self.blocks):
-            block = self.blocks[at]
+            block, count = self.blocks[at], count + 1
+            self.longest = max(self.longest, count)
+            if count > self.limit:
+                raise Fault(f"{self.program.name}: no end after {self.limit} blocks of instructions")
             for text, step in block.steps:
                 self.hazards.instruction = text
                 try:
