@@ -1,8 +1,14 @@
 """What the compiler makes of each kernel, as a table: `python tests/kernel_table.py 90 128`.
 
 Of NVIDIA parts (a compute capability): registers, programs a multiprocessor, shared memory, spilled bytes, and what one
-trip of the loop over tiles executes where no mask is needed. Of AMD parts ("gfx942"): registers and what is spilled.
-`--into FILE` writes the table of the installed Triton between its markers in the file, which DESIGN.md has for two.
+trip of the loop over tiles executes where no mask is needed; of Hopper also milliseconds expected. Of AMD parts
+("gfx942"): registers and what is spilled. `--into FILE` writes the table of the installed Triton between its markers in
+the file, which DESIGN.md has for two. `--before FILE` compares with what was printed earlier: "before > now".
+
+Expected are 65,536 rows that all meet, on 132 multiprocessors at 1.7 GHz. Four units of a multiprocessor take their cycles
+for a tile: instructions of warps (4 a cycle), special functions (16), the matrix unit (4,096 operations in half
+precision), and the second-level cache (25 bytes, an assumption). Programs on one multiprocessor overlap, and the first
+three units of one program do not. So a tile takes the slowest unit, or the sum of the three over the programs.
 """
 
 from __future__ import annotations
@@ -31,9 +37,12 @@ THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 153
 PROGRAMS = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 SHARED = {75: 65536, 80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
 RESERVED, REGISTERS = 1024, 65536
+# Of a multiprocessor of Hopper, for each cycle.
+WARP_INSTRUCTIONS, SPECIAL, OPERATIONS, CACHE_BYTES = 4, 16, 4096, 25
+ROWS, MULTIPROCESSORS, CLOCK = 65536, 132, 1.7e9
 TITLES = (
     "call", "tile", "registers", "programs", "shared KB", "spilled B", "instructions", "special", "matrix",
-    "copies of 4/8/16 B", "barriers", "barriers a region", "loops",
+    "copies of 4/8/16 B", "barriers", "barriers a region", "loops", "expected ms",
 )  # fmt: skip
 TITLES_OF_AMD = (
     "call", "tile", "vector registers", "of them accumulation", "scalar registers", "spilled vector/scalar",
@@ -51,6 +60,21 @@ def programs(made: offline.Compiled, capability: int, num_warps: int) -> int:
         PROGRAMS[capability],
         SHARED[capability] // shared if shared else PROGRAMS[capability],
     )
+
+
+def expected(made: offline.Compiled, launch: offline.Launch, resident: int, trip: dict[str, object]) -> float:
+    """Milliseconds of 65,536 rows, as the head of this file says."""
+    warps = launch.options["num_warps"]
+    rows, columns, channels = (launch.constants[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_D"))
+    # A backward pass multiplies twice, but for the part of the scale's gradient alone.
+    products = 1 + (dict(zip(launch.kernel.arg_names, launch.args)).get("gradient") is not None)
+    units = (
+        trip["instructions"] * warps / WARP_INSTRUCTIONS,
+        trip["special"] * 32 * warps / SPECIAL,
+        products * 2 * rows * columns * channels / OPERATIONS,
+    )
+    cycles = max(*units, sum(units) / resident, 2 * columns * channels / CACHE_BYTES)
+    return 1e3 * ROWS**2 / (rows * columns) / MULTIPROCESSORS * cycles / CLOCK
 
 
 def tile(launch: offline.Launch) -> str:
@@ -75,14 +99,34 @@ def rows(part: str, dim: int, dtype: torch.dtype, calls: list[str], tiles: confi
                 cells += [vectors, accumulation, scalars, "/".join(map(str, spilled)), scratch, shared // 1024, matrix]
             else:
                 made = offline.compile_for(launch, int(part))
-                cells += [made.registers, programs(made, int(part), launch.options["num_warps"])]
-                cells += [f"{made.shared_bytes / 1024:.0f}", made.spilled_bytes, *trip(made.code).values()]
+                resident, found = programs(made, int(part), launch.options["num_warps"]), trip(made.code)
+                cells += [made.registers, resident, f"{made.shared_bytes / 1024:.0f}", made.spilled_bytes]
+                cells += found.values()
+                if part == "90" and dtype != torch.float32 and "BLOCK_I" in launch.constants:
+                    cells.append(f"{expected(made, launch, resident, found):.1f}")
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 
+def compared(lines: list[str], before: str) -> list[str]:
+    """The lines with "earlier > now" where a cell has changed; of calls that one of the two has twice, as they come."""
+    earlier: dict[str, list[str]] = {}
+    for line in before.splitlines():
+        if line.startswith("| "):
+            earlier.setdefault(line.split("|")[1].strip(), []).append(line)
+    result = []
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        old = earlier.get(cells[0], [])
+        was = [cell.strip() for cell in old.pop(0).strip("| ").split("|")] if old else cells
+        was += [""] * (len(cells) - len(was))
+        both = [now if then == now else f"{then} > {now}".strip() for then, now in zip(was, cells)]
+        result.append("| " + " | ".join(both) + " |")
+    return result
+
+
 def head(part: str) -> list[str]:
-    titles = TITLES_OF_AMD if part in offline.AMD else TITLES
+    titles = TITLES_OF_AMD if part in offline.AMD else TITLES if part == "90" else TITLES[:-1]
     return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
 
 
@@ -104,6 +148,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--calls", help="those with this in their name; by default all that have a loop over tiles")
     parser.add_argument("--tiles", help="block_i,block_j,num_warps,num_stages instead of the shipped shapes")
+    parser.add_argument("--before", type=Path, help="a table printed earlier, to compare with")
     parser.add_argument("--into", type=Path, help="replace the table of this part, width and Triton in a file")
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
@@ -111,7 +156,10 @@ def main() -> None:
     names = [name for name in offline.calls(given.dim, dtype) if (given.calls or "") in name]
     if given.into:
         names = list(CALLS_IN_DESIGN)
-    table = "\n".join([*head(given.part), *rows(given.part, given.dim, dtype, names, tiles)]) + "\n"
+    lines = rows(given.part, given.dim, dtype, names, tiles)
+    if given.before:
+        lines = compared(lines, given.before.read_text())
+    table = "\n".join([*head(given.part), *lines]) + "\n"
     if given.into is None:
         print(f"Triton {triton.__version__}, {given.part}, {given.dim} channels, {given.dtype}\n\n{table}", end="")
         return
