@@ -23,6 +23,7 @@ from tools.ptx.backend import Machine  # noqa: E402
 
 from hpcloss import backends  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
+from hpcloss.backends.triton.trial import failure  # noqa: E402
 
 THREADS = 64
 
@@ -423,6 +424,43 @@ def test_losses(capability, kind, name, precision):
     right = exact(name, kind, tested)
     for place, three in enumerate(zip(results, plain(name, tested, dtype, right), right, strict=True)):
         assert_within_budget(*three, "grad" if place else "loss", dtype)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"),
+    [
+        pytest.param(capability, kind, marks=[] if (capability, kind) == (80, "float16") else pytest.mark.slow)
+        for capability in (80, 90, 120)
+        for kind in TYPES
+    ],
+)
+def test_trial(capability, kind, precision):
+    """The kernels that `auto` tries first are right, and are found to be."""
+    precision(kind)
+    machine = Machine(capability)
+    with machine():
+        for channels in (16, 64, 512):
+            assert failure(torch.device("cpu"), TYPES[kind][0], channels) == ("", True)
+    assert not machine.hazards(), machine.hazards()
+
+
+# A mistake of a compiler: in which kernel, what is compiled and what it should have been; and what is found wrong.
+MISCOMPILED = {
+    "pack_kernel": ("rsqrt.approx.ftz.f32", "rcp.approx.f32", "rows"),
+    "forward_kernel": ("ex2.approx.ftz.f32", "lg2.approx.f32", "sums"),
+    "backward_kernel": ("cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32", "gradient"),
+    "unpack_kernel": ("neg.f32", "abs.f32", "gradient"),
+}
+
+
+@pytest.mark.parametrize("kernel", MISCOMPILED)
+def test_the_trial_finds_wrong_kernels(kernel):
+    right, wrong, result = MISCOMPILED[kernel]
+    machine = Machine(80, lambda ptx: ptx.replace(right, wrong) if f".entry {kernel}(" in ptx else ptx)
+    with machine():
+        reason, lasts = failure(torch.device("cpu"), torch.float16, 64)
+    assert re.match(rf"a small step in float16 with 64 channels computes wrong numbers: .*\b{result} off by", reason)
+    assert lasts
 
 
 def test_every_kernel_has_a_loss():
