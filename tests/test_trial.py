@@ -130,6 +130,16 @@ def test_no_trial_where_no_kernel_takes_the_call(stage, told):
     assert stage.tried == [] and told() == []
 
 
+@pytest.mark.parametrize("error", [ImportError("no libtriton"), AttributeError("module 'numpy' has no attribute 'x'")])
+def test_triton_cannot_be_imported(stage, told, monkeypatch, error):
+    def load(name):
+        raise error
+
+    monkeypatch.setattr(backends, "load", load)
+    assert_tiles(told, re.escape(f"Triton cannot be imported: {type(error).__name__}: {error}"))
+    assert stage.tried == []
+
+
 BUILD = re.escape(f" ({trial.FIX})")
 STEP = "a small step in float16 with 64 channels "
 ERRORS = {

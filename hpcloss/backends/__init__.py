@@ -29,6 +29,7 @@ from hpcloss.sorting import INT32_MAX
 
 AUTO = ("triton", "blockwise")  # fastest first
 MAX_CHANNELS = 512  # of a row of the Triton kernels
+NOT_INSTALLED = "Triton is not installed (pip install triton)"
 WIDTHS = (16, 32, 64, 128, 256)  # and MAX_CHANNELS: of their trials
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -83,19 +84,20 @@ def _width(channels: int) -> int:
 def _triton_missing(device: str, index: int | None, falls_back: bool) -> tuple[str, ...]:
     """What keeps Triton's kernels from a device, as far as it is known without building one."""
     reason = _triton_refusal(device, index)
-    if reason and falls_back and (importlib.util.find_spec("triton") or platform.system() == "Linux"):
-        _tell(device, index, reason)  # elsewhere there is no Triton, and nothing to tell
+    # Elsewhere there is no Triton, and nothing to tell.
+    if reason and falls_back and (reason != NOT_INSTALLED or platform.system() == "Linux"):
+        _tell(device, index, reason)
     return (reason,) if reason else ()
 
 
 @functools.cache
 def _triton_refusal(device: str, index: int | None) -> str:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        return NOT_INSTALLED
     try:
         return load("triton.probe").why_not(device, index) or ""
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
+    except Exception as error:  # of a package that is broken, or of a version that its neighbours do not suit
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
 
 
 _found: dict[tuple[str, int | None, torch.dtype], str] = {}  # what trials found, "" where all is well
