@@ -206,9 +206,9 @@ MUTATIONS = [
         "test_trial: two_devices",
     ),
     Mutation(
-        "an architecture is said to be measured", "hpcloss/backends/evidence.py",
-        '"measured on a GPU": ()', '"measured on a GPU": (90,)',
-        "test_evidence: measurements",
+        "an architecture is said to have been executed", "hpcloss/backends/evidence.py",
+        "(80, 90, 120),  # whole", "(80, 89, 90, 120),  # whole",
+        "test_evidence: test_tests",
     ),
     Mutation("rows are cut to tf32", "pack.py", "(bits + 0x1000)", "bits", "rows_of_tf32"),
     Mutation("NaN is rounded to a number", "pack.py", "tl.where(x == x, near, x)", "near", "rows_of_tf32"),
