@@ -98,7 +98,7 @@ def _waiting(device: torch.device) -> Iterator[None]:
 
 def _features(channels: int) -> Tensor:
     """A map of unlike pixels, drawn without touching the generator that the training draws from."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()  # of the same numbers, whenever it is made
     return torch.randn(IMAGES, channels, PIXELS, generator=generator, dtype=torch.float32)
 
 
