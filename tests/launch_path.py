@@ -22,6 +22,8 @@ import resource
 import subprocess
 import sys
 import traceback
+import types
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -255,7 +257,7 @@ def device(capability: int) -> contextlib.ExitStack:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    from hpcloss.backends.triton import probe
+    from hpcloss.backends.triton import probe, trial
 
     stack = contextlib.ExitStack()
     answers = {
@@ -267,13 +269,10 @@ def device(capability: int) -> contextlib.ExitStack:
     for name, answer in answers.items():
         stack.enter_context(mock.patch.object(torch.cuda, name, answer))
     stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
-    why_not, zeros = probe.why_not, torch.zeros
-
-    def probed(device: str, index: int | None) -> str | None:
-        with mock.patch.object(torch, "zeros", lambda *size, device: zeros(*size)):
-            return why_not("cuda", 0)
-
-    stack.enter_context(mock.patch.object(probe, "why_not", probed))
+    why_not = probe.why_not
+    stack.enter_context(mock.patch.object(probe, "why_not", lambda device, index: why_not("cuda", 0)))
+    # No kernel runs, so all that a trial of them compares is wrong. `tried` is the one request that lets it compare.
+    stack.enter_context(mock.patch.object(trial, "disagreement", functools.wraps(trial.disagreement)(lambda *_: "")))
     # What takes no backend asks for the best.
     stack.enter_context(mock.patch.object(memory, "resolve", lambda backend, tensor: "triton"))
     driver.set_active(CudaDriver())
@@ -364,6 +363,39 @@ def refusals(driver: Driver) -> list[str]:
     return said
 
 
+def tried(driver: Driver) -> dict[str, Any]:
+    """What `auto` and an explicit request do with a tensor of a GPU on which kernels leave what the memory held."""
+    from hpcloss import backends
+    from hpcloss.backends.triton import trial
+
+    tensor = types.SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=torch.float16, shape=(2, DIM), numel=lambda: 2 * DIM
+    )
+    failure, before = trial.failure, driver.launches()
+    backends.forget()
+
+    def on_the_cpu(device: torch.device, *call: Any) -> tuple[str, bool]:
+        return failure(torch.device("cpu"), *call)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(backends.forget)
+        stack.enter_context(mock.patch.object(trial, "disagreement", trial.disagreement.__wrapped__))
+        stack.enter_context(mock.patch.object(trial, "failure", on_the_cpu))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
+        told = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        chosen = [backends.resolve("auto", tensor) for _ in range(3)]
+        launched = Counter(kernel for kernel, _ in (driver.launches() - before).elements())
+        try:
+            backends.resolve("triton", tensor)
+            refused = ""
+        except NotImplementedError as error:
+            refused = str(error)
+    return {
+        "chosen": chosen, "told": [str(one.message) for one in told], "refused": refused, "launched": dict(launched)
+    }  # fmt: skip
+
+
 def serve(capability: int, rank: int, ranks: int, store: str) -> None:
     """Answer requests, a line each: one of the functions above and its arguments."""
     torch.set_num_threads(1)
@@ -378,7 +410,7 @@ def serve(capability: int, rank: int, ranks: int, store: str) -> None:
         for request in sys.stdin:
             try:
                 name, arguments = json.loads(request)
-                answer = {"result": {"step": step, "refusals": refusals}[name](driver, **arguments)}
+                answer = {"result": {"step": step, "refusals": refusals, "tried": tried}[name](driver, **arguments)}
             except Exception:
                 answer = {"error": traceback.format_exc()}
             print(json.dumps(answer), file=answers, flush=True)

@@ -144,6 +144,80 @@ MUTATIONS = [
         "weight.sum(1, keepdim=True) - weight", "weight.sum(1, keepdim=True)",
         "test_near_minimum: assignment",
     ),
+    # ------------------------------------------------------------------------------ the trial of the kernels
+    Mutation(
+        "NaN passes for rounding", "hpcloss/backends/triton/trial.py",
+        "if not error <= tolerance:", "if error > tolerance:",
+        "test_trial: wrong_numbers",
+    ),
+    Mutation(
+        "exact products may be as wrong as those of half precision", "hpcloss/backends/triton/trial.py",
+        "TOLERANCE[configs.precision(step.rows)]", 'TOLERANCE["half"]',
+        "test_trial: held_to_more",
+    ),
+    Mutation(
+        "no gradient is tried", "hpcloss/backends/triton/trial.py",
+        "zip(Step._fields, step, exact)", "zip(Step._fields[:2], step, exact)",
+        "test_ptx: finds_wrong_kernels",
+    ),
+    Mutation(
+        "short memory is remembered", "hpcloss/backends/triton/trial.py",
+        "return not passes and not any", "return not any",
+        "test_trial: short_memory",
+    ),
+    Mutation(
+        "what another thread's capture forbids is remembered", "hpcloss/backends/triton/trial.py",
+        '("out of memory", "captur")', '("out of memory",)',
+        "test_trial: capture_elsewhere",
+    ),
+    Mutation(
+        "the trial runs in the caller's thread", "hpcloss/backends/triton/trial.py",
+        "    thread.start()\n    thread.join()\n", "    thread.run()\n",
+        "test_trial: under_modes",
+    ),
+    Mutation(
+        "the trial draws from the training's generator", "hpcloss/backends/triton/trial.py",
+        "PIXELS, generator=generator, dtype", "PIXELS, dtype",
+        "test_trial: right_numbers",
+    ),
+    Mutation(
+        "kernels are tried during capture", "hpcloss/backends/__init__.py",
+        'elif device == "cuda" and torch.cuda.is_current_stream_capturing():', "elif False:",
+        "test_trial: during_capture",
+    ),
+    Mutation(
+        "what is said during capture is remembered", "hpcloss/backends/__init__.py",
+        '_CAPTURING if falls_back else "", False', '_CAPTURING if falls_back else "", True',
+        "test_trial: during_capture",
+    ),
+    Mutation(
+        "threads try at once", "hpcloss/backends/__init__.py",
+        "with _trying:  # a second", "if True:  # a second",
+        "test_trial: threads",
+    ),
+    Mutation(
+        "a failure is told at each call", "hpcloss/backends/__init__.py",
+        "        _told.add(key)\n", "",
+        "test_trial: errors",
+    ),
+    Mutation(
+        "a failure of one device is that of all", "hpcloss/backends/__init__.py",
+        "    key = device, index, dtype\n", "    key = device, 0, dtype\n",
+        "test_trial: two_devices",
+    ),
+    Mutation(
+        "an architecture is said to have been executed", "hpcloss/backends/evidence.py",
+        "(80, 90, 120),  # whole", "(80, 89, 90, 120),  # whole",
+        "test_evidence: test_tests",
+    ),
+    Mutation("rows are cut to tf32", "pack.py", "(bits + 0x1000)", "bits", "rows_of_tf32"),
+    Mutation("NaN is rounded to a number", "pack.py", "tl.where(x == x, near, x)", "near", "rows_of_tf32"),
+    Mutation("all fp32 rows are rounded to tf32", "pack.py", "    if TF32:", "    if D > 0:", "exact_products"),
+    Mutation(
+        "a learnable temperature cannot be set", "hpcloss/losses/supcon.py",
+        "self.log_scale.fill_(-math.log(float(value)))", "pass",
+        "test_modules: learnable_temperature",
+    ),
     # ------------------------------------------------------------------------------ launches
     Mutation(
         "a global that differs from itself", "hpcloss/backends/triton/pack.py",

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tf32
 import torch
 from cases import rows
 from kernels import DEVICE, DTYPES, needs_kernels
@@ -270,3 +271,35 @@ def test_packing_runs_where_the_rest_runs():
         stride = list(torch.empty_like(LAYOUTS[layout](features)).stride())
         arguments = (grad, data, inverse_norm, order, True, [2, 4, 3, 5], stride, torch.float32, True, "triton")
         torch.library.opcheck(torch.ops.hpcloss.pack_backward, arguments, test_utils=checks)
+
+
+def test_rows_of_tf32_are_the_nearest(monkeypatch):
+    """Bit for bit, so that a matrix unit cuts nothing off; infinities stay, and so does NaN, whatever its bits."""
+    from hpcloss.backends.triton import configs
+
+    monkeypatch.setattr(configs, "precision", lambda rows: "tf32")
+    bits = torch.tensor(
+        [0x3F800000, 0x3F801000, 0x3F800FFF, 0x3F803000, 0x00000FFF, 0x00001001, 0x7F7FE000, 0x007FF000]
+    )
+    bits = torch.cat([bits, torch.randint(0x7F7FE000, (4000,))])
+    features = torch.cat([bits, bits | 1 << 31]).to(torch.int32).view(torch.float32).view(-1, 4).to(DEVICE)
+    order = torch.arange(len(features), dtype=torch.int32, device=DEVICE)
+    data = pack(features, order, normalize=False, backend="triton").data
+    assert torch.equal(data.double().cpu(), tf32.rounded(features.cpu()))
+    assert (data.view(torch.int32) & 0x1FFF == 0).all() and not torch.equal(data, features)
+    ends = torch.tensor([0x7F800000, -0x800000, 0x7FFFFFFF, 0x7FC00000, -1, -0x400000], dtype=torch.int32)
+    ends = ends.view(torch.float32).view(1, -1).to(DEVICE)
+    data = pack(ends, order[:1], normalize=False, backend="triton").data
+    assert torch.equal(data.isnan(), ends.isnan()) and torch.equal(data[:, :2], ends[:, :2])
+    unit = rows(50, 7, dtype=torch.float32).to(DEVICE)
+    data = pack(unit, order[:50], normalize=True, backend="triton").data
+    assert (data.view(torch.int32) & 0x1FFF == 0).all()
+    exact = torch.nn.functional.normalize(unit.double(), dim=1)
+    torch.testing.assert_close(data.double(), exact, rtol=2.0**-11 + 1e-6, atol=0)
+
+
+def test_rows_of_exact_products_keep_all_bits():
+    """The default: fp32 products of fp32 rows."""
+    unit = rows(50, 7, dtype=torch.float32).to(DEVICE)
+    data = pack(unit, torch.arange(50, dtype=torch.int32, device=DEVICE), normalize=True, backend="triton").data
+    assert (data.view(torch.int32) & 0x1FFF != 0).any()

@@ -27,7 +27,7 @@ def on_device(*values):
 
 
 def balanced(x):
-    return recipe("balanced_loss")(x, *on_device(LABELS, *REGIONS), 0.5, backend="triton")
+    return recipe("balanced_loss")(x, *on_device(LABELS, *REGIONS), 3, 0.5, backend="triton")
 
 
 def confident_negatives(x, y, z):

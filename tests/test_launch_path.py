@@ -4,6 +4,7 @@ In `make test` all cases in fp16 for one part, and one case for other dtypes and
 """
 
 import inspect
+import re
 import shutil
 
 import pytest
@@ -98,11 +99,34 @@ def test_step_of_two_ranks(machine, name):
     assert step["forward"] and step["backward"]
 
 
-def test_first_step(machine, tmp_path):
-    """What a training waits for: few kernels, made in seconds (of a processor, without those of Triton's launcher)."""
-    step = machine(90, TRITON_CACHE_DIR=str(tmp_path)).step("region", 1000)
-    assert 0 < len(step["new"]) <= 11, step
+@pytest.mark.parametrize(("name", "kernels"), [("region, batch", 10), ("region", 12)])
+def test_first_step(machine, tmp_path, name, kernels):
+    """What a training waits for: few kernels, made in seconds (of a processor, without those of Triton's launcher).
+
+    The trial's are among them. A batch of maps uses them all again, but the smallest, and a single map, which lies
+    otherwise in memory, packs with two of its own.
+    """
+    step = machine(90, TRITON_CACHE_DIR=str(tmp_path)).step(name, 1000)
+    assert 0 < len(step["new"]) <= kernels, step
+    assert "probe._touch" in step["new"] and len(set(step["new"])) == 9, step
     assert 0 < step["seconds"] <= 10, step
+
+
+def test_wrong_numbers_are_told_once_and_serve_nobody(machine):
+    """Here kernels launch and compute nothing: the trial must find that, which all other tests tell it not to."""
+    found = machine(90).ask("tried")
+    assert found["chosen"] == ["blockwise"] * 3
+    wrong = (
+        "a small step in float16 with 64 channels computes wrong numbers: rows off by .*, sums off by .*, gradient off"
+    )
+    (told,) = found["told"]
+    assert re.match(f"hpcloss runs its PyTorch tiles on this GPU, not its kernels: {wrong}", told)
+    assert re.match(f"backend 'triton' cannot run this call: {wrong}", found["refused"])
+    assert set(found["launched"]) == {
+        "probe._touch", "pack.pack_kernel", "pair_lse.forward_kernel", "tile.largest_kernel",
+        "pair_lse.statistics_kernel", "backward.backward_kernel", "pack.unpack_kernel",
+    }  # fmt: skip
+    assert set(found["launched"].values()) == {1}
 
 
 def test_every_kernel_is_launched(machine):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import math
 import pickle
 import re
 
@@ -171,9 +172,8 @@ def test_reduction_none_and_attributes_changed_later(name):
     module.reduction = "none"
     values = module(*INPUTS[name])
     assert values.dim() > 0 and torch.equal(values, function(name, reduction="none"))
-    if name != "infonce":
-        module.temperature = 0.9
-        assert torch.equal(module(*INPUTS[name]), function(name, reduction="none", temperature=0.9))
+    module.temperature = 0.9
+    assert torch.equal(module(*INPUTS[name]), function(name, reduction="none", temperature=0.9))
 
 
 @pytest.mark.parametrize("name", ["region_phpc", "region_supcon"])
@@ -450,6 +450,31 @@ def test_learnable_temperature_of_infonce():
     assert not list(hpcloss.InfoNCELoss(0.07).parameters()) and hpcloss.InfoNCELoss(0.07).temperature == 0.07
     assert hpcloss.InfoNCELoss(torch.tensor(0.5), learnable=True).log_scale.exp().item() == pytest.approx(2.0)
     assert not hasattr(module, "temperature")  # the starting value would be stale
+
+
+@pytest.mark.parametrize("value", [0.2, torch.tensor(0.2), nn.Parameter(torch.tensor(0.2))])
+def test_a_learnable_temperature_that_is_set_later(value):
+    """It takes effect, as an attribute of any loss does, and is learnt on from there."""
+    module = hpcloss.InfoNCELoss(0.07, learnable=True)
+    parameter = module.log_scale
+    module.temperature = value
+    assert module.log_scale is parameter and parameter.requires_grad and not hasattr(module, "temperature")
+    loss = module(*VIEWS)
+    torch.testing.assert_close(loss, FAST["infonce"](*VIEWS, temperature=0.2), rtol=1e-6, atol=1e-7)
+    loss.backward()
+    assert parameter.grad.abs() > 0
+    assert copy.deepcopy(module).log_scale.exp().item() == pytest.approx(5.0)
+    plain = hpcloss.InfoNCELoss(0.07)
+    plain.temperature = 0.2
+    torch.testing.assert_close(plain(*VIEWS), loss.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, torch.tensor(-0.2), "0.2", True, None])
+def test_a_learnable_temperature_that_means_nothing(value):
+    module = hpcloss.InfoNCELoss(0.07, learnable=True)
+    with pytest.raises((TypeError, ValueError), match="temperature"):
+        module.temperature = value
+    assert module.log_scale.exp().item() == pytest.approx(1 / 0.07)
 
 
 def test_modules_are_plain():

@@ -18,12 +18,14 @@ from numerics import assert_within_budget
 
 compile_or_skip()
 import offline  # noqa: E402
+import tf32  # noqa: E402
 import triton  # noqa: E402
 from tools.ptx import Fault, Kernel  # noqa: E402
 from tools.ptx.backend import Machine  # noqa: E402
 
 from hpcloss import backends  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
+from hpcloss.backends.triton.trial import failure  # noqa: E402
 
 THREADS = 64
 # Up to Triton 3.7.0 the compiler leaves out the fence between cp.async and wgmma (DESIGN.md).
@@ -410,13 +412,8 @@ def farthest(results, exact):
     return max(results, key=lambda result: (result - exact).abs().sum())
 
 
-def cut(rows):
-    """As matrix units read fp32 rows: tf32, without the low 13 bits."""
-    return (rows.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double()
-
-
 def exact(name, kind, tested):
-    """In float64, for tf32 of the rows as they are multiplied: unlike those of fp16 they are cut off, not rounded."""
+    """In float64, for tf32 of the rows as they are packed."""
     if kind != "tf32":
         return evaluate(name, ORACLE, tested, torch.float64)
     tiles = backends.load("blockwise")
@@ -424,7 +421,7 @@ def exact(name, kind, tested):
 
     def packed(*arguments):
         rows, inverse_norm = pack(*arguments)
-        return cut(rows), inverse_norm
+        return tf32.rounded(rows), inverse_norm
 
     with mock.patch.object(tiles, "pack", packed):
         return evaluate(name, FAST, tested, torch.float64, backend="blockwise")
@@ -456,6 +453,70 @@ def test_losses(capability, kind, name, precision):
     right = exact(name, kind, tested)
     for place, three in enumerate(zip(results, plain(name, tested, dtype, right), right, strict=True)):
         assert_within_budget(*three, "grad" if place else "loss", dtype)
+
+
+@pytest.mark.parametrize("spread", tf32.SPREADS.values(), ids=tf32.SPREADS)
+@pytest.mark.parametrize("name", tf32.LOSSES)
+def test_tf32_as_emulated(name, spread, precision):
+    """The errors of DESIGN.md's table are those of the compiled kernels, to a tenth of them; fp32 adds its own."""
+    precision("tf32")
+    case = name, 192, spread, 0.1
+    features, labels, regions = tf32.inputs(*case[:3])
+    leaves = [x.float().requires_grad_() for x in features]
+    machine = Machine(80)
+    with machine():
+        if name == "region PHPC":
+            size = len(labels) // tf32.REGIONS
+            value = FAST["region_phpc"](
+                leaves[0].T[None], labels[None], size, background=None, backend="triton", num_classes=tf32.CLASSES
+            )
+        elif name == "SupCon":
+            value = FAST["supcon"](leaves[0], labels, backend="triton")
+        else:
+            value = FAST["infonce"](*leaves, backend="triton")
+        grads = torch.autograd.grad(value, leaves)
+    assert not machine.hazards(), machine.hazards()
+    emulated, exact = (tf32.evaluate(form, *case) for form in (tf32.FORMS[tf32.KERNELS], tf32.EXACT))
+    for found, predicted, right, noise in zip((value, torch.cat(grads)), emulated, exact, (1e-6, 1e-6)):
+        predicted_error, distance = ((x - y).norm() for x, y in ((predicted, right), (found.double(), predicted)))
+        assert predicted_error > 0 and distance < 0.1 * predicted_error + noise * right.norm()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"),
+    [
+        pytest.param(capability, kind, marks=[] if (capability, kind) == (80, "float16") else pytest.mark.slow)
+        for capability in (80, 90, 120)
+        for kind in TYPES
+    ],
+)
+def test_trial(capability, kind, precision):
+    """The kernels that `auto` tries first are right, and are found to be."""
+    precision(kind)
+    machine = Machine(capability)
+    with machine():
+        for channels in (16, 64, 512):
+            assert failure(torch.device("cpu"), TYPES[kind][0], channels) == ("", True)
+    assert not machine.hazards(), machine.hazards()
+
+
+# A mistake of a compiler: in which kernel, what is compiled and what it should have been; and what is found wrong.
+MISCOMPILED = {
+    "pack_kernel": ("rsqrt.approx.ftz.f32", "rcp.approx.f32", "rows"),
+    "forward_kernel": ("ex2.approx.ftz.f32", "lg2.approx.f32", "sums"),
+    "backward_kernel": ("cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32", "gradient"),
+    "unpack_kernel": ("neg.f32", "abs.f32", "gradient"),
+}
+
+
+@pytest.mark.parametrize("kernel", MISCOMPILED)
+def test_the_trial_finds_wrong_kernels(kernel):
+    right, wrong, result = MISCOMPILED[kernel]
+    machine = Machine(80, lambda ptx: ptx.replace(right, wrong) if f".entry {kernel}(" in ptx else ptx)
+    with machine():
+        reason, lasts = failure(torch.device("cpu"), torch.float16, 64)
+    assert re.match(rf"a small step in float16 with 64 channels computes wrong numbers: .*\b{result} off by", reason)
+    assert lasts
 
 
 def test_every_kernel_has_a_loss():

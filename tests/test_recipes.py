@@ -2,6 +2,7 @@
 
 import math
 
+import near_minimum
 import pytest
 import torch
 from cases import assert_same, choice, integers, rows, value_and_grads
@@ -103,7 +104,7 @@ def test_balanced(shape, labels, temperature):
         classes.view(-1)[5] = 2  # a class with one pixel: a key without a positive of its own
     regions, number = recipe("shuffled_blocks")(shape[0], shape[2:], 4)
     assert_same(
-        lambda x: recipe("balanced_loss")(x, classes, regions, number, temperature),
+        lambda x: recipe("balanced_loss")(x, classes, regions, number, 300 + classes.numel(), temperature),
         lambda x: dense_balanced(x, classes, regions, temperature),
         rows(*shape),
     )
@@ -167,6 +168,33 @@ def test_lifted(shape, banks, boundary, temperature):
     )
 
 
+def plain_balanced(z, temperature):
+    """As a careful user writes it: `log_softmax` of all logits of a row, so that no two sums are subtracted."""
+    x, y = torch.nn.functional.normalize(z), near_minimum.labels(16)
+    others = ~torch.eye(len(z), dtype=torch.bool)
+    positives = (y[:, None] == y) & others
+    count = positives.sum(1, keepdim=True)
+    bias = -torch.where(positives, count, count + 1).to(z).log()
+    return near_minimum.cross_entropy(x @ x.T / temperature + bias, positives, others) - count.to(z).log().mean()
+
+
+@pytest.mark.parametrize("temperature", near_minimum.TEMPERATURES)
+@pytest.mark.parametrize("spread", near_minimum.SPREADS)
+def test_balanced_near_its_minimum(spread, temperature):
+    """fp32 against float64: the bars of test_near_minimum.py, but that the value is exact to 1e-6 below 0 too."""
+    regions = torch.zeros(near_minimum.ROWS, dtype=torch.int64)
+    labels = near_minimum.labels(16).view(near_minimum.MAP)
+    case = near_minimum.Case(
+        lambda z, t: recipe("balanced_loss")(near_minimum.as_map(z), labels, regions, 1, 16, t), plain_balanced, 16
+    )
+    z = near_minimum.features(16, near_minimum.SPREADS[spread]).double()
+    torch.testing.assert_close(plain_balanced(z, temperature), dense_balanced(z, labels, regions, temperature))
+    found = near_minimum.errors(case, near_minimum.SPREADS[spread], temperature)
+    floor = torch.finfo(torch.float32).eps ** 2 / temperature
+    assert found.our_gradient <= 10 * found.plain_gradient + 1e-3 * found.norm + floor, found
+    assert found.our_value <= 10 * found.plain_value + 1e-6 * max(found.value, 1), found
+
+
 # ------------------------------------------------------------------------------------------------------- by hand
 
 X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
@@ -197,7 +225,7 @@ def test_balanced_by_hand():
         log((e(-1.6) + e(0)) / 2 + (e(0) + e(-2)) / 2) - (-1.6 + 0) / 2,
     ]
     labels, regions = torch.tensor([[[1, 1, 2, 2, 2]]]), torch.zeros(5, dtype=torch.int64)
-    actual = recipe("balanced_loss")(as_map(X), labels, regions, 1, 0.5)
+    actual = recipe("balanced_loss")(as_map(X), labels, regions, 1, 3, 0.5)
     assert_value(actual, sum(expected) / 5)
 
 
@@ -244,9 +272,9 @@ REGION, EVERYWHERE = torch.zeros(72, dtype=torch.int64), torch.ones(SIZE, dtype=
 CONFIDENCE = rows(*SIZE, seed=3).sigmoid()
 KEYS, OF_ONE, UNFILLED = rows(5, 4, seed=6), torch.ones(5, dtype=torch.int64), torch.full((5,), -1)
 NOTHING = {
-    "balanced, all ignored": ("balanced_loss", (IGNORE, REGION, 1)),
-    "balanced, one class": ("balanced_loss", (ONE, REGION, 1)),
-    "balanced, one pixel each": ("balanced_loss", (SINGLES, REGION, 1)),
+    "balanced, all ignored": ("balanced_loss", (IGNORE, REGION, 1, 2)),
+    "balanced, one class": ("balanced_loss", (ONE, REGION, 1, 2)),
+    "balanced, one pixel each": ("balanced_loss", (SINGLES, REGION, 1, 72)),
     "negatives, all ignored": ("confident_negatives_loss", (IGNORE, MANY, CONFIDENCE, 3)),
     "negatives, keys ignored": ("confident_negatives_loss", (MANY, IGNORE, CONFIDENCE, 3)),
     "negatives, one class": ("confident_negatives_loss", (ONE, ONE, CONFIDENCE, 3)),
@@ -286,7 +314,7 @@ SOME = choice([0, 1, 2, 255], *SIZE, seed=8)
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("balanced_loss", (SOME, REGION, 1)),
+        ("balanced_loss", (SOME, REGION, 1, 3)),
         ("confident_negatives_loss", (SOME, SOME, CONFIDENCE, 3, 10)),
         ("lifted_boundary_loss", (SOME, EVERYWHERE, KEYS, OF_ONE, KEYS, OF_ONE * 2)),
     ],

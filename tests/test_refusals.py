@@ -20,9 +20,9 @@ LABELS = choice([0, 1, 2], 1, 4, 4)
 @pytest.fixture
 def fresh():
     """What was found out about the devices is forgotten before and after."""
-    backends._triton_missing.cache_clear()
+    backends.forget()
     yield
-    backends._triton_missing.cache_clear()
+    backends.forget()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on the CPU")

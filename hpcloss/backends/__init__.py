@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +23,14 @@ import torch
 from torch import Tensor
 
 from hpcloss import native
+from hpcloss.backends import evidence
 from hpcloss.checks import RULES
 from hpcloss.sorting import INT32_MAX
 
 AUTO = ("triton", "blockwise")  # fastest first
 MAX_CHANNELS = 512  # of a row of the Triton kernels
+NOT_INSTALLED = "Triton is not installed (pip install triton)"
+WIDTHS = (16, 32, 64, 128, 256)  # and MAX_CHANNELS: of their trials
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -43,49 +47,126 @@ def resolve(backend: str, tensor: Tensor) -> str:
         return "blockwise"
     refusals = []
     for name in AUTO if backend == "auto" else (backend,):
-        reasons = unsupported(name, tensor)
+        reasons = unsupported(name, tensor, falls_back=backend == "auto")
         if not reasons:
             return name
         refusals.append(f"backend {name!r} cannot run this call: {'; '.join(reasons)}")
     raise NotImplementedError(". ".join(refusals))
 
 
-def unsupported(name: str, tensor: Tensor) -> list[str]:
-    """Reasons why a backend cannot run a call on `tensor` [., D, ...]."""
+def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[str]:
+    """Reasons why a backend cannot run a call on `tensor` [., D, ...].
+
+    falls_back: another backend takes the call if this one cannot. On a GPU that is told, once.
+    """
     if name == "blockwise":
         return ["device 'mps' has no float64"] if tensor.device.type == "mps" else []
-    reasons = list(_triton_refusals(tensor.device.type, tensor.device.index, tensor.dtype))
+    place = tensor.device.type, tensor.device.index
+    reasons = list(_triton_missing(*place, falls_back))
+    if tensor.dtype == torch.float64:
+        reasons.append("float64 needs backend 'blockwise'")
     if tensor.shape[1] > MAX_CHANNELS:
         reasons.append(f"at most {MAX_CHANNELS} channels fit its tiles, got {tensor.shape[1]}")
     if tensor.numel() // max(tensor.shape[1], 1) > INT32_MAX:
         reasons.append("row numbers beyond 2^31")
-    return reasons
+    # A call that no kernel takes is no reason to build some.
+    return reasons or list(_triton_failing(*place, tensor.dtype, _width(tensor.shape[1]), falls_back))
 
 
-def _triton_refusals(device: str, index: int | None, dtype: torch.dtype) -> tuple[str, ...]:
-    refused = _triton_missing(device, index)
-    return (*refused, "float64 needs backend 'blockwise'") if dtype == torch.float64 else refused
+def _width(channels: int) -> int:
+    """Channels of a trial: those of the call, or the next of a few; a number also where the compiler has a symbol."""
+    for width in WIDTHS:
+        if channels <= width:
+            return width
+    return MAX_CHANNELS
 
 
-# What `torch.compiler.assume_constant_result` sets; calling it would import the compiler, and Triton, at once.
-_triton_refusals._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _triton_missing(device: str, index: int | None, falls_back: bool) -> tuple[str, ...]:
+    """What keeps Triton's kernels from a device, as far as it is known without building one."""
+    reason = _triton_refusal(device, index)
+    # Elsewhere there is no Triton, and nothing to tell.
+    if reason and falls_back and (reason != NOT_INSTALLED or platform.system() == "Linux"):
+        _tell(device, index, reason)
+    return (reason,) if reason else ()
 
 
 @functools.cache
-def _triton_missing(device: str, index: int | None) -> tuple[str, ...]:
-    """What keeps Triton from running on a device; asked once a process, and on a GPU told once."""
+def _triton_refusal(device: str, index: int | None) -> str:
     if importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed (pip install triton)"
-        told = platform.system() == "Linux"  # elsewhere there is none
-    else:
-        told = True
-        try:
-            reason = load("triton.probe").why_not(device, index)
-        except ImportError as error:
-            reason = f"Triton cannot be imported: {error}"
-    if reason and told and device == "cuda":
-        warnings.warn(f"hpcloss runs its PyTorch tiles on this GPU, not its kernels: {reason}", stacklevel=2)
+        return NOT_INSTALLED
+    try:
+        return load("triton.probe").why_not(device, index) or ""
+    except Exception as error:  # of a package that is broken, or of a version that its neighbours do not suit
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+
+
+_found: dict[tuple[str, int | None, torch.dtype], str] = {}  # what trials found, "" where all is well
+_trying = threading.RLock()
+
+
+def _triton_failing(
+    device: str, index: int | None, dtype: torch.dtype, channels: int, falls_back: bool
+) -> tuple[str, ...]:
+    """Why Triton's kernels cannot be trusted on a device in a dtype: what a trial of them found, one in a process.
+
+    While a CUDA graph is captured there is no trial, as the host must not wait then. `auto` takes the PyTorch tiles,
+    which the graph keeps; an explicit request runs untried. This is not remembered, nor that memory was short: the
+    next call asks again. Under `torch.compile` the answer is asked while tracing, and the compiled code keeps it.
+    """
+    reason, lasts = _found.get((device, index, dtype)), True
+    if reason is None:
+        with _trying:  # a second thread waits for what the first one finds
+            reason, lasts = _trial(device, index, dtype, channels, falls_back)
+    if reason and falls_back:
+        _tell(device, index, reason, lasts)
     return (reason,) if reason else ()
+
+
+def _trial(device: str, index: int | None, dtype: torch.dtype, channels: int, falls_back: bool) -> tuple[str, bool]:
+    """The reason against the kernels, and whether it lasts; then it is remembered."""
+    key = device, index, dtype
+    if key in _found:
+        return _found[key], True
+    if load("triton.probe").interpreted():
+        reason, lasts = "", True
+    elif device == "cuda" and torch.cuda.is_current_stream_capturing():
+        reason, lasts = _CAPTURING if falls_back else "", False
+    else:
+        place = torch.device(device if index is None else f"{device}:{index}")
+        reason, lasts = load("triton.trial").failure(place, dtype, channels)
+    if lasts:
+        _found[key] = reason
+    return reason, lasts
+
+
+_CAPTURING = (
+    "a CUDA graph is being captured and no step has run before, so the kernels cannot be tried"
+    " (run one step before the capture)"
+)
+_told: set[tuple[str, int | None, str]] = set()
+
+
+def _tell(device: str, index: int | None, reason: str, lasts: bool = True) -> None:
+    """Say once what keeps a GPU from the kernels; of reasons that pass, the first."""
+    key = device, index, reason if lasts else "for now"
+    with _trying:
+        if device != "cuda" or key in _told:
+            return
+        _told.add(key)
+    until = "" if lasts else " for now"
+    warnings.warn(f"hpcloss runs its PyTorch tiles on this GPU{until}, not its kernels: {reason}", stacklevel=2)
+
+
+def forget() -> None:
+    """Ask again what can run on each device, as in a new process."""
+    _triton_refusal.cache_clear()
+    _found.clear()
+    _told.clear()
+
+
+# What `torch.compiler.assume_constant_result` sets; calling it would import the compiler, and Triton, at once.
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_triton_failing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def info() -> str:
@@ -96,8 +177,15 @@ def info() -> str:
         f"torch {torch.__version__}, CUDA {'available' if cuda else 'not available'}",
         "backend blockwise: available",
     ]
-    refused = _triton_refusals("cuda" if cuda else "cpu", torch.cuda.current_device() if cuda else None, torch.float32)
+    device, index = ("cuda", torch.cuda.current_device()) if cuda else ("cpu", None)
+    missing = _triton_missing(device, index, False)
+    refused = missing or _triton_failing(device, index, torch.float16, 64, False)
     lines.append(f"backend triton: {'not available, ' + '; '.join(refused) if refused else 'available'}")
+    if cuda and not missing:
+        configs = load("triton.configs")
+        capability = configs.capability(index)
+        part = configs.part(capability)
+        lines.append(evidence.of(capability, part, is_known=part != configs.SMALLEST))
     return "\n".join([*lines, native.info()])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ class InfoNCELoss(Loss):
     Args:
         temperature: positive number, or a 0-dim tensor.
         learnable: make log(1 / temperature) a parameter of the module, `log_scale` in fp32, that starts at
-            `temperature` (CLIP's parametrisation, without its clamp).
+            `temperature` (CLIP's parametrisation, without its clamp). Setting `temperature` later sets the parameter.
         symmetric: each positive looks for its query as well (CLIP); ValueError with negatives.
         normalize, gather, check_finite, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
     """
@@ -184,6 +185,15 @@ class InfoNCELoss(Loss):
         self.learnable = learnable
         if learnable:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature)), dtype=torch.float32))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of every loss an attribute that is changed later takes effect; a learnt temperature is in `log_scale`."""
+        if name == "temperature" and "log_scale" in self.__dict__.get("_parameters", {}):
+            check_options(infonce_loss, {name: value.item() if isinstance(value, Tensor) else value})
+            with torch.no_grad():
+                self.log_scale.fill_(-math.log(float(value)))
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
         """query, positive [N, D]; negatives [M, D], shared by all queries."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpcloss.backends.triton import launch
+from hpcloss.backends.triton import configs, launch
 from hpcloss.ops import NORM_EPS
 
 # Entries of a tile, and the warps that share it: 32 entries a thread, two tiles of which (gradient and row) and their
@@ -61,15 +61,26 @@ def map_offsets(
     return offsets
 
 
+@triton.jit
+def nearest_tf32(x):
+    """fp32 of which a matrix unit cuts nothing off: the low 13 bits are 0, after rounding to the nearest."""
+    bits = x.to(tl.int32, bitcast=True)
+    near = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, near, x)  # the bits of a NaN may all be ones, and would wrap around
+
+
 @triton.jit(do_not_specialize=["live", *PLACES, "num_rows"])  # live: the last of some tensor, aligned or not
 def pack_kernel(
     features, order, live, data, inverse_norm,
     stride_0: tl.int64, size_1: tl.int32, stride_1: tl.int64, size_2: tl.int32, stride_2: tl.int64,
     size_3: tl.int32, stride_3: tl.int64, step: tl.int64, num_rows: tl.int32,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, AXES: tl.constexpr, TOGETHER: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr, AXES: tl.constexpr, TOGETHER: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """data [n, D] and inverse_norm [n] of BLOCK rows of the map; zeros from row `live` on, which are never read."""
+    """data [n, D] and inverse_norm [n] of BLOCK rows of the map; zeros from row `live` on, which are never read.
+
+    TF32: matrix units will multiply the rows in it.
+    """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = rows < num_rows
     alive = there & (rows < tl.load(live))
@@ -92,6 +103,8 @@ def pack_kernel(
         inverse = tl.where(square == INF, float("nan"), inverse)
         x *= tl.expand_dims(inverse, C)
         inverse *= shrink
+    if TF32:
+        x = nearest_tf32(x)
     at = tl.expand_dims(rows.to(tl.int64) * D, C) + tl.expand_dims(channels, 1 - C)
     tl.store(data + at, x.to(data.dtype.element_ty), mask=tl.expand_dims(there, C) & real)
     tl.store(inverse_norm + rows, inverse, mask=there)
@@ -147,7 +160,7 @@ def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool, dtype: 
     places, layout = _layout(features.shape, features.stride())
     _launch(
         pack_kernel, data, features, order.contiguous(), live, data, inverse_norm, *places, count,
-        NORMALIZE=normalize, **layout,
+        NORMALIZE=normalize, TF32=configs.precision(data) == "tf32", **layout,
     )  # fmt: skip
     return data, inverse_norm
 

@@ -11,7 +11,7 @@ import offline
 import torch
 
 from hpcloss import backends
-from hpcloss.backends.triton import probe
+from hpcloss.backends.triton import probe, trial
 from tools.ptx.launch import Kernel
 from tools.ptx.memory import POISON
 
@@ -55,8 +55,9 @@ class Machine:
         with contextlib.ExitStack() as stack:
             stack.enter_context(offline.launched(self.capability, self.run))
             stack.enter_context(mock.patch.object(probe, "why_not", lambda device, index: None))
-            backends._triton_missing.cache_clear()
-            stack.callback(backends._triton_missing.cache_clear)
+            stack.enter_context(mock.patch.object(trial, "failure", lambda *_: ("", True)))  # or it runs each time
+            backends.forget()
+            stack.callback(backends.forget)
             for owner, name in (
                 (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
             ):  # fmt: skip
