@@ -23,7 +23,7 @@ class Ends(NamedTuple):
 
 
 def ends(limit: float, tests: bool = True, sanitizer: bool = True) -> Ends:
-    """Tests and sanitizer have seconds kept for them, at most a share of the limit; time that is not used goes to them."""
+    """Tests and sanitizer have seconds kept for them, at most a share of the limit; what is not used goes to them."""
     last = limit - min(CLOSING, 0.05 * limit)
     of_sanitizer = min(SANITIZER, 0.1 * limit) if sanitizer else 0.0
     of_tests = min(TESTS, 0.3 * limit) if tests else 0.0

@@ -23,7 +23,7 @@ from benchmarks.gpu import cache, interpreter, machine
 from benchmarks.gpu.known import Known
 
 BROKEN = ("CUDA error", "Triton Error [CUDA]", "device-side assert")  # after these the context is lost
-TIMES = ("ms", "share", "error", "peak", "times", "bars", "launches", "names", "ceilings")
+TIMES = ("ms", "share", "error", "errors", "peak", "times", "bars", "launches", "names", "ceilings")
 
 
 class Worker:
