@@ -1,8 +1,9 @@
-"""Compile the kernels of all rows ahead, on a machine without a GPU: `python -m benchmarks.gpu.prepare --capability 90`.
+"""Compile the kernels of all rows on a machine without a GPU: `python -m benchmarks.gpu.prepare --capability 90`.
 
-The rows and the smoke test are gone through in their full sizes on a stand-in for the driver, so Triton's own launch path
-asks for each kernel. What loading needs is copied to `--out`, a folder for `python -m benchmarks.gpu --cache`. Then
-everything is launched again from that copy alone: exit status 0 says that nothing was compiled the second time.
+The rows and the smoke test are gone through in their full sizes on a stand-in for the driver, so that Triton's own
+launch path asks for each kernel. What loading needs is copied to `--out`, a folder for `python -m benchmarks.gpu
+--cache`. Then everything is launched again from that copy alone: exit status 0 says that nothing was compiled the
+second time.
 
 It must be run with the version of Triton of the machine that will run, and with the ptxas that Triton has there. Not
 carried: the launchers in C, one for each signature, which hold the interface of one Python version.

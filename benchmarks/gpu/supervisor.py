@@ -216,7 +216,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.dry:
         machine = INTERPRETER
     elif arguments.stand_in:
-        machine = f"{STAND_IN}:{arguments.stand_in}"
+        machine = f"{PREPARE if arguments.full_size else STAND_IN}:{arguments.stand_in}"
     os.environ[MACHINE] = machine  # before anything of the rows is imported here
     if arguments.list:
         from benchmarks.gpu.rows import groups
