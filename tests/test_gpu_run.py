@@ -120,7 +120,7 @@ def test_tests_and_sanitizer_are_commands_that_can_run(launched):
         env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = set(re.findall(r"::(test_\w+)", done.stdout))
+    found = set(re.findall(r"\btest_\w+", done.stdout))
     assert {"test_sizes", "test_edges", "test_pair_lse_both", "test_native_is_the_same_on_the_gpu"} <= found
 
 

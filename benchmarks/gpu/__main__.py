@@ -41,7 +41,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
     parser.add_argument("--limit", type=float, default=limits.LIMIT, help="seconds of the whole run")
     parser.add_argument("--row-limit", type=float, default=limits.ROW, help="seconds after which a row is given up")
-    # For the tests: kernels are launched on a stand-in for the driver of this compute capability, in tiny sizes or full.
+    # For the tests: kernels are launched on a stand-in for the driver of this part, in tiny sizes or full.
     parser.add_argument("--stand-in", type=int, metavar="CAPABILITY", help=argparse.SUPPRESS)
     parser.add_argument("--full-size", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ CARRIED = "HPCLOSS_CARRIED_CACHE"  # the environment variable that says that TRI
 NEEDED = (".cubin", ".json")
 MANIFEST = "prepared.json"
 
-_counts: Counter[str] = Counter()
+_counts: Counter[str] = Counter()  # and seconds
 _lock = threading.Lock()
 
 
@@ -29,7 +30,7 @@ def open_carried() -> None:
     """Count kernels that are built or loaded; use the keys of a carried cache where the environment says so."""
     try:
         from triton import knobs
-        from triton.runtime import cache
+        from triton.runtime import build, cache
     except ImportError:
         return
     if os.environ.get(CARRIED):
@@ -45,6 +46,17 @@ def open_carried() -> None:
             before(**event)
 
     knobs.compilation.listener = listener
+    make = build._build
+
+    def timed(*arguments: Any, **options: Any) -> str:
+        began = time.perf_counter()
+        made = make(*arguments, **options)
+        with _lock:
+            _counts["launchers"] += 1
+            _counts["launcher_seconds"] += time.perf_counter() - began
+        return made
+
+    build._build = timed
 
 
 def _compiler() -> Any:
@@ -59,10 +71,11 @@ def _version() -> str:
     return triton.__version__
 
 
-def counted() -> dict[str, int]:
-    """Kernels that this process compiled, and those that it loaded from a cache."""
+def counted() -> dict[str, float]:
+    """Kernels that this process compiled, those that it loaded from a cache, and what it built in C to launch them."""
     with _lock:
-        return {"compiled": _counts["compiled"], "loaded": _counts["loaded"]}
+        numbers = {name: _counts[name] for name in ("compiled", "loaded", "launchers")}
+        return numbers | {"launcher_seconds": round(_counts["launcher_seconds"], 2)}
 
 
 def pack(full: Path, carried: Path, manifest: dict[str, Any]) -> int:

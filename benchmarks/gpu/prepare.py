@@ -93,7 +93,7 @@ def main(given: Sequence[str] | None = None) -> int:
     print(
         f"{manifest}\nprepared in {middle - began:.0f} s, {before / 2**20:.1f} MB, of which {size / 2**20:.1f} MB are"
         f" carried; launched again in {time.monotonic() - middle:.0f} s: {again['compiled']} kernels compiled,"
-        f" {again['loaded']} loaded"
+        f" {again['loaded']} loaded, {again['launchers']} launchers built in {again['launcher_seconds']:.0f} s"
     )
     if size > MOST_BYTES:
         print(f"more than {MOST_BYTES / 2**20:.0f} MB")
