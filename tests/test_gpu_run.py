@@ -201,7 +201,7 @@ def test_prepared_kernels_are_found_in_another_place(tmp_path, capability):
     done = run("--capability", capability, "--out", out, *only, module="benchmarks.gpu.prepare")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     compiled, loaded = map(int, re.search(r"(\d+) kernels compiled, (\d+) loaded", done.stdout).groups())
-    assert compiled == 0 and loaded >= 3  # the probe's, and both of packing
+    assert compiled == 0 and loaded >= 2
     assert {path.suffix for path in out.rglob("*") if path.is_file()} == {".cubin", ".json"}
     manifest = cache.unpack(out, tmp_path / "elsewhere")
     assert manifest["capability"] == capability and manifest["kernels"] == loaded

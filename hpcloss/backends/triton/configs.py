@@ -14,12 +14,13 @@ from hpcloss.backends.triton.probe import interpreted
 
 
 class Config(NamedTuple):
-    """Rows of a block, columns of a tile, and how a program is run."""
+    """Rows of a block, columns of a tile, and how a program is run. maxnreg: most registers of a thread."""
 
     block_i: int
     block_j: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 INTERPRETED = Config(16, 16, 4, 1)  # small, so that little inputs make many tiles
