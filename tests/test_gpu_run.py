@@ -166,6 +166,13 @@ def test_some_rows_are_interpreted(tmp_path):
     assert not {"tests", "smoke", "sanitizer"} & set(document_of(tmp_path))
 
 
+@pytest.mark.parametrize("value, gradient", [(2e-2, 0.0), (0.0, 2e-2), (float("nan"), 0.0), (float("inf"), 0.0)])
+def test_a_row_that_is_wrong_is_no_row(value, gradient):
+    assert check.judged(5e-3, 5e-3, "float16")["allowed_error"] == 1e-2
+    with pytest.raises(AssertionError, match="relative error"):
+        check.judged(value, gradient, "float16")
+
+
 def copied(folder, path, old, new):
     """The sources with one mistake."""
     for name in ("hpcloss", "benchmarks", "tests", "csrc"):

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__, limits, processes, report, sanitizer, share, supervisor
 from benchmarks.gpu import tests as stage
@@ -167,7 +168,8 @@ def test_skips_are_counted_by_their_reason():
 
 def test_a_run_of_skips_alone_is_no_success():
     found = stage.summary([told(("a", "skipped", "Skipped: no CUDA device"))], ["exit status 0"], 0.0)
-    assert found["status"] == "left out" and found["passed"] == 0
+    assert found["status"] == "failed" and found["failures"] == ["not one test passed"]
+    assert not report.correct(report.new("") | {"tests": found})
 
 
 def test_tests_without_time_are_counted_and_one_that_hangs_has_failed():
@@ -253,6 +255,22 @@ def test_what_the_sanitizer_finds_is_a_failure(tmp_path):
     found = sanitizer.watched([sys.executable, "-c", "print('Invalid read'); exit(9)"], tmp_path, lambda: 20.0, {})
     assert found["status"] == "failed" and "exit status 9" in found["message"] and "Invalid read" in found["message"]
     assert not report.correct(report.new("") | {"sanitizer": found})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_the_run_ends_and_says_so(tmp_path, capsys):
+    one = supervisor.Supervisor(__main__.parsed(["--out", str(tmp_path / "out")]), "gpu")
+    assert one.run() == 1
+    assert "there is no CUDA device: --dry runs on the CPU" in capsys.readouterr().out
+    assert one.document["rows"] == []
+
+
+def test_kernels_for_another_machine_are_no_secret():
+    machine = {"capability": [9, 0], "versions": {"triton": "3.6.0"}}
+    here = {"triton": "3.6.0", "capability": 90}
+    for cache, fits in ((here, True), (here | {"triton": "3.5.1"}, False), (here | {"capability": 80}, False)):
+        text = report.table(report.new("") | {"machine": machine, "cache": cache})
+        assert ("THE CARRIED KERNELS ARE FOR ANOTHER MACHINE" in text) != fits
 
 
 def test_how_a_process_ended():

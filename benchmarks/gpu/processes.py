@@ -33,7 +33,8 @@ def end(process: subprocess.Popen[Any]) -> None:
             session = int(status.read_text().rpartition(")")[2].split()[3])
             if session == process.pid:
                 os.kill(int(status.parent.name), signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the driver, where no signal reaches it
+        process.wait(10)
 
 
 def how(status: int) -> str:

@@ -77,6 +77,8 @@ def loud(document: dict[str, Any]) -> list[str]:
     lines = []
     if notice := document.get("machine", {}).get("notice"):
         lines.append(f"NO MEASUREMENT: {notice}")
+    if (cache := document.get("cache")) and not carried_fits(cache, document.get("machine", {})):
+        lines.append(f"THE CARRIED KERNELS ARE FOR ANOTHER MACHINE: {json.dumps(cache)}")
     if document.get("native", {}).get("status") == "skipped":
         lines.append(document["native"]["message"])
     if late := [row["name"] for row in document["rows"] if row["status"] == "left out"]:
@@ -84,10 +86,22 @@ def loud(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def carried_fits(cache: dict[str, Any], machine: dict[str, Any]) -> bool:
+    """Whether the cache was prepared for this Triton and this part. Of its ptxas the count of kernels tells."""
+    capability = machine.get("capability")
+    return cache["triton"] == machine.get("versions", {}).get("triton") and (
+        capability is None or cache["capability"] == 10 * capability[0] + capability[1]
+    )
+
+
 def table(document: dict[str, Any]) -> str:
     """Everything for people: the machine, the stages, ceilings, rows, and time and memory against N."""
     lines = loud(document)
-    lines += [f"{key}: {json.dumps(document[key])}" for key in ("machine", "ceilings", "kernels") if document.get(key)]
+    lines += [
+        f"{key}: {json.dumps(document[key])}"
+        for key in ("machine", "ceilings", "cache", "kernels")
+        if document.get(key)
+    ]
     if smoke := document.get("smoke"):
         lines += ["", "smoke", *(of_smoke(row) for row in smoke)]
     for name in ("tests", "sanitizer"):

@@ -93,7 +93,8 @@ class Supervisor:
             while True:
                 answer = child.next(self.left(until))
                 current = answer.get("begin", current)
-                self.document.update({key: answer[key] for key in ("machine",) if key in answer})
+                if "machine" in answer:
+                    self.document["machine"] = answer["machine"]
                 if "row" in answer:
                     rows.append(answer["row"])
                     self.say(report.of_smoke(answer["row"]))
@@ -111,7 +112,7 @@ class Supervisor:
             log = self.log.read_text(errors="replace")[-3000:]
             rows.append({"name": current, "status": "error", "message": problem, "traceback": log})
         for row in rows:
-            if row["status"] == "error":
+            if row["status"] not in FINE:
                 print(row.get("traceback", ""), row["message"], sep="\n", flush=True)
         if native := next((row for row in rows if row["name"] == "native library"), None):
             self.document["native"] = native

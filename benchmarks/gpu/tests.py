@@ -112,6 +112,8 @@ def summary(results: list[list[dict[str, Any]]], ends: list[str], stopped: float
         elif ended not in ("exit status 0", "exit status 1", "exit status 5"):
             failures.append(f"{begun[-1]['begin'] if begun else 'a process'}: {ended}")
     counts = Counter(outcomes.values())
+    if not (counts["passed"] or failures or "no time" in ends):
+        failures.append("not one test passed")
     status = "failed" if failures else "left out" if not_run or not counts["passed"] else "ok"
     return {
         "status": status, "passed": counts["passed"], "failed": len(failures), "skipped": counts["skipped"],

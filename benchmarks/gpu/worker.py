@@ -61,6 +61,7 @@ class Worker:
         except Exception as error:  # whatever it is: one row's failure must not take the others along
             status, figures = "error", {"message": f"{type(error).__name__}: {error}"[:1000]}
             figures["traceback"] = traceback.format_exc()[-3000:]
+        figures = without_nan(figures)
         if machine.LAUNCHED_ONLY:
             figures = without_measurements(figures) | {"launched": dict(self.launches() - before)}
             status = "launched" if status == "ok" else status
@@ -89,20 +90,24 @@ class Worker:
 
 def without_measurements(figures: dict[str, Any]) -> dict[str, Any]:
     """What is true of a row whose kernels did not run: sizes and words, no time, error or share."""
-    kept = {}
-    for key, value in figures.items():
-        measured = any(part in key.split("_") for part in TIMES) or (
-            isinstance(value, float) and not math.isfinite(value)
-        )
-        if not measured:
-            kept[key] = value
-    return kept
+    return {key: x for key, x in figures.items() if x is not None and not set(TIMES) & set(key.split("_"))}
+
+
+def without_nan(figures: Any) -> Any:
+    """JSON has no number that is not finite: None in its place."""
+    if isinstance(figures, dict):
+        return {key: without_nan(value) for key, value in figures.items()}
+    if isinstance(figures, list):
+        return [without_nan(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
 def main() -> int:
     worker, request = Worker(int(sys.argv[1])), json.loads(sys.stdin.readline())
     warnings.filterwarnings("ignore", "Failed to initialize NumPy|divide by zero")
     torch.manual_seed(0)
+    if machine.ON_GPU and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device: --dry runs on the CPU")
     worker.set_up()
     worker.say(machine=machine.description())
     if request["stage"] == "smoke":
