@@ -17,13 +17,7 @@ from pathlib import Path
 import pytest
 from kernels import compile_or_skip
 
-from benchmarks.gpu import (
-    cache,
-    interpreter,
-    library,
-    sanitizer,
-    supervisor,
-)
+from benchmarks.gpu import cache, check, interpreter, library, sanitizer, supervisor
 from benchmarks.gpu import tests as stage
 
 ROOT = Path(__file__).parents[1]
