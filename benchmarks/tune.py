@@ -26,7 +26,12 @@ from hpcloss.partition import partition  # noqa: E402
 
 WIDTHS = (64, 128, 256, 512)
 PRECISIONS = {"half": (torch.float16, "highest"), "tf32": (torch.float32, "high"), "ieee": (torch.float32, "highest")}
-KERNELS = ("pair_lse", "pair_mean", "pair_cross_entropy", "backward", "cross_entropy_backward")
+# All that have shapes of their own on some part, or may have.
+KERNELS = tuple(
+    dict.fromkeys(
+        [*configs.SAME_AS, *(name for part in configs.CONFIGS.values() for shapes in part.values() for name in shapes)]
+    )
+)
 REGISTERS = 65536  # of a multiprocessor
 MOST_REGISTERS, FEWEST_REGISTERS = 255, 96  # of a thread; with fewer, these kernels keep their tiles in local memory
 FINALISTS = 4  # shapes that are tried with fewer registers
@@ -55,7 +60,7 @@ def work(kernel: str, rows: torch.Tensor) -> Callable[[], object]:
     scale = torch.full((), 10.0, device=rows.device)
     grad = torch.full((count,), 1 / count, device=rows.device)
     if "cross_entropy" in kernel:
-        problem = (rows, None, scale, 10.0, 0.0, at)
+        problem = (rows, None, scale, 10.0, 1.0 if "weighted" in kernel else 0.0, at)
         if kernel == "pair_cross_entropy":
             return lambda: backend.pair_cross_entropy(*problem)
         _, _, *of_rows = backend.pair_cross_entropy(*problem)
@@ -67,6 +72,10 @@ def work(kernel: str, rows: torch.Tensor) -> Callable[[], object]:
     if kernel == "pair_mean":
         return lambda: backend.pair_mean(*mean, at)
     out, mass, _ = backend.pair_mean(*mean, at)
+    if kernel == "weighted_mean_backward":
+        return lambda: backend.pair_mean_backward(grad, out, mass, *mean, False, at, True, False, False)
+    if kernel != "backward":
+        raise ValueError(f"there is no call for {kernel}")
 
     def backward() -> None:
         backend.pair_lse_backward(grad, lse, rows, None, None, scale, 10.0, at, "negatives", True, False, False)

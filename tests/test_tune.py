@@ -11,12 +11,13 @@ from benchmarks import tune  # noqa: E402
 from hpcloss.backends.triton import configs  # noqa: E402
 
 # How often the call that is timed launches the kernel: the backward pass is that of two primitives.
-LAUNCHES = {"pair_lse": 1, "pair_mean": 1, "pair_cross_entropy": 1, "backward": 2, "cross_entropy_backward": 1}
+LAUNCHES = {"backward": 2}
 
 
 def test_every_kernel_with_shapes_is_searched():
     named = {kernel for part in configs.CONFIGS.values() for shapes in part.values() for kernel in shapes}
     assert set(tune.KERNELS) == named | set(configs.SAME_AS)
+    assert {"pair_lse", "pair_mean", "pair_cross_entropy", "backward", "cross_entropy_backward"} <= set(tune.KERNELS)
 
 
 @pytest.mark.parametrize("maxnreg", [None, 128])
@@ -31,7 +32,7 @@ def test_a_kernel_is_launched_in_the_shape_that_is_timed(kernel, maxnreg):
             call()
         given = [{**launch.constants, **launch.options} for launch in launches]
         some = [x for x in given if (x.get("BLOCK_I"), x.get("BLOCK_J")) == shape[:2]]
-        assert len(some) == LAUNCHES[kernel]
+        assert len(some) == LAUNCHES.get(kernel, 1)
         assert all((x["num_warps"], x["num_stages"], x.get("maxnreg")) == shape[2:] for x in some)
         launches.clear()
         call()

@@ -422,7 +422,7 @@ def _tiling(tiles: Config, rows: Tensor) -> dict[str, Any]:
 
 def _launch(kernel: Any, like: Tensor, tiles: Config, *args: Any, **constants: Any) -> None:
     """Run one program for each block of the leading dimension of `like`."""
-    warps = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.maxnreg is not None:
-        warps["maxnreg"] = tiles.maxnreg
-    launch.run(kernel, triton.cdiv(like.shape[0], tiles.block_i), like, *args, **constants, **warps)
+        options["maxnreg"] = tiles.maxnreg
+    launch.run(kernel, triton.cdiv(like.shape[0], tiles.block_i), like, *args, **constants, **options)

@@ -14,7 +14,7 @@ from hpcloss.backends.triton.probe import interpreted
 
 
 class Config(NamedTuple):
-    """Rows of a block, columns of a tile, and how a program is run. maxnreg: most registers of a thread."""
+    """Rows of a block, columns of a tile, and how a program is run; maxnreg: the most registers of a thread."""
 
     block_i: int
     block_j: int
