@@ -1,5 +1,7 @@
 """The search for tile shapes, without a GPU: each kernel is run in the shape that is timed, with its registers."""
 
+import itertools
+
 import pytest
 import torch
 from kernels import compile_or_skip
@@ -18,6 +20,17 @@ def test_every_kernel_with_shapes_is_searched():
     named = {kernel for part in configs.CONFIGS.values() for shapes in part.values() for kernel in shapes}
     assert set(tune.KERNELS) == named | set(configs.SAME_AS)
     assert {"pair_lse", "pair_mean", "pair_cross_entropy", "backward", "cross_entropy_backward"} <= set(tune.KERNELS)
+
+
+@pytest.mark.parametrize("capability", sorted(offline.SHARED_LIMIT))
+@pytest.mark.parametrize(
+    "dtype, precision", [(torch.float16, "half"), (torch.float32, "tf32"), (torch.float32, "ieee")]
+)
+def test_every_kernel_has_a_shape_on_every_part(capability, dtype, precision, monkeypatch):
+    monkeypatch.setattr(configs, "capability", lambda device: capability)
+    monkeypatch.setattr(configs, "precision", lambda rows: precision)
+    for kernel, width in itertools.product(tune.KERNELS, configs.WIDTHS):
+        assert isinstance(configs.config(kernel, torch.zeros(2, width, dtype=dtype)), configs.Config)
 
 
 @pytest.mark.parametrize("maxnreg", [None, 128])
