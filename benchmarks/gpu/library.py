@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT
+from benchmarks.gpu import ROOT, processes
 
 # As in setup.py, which needs setuptools to be read; a test compares them.
 FLAGS = ["-std=c++17", "-O3", "--fmad=false"]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-pthread", "-g0", "-fno-fast-math", "-ffp-contract=off"]
 
 
-def command(target: Path, capability: tuple[int, int], nvcc: str = "nvcc") -> list[str]:
-    number = "".join(map(str, capability))
+def command(target: Path, number: str | None, nvcc: str = "nvcc") -> list[str]:
+    """number: the compute capability; None: nvcc finds it out."""
+    code = f"-gencode=arch=compute_{number},code=sm_{number}" if number else "-arch=native"
     sources = sorted(
         str(path.relative_to(ROOT)) for pattern in ("*.cu", "*.cpp") for path in (ROOT / "csrc").glob(pattern)
     )
     return [
         nvcc, "-shared", *sources, "-o", str(target), *FLAGS, f"-Xcompiler={','.join(HOST_FLAGS)}",
-        f"-gencode=arch=compute_{number},code=sm_{number}", "-cudart=static", "--threads=0",
+        code, "-cudart=static", "--threads=0",
     ]  # fmt: skip
 
 
@@ -31,26 +34,39 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
 
+def capability() -> str | None:
+    """Of the first GPU, as the compiler writes it: "90"."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return said.split()[0].replace(".", "")
+    return None
+
+
 class Build:
-    """A build that runs beside the steps of the smoke test."""
+    """A build that runs while the process of the smoke test starts."""
 
-    def __init__(self, target: Path, capability: tuple[int, int]) -> None:
-        self.target, self.nvcc = target, find_nvcc()
-        self.command = command(target, capability, self.nvcc or "nvcc")
-        self.log = target.with_suffix(".log")
-        self.process = None
-        target.unlink(missing_ok=True)
-        if self.nvcc:
+    def __init__(self, target: Path) -> None:
+        nvcc = find_nvcc()
+        self.target, self.began = target, time.monotonic()
+        self.command = command(target, capability(), nvcc or "nvcc")
+        self.log, self.process = target.with_suffix(".log"), None
+        if nvcc:
             with self.log.open("w") as output:
-                self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+                self.process = processes.start(self.command, {}, output)
 
-    def result(self) -> dict[str, Any]:
+    def result(self, seconds: float) -> dict[str, Any]:
         """Waits for the end. status: "built", "failed", or "missing" without nvcc."""
         said = {"command": " ".join(self.command)}
         if self.process is None:
             message = "NO NATIVE LIBRARY: there is no nvcc, so partition and samples are those of the PyTorch text"
             return {"status": "missing", "message": message, **said}
-        if status := self.process.wait():
+        ended = "no result in time"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ended = processes.how(self.process.wait(max(seconds, 0.1)))
+        processes.end(self.process)
+        if self.process.returncode:
             printed = self.log.read_text(errors="replace").strip().splitlines()[-20:]
-            return {"status": "failed", "message": "\n".join([f"nvcc ended with {status}", *printed]), **said}
-        return {"status": "built", "library": str(self.target), **said}
+            return {"status": "failed", "message": "\n".join([f"nvcc: {ended}", *printed]), **said}
+        seconds = round(time.monotonic() - self.began, 1)
+        return {"status": "built", "library": str(self.target), "seconds": seconds, **said}

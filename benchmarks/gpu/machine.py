@@ -60,7 +60,6 @@ def name() -> str:
 def description() -> dict[str, Any]:
     """Device, driver, versions and commit. Asked by a child that has a device."""
     import hpcloss
-    from hpcloss import native
 
     commit, changes = output_of("git", "rev-parse", "HEAD"), output_of("git", "status", "--porcelain")
     return {
@@ -72,7 +71,6 @@ def description() -> dict[str, Any]:
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if ON_GPU else None,
         "cores": os.cpu_count(),
         "commit": commit and commit + (" and changes" if changes else ""),
-        "native": {device: native.why_not(device) or "available" for device in ("cpu", DEVICE.type)},
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "triton": sys.modules["triton"].__version__ if "triton" in sys.modules else None,

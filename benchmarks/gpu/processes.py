@@ -69,11 +69,9 @@ def run(command: Sequence[str], log: Path, seconds: float, environment: Mapping[
 
 
 class Child:
-    """A process that is given one line of JSON and answers lines of JSON; what it prints goes to `log`."""
+    """A process that is asked by one line of JSON and answers lines of JSON; what it prints goes to `log`."""
 
-    def __init__(
-        self, command: Sequence[str], request: dict[str, Any], log: Path, environment: Mapping[str, str | None]
-    ) -> None:
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str | None]) -> None:
         reading, writing = os.pipe()
         with log.open("a") as output:
             self.process = start(
@@ -82,6 +80,8 @@ class Child:
         os.close(writing)
         self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, args=[reading], daemon=True).start()
+
+    def ask(self, request: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, as `next` will say
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.close()

@@ -1,4 +1,4 @@
-"""The first stage: one step of five losses on each backend against the dense form in float64, then the native library.
+"""The first stage: one step of five losses on each backend against the dense form in float64, after the native library.
 
 A failure here ends the run: what fails in the smallest step fails everywhere.
 """
@@ -9,14 +9,13 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import hpcloss
-from benchmarks.gpu import cache, library, machine
+from benchmarks.gpu import cache, machine
 from benchmarks.gpu.check import distance
 from benchmarks.gpu.machine import BACKEND, DEVICE, size
 from hpcloss import native, reference
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.worker import Worker
 
 N, DIM = size(1024, 40), size(128, 16)
+NATIVE = "native library"
 # Largest relative error of value and gradient: the kernels take fp16 rows, the PyTorch tiles fp32 ones.
 BACKENDS = {BACKEND: (torch.float16, 1e-2), "blockwise": (torch.float32, 1e-4)}
 
@@ -83,17 +83,12 @@ def step(name: str, backend: str) -> dict[str, Any]:
     return {"errors": errors, "allowed_error": allowed}
 
 
-def native_library(build: library.Build | None) -> dict[str, Any]:
-    """Partition and sample on the device are the integers of the CPU, and a step of the first loss with them."""
-    if build is None:
-        raise machine.Skip("no device to build the native library for")
-    built = build.result()
+def native_library(built: dict[str, Any]) -> dict[str, Any]:
+    """Partition and sample on the device, by the library that was built, are the integers of the CPU."""
     if built["status"] == "missing":
         raise machine.Skip(built["message"])
     if built["status"] == "failed":
         raise AssertionError(built["message"])
-    os.environ["HPCLOSS_LIBRARY"] = built["library"]
-    native._find.cache_clear()  # the steps before did without
     if reason := native.why_not(DEVICE.type):
         raise AssertionError(f"the native library was built and does not serve: {reason}")
     labels, found = classes(3, 40, 50), []
@@ -103,21 +98,20 @@ def native_library(build: library.Build | None) -> dict[str, Any]:
         found.append([*rows, *sample(rows.order, rows.offsets, 9, seed=seed, num_pixels=labels.numel())])
     if not all(torch.equal(there.cpu(), here) for there, here in zip(*found, strict=True)):
         raise AssertionError("partition and sample on the device are not those of the CPU")
-    return built | step("region_phpc", BACKEND)
+    return {key: built[key] for key in ("command", "library", "seconds")}
 
 
-def run(worker: Worker, folder: Path) -> None:
-    """Each step, until one fails: its row has the traceback. The native library is built meanwhile, into `folder`."""
-    began, build = time.perf_counter(), None
-    if machine.ON_GPU:
-        os.environ["HPCLOSS_LIBRARY"] = ""
-        build = library.Build(folder / "libhpcloss.so", torch.cuda.get_device_capability())
-    checks = {f"{name}, {backend}": partial(step, name, backend) for name in losses() for backend in BACKENDS}
-    checks["native library"] = partial(native_library, build)
+def run(worker: Worker, built: dict[str, Any]) -> None:
+    """Each step, until one fails: its row has the traceback. built: what came of building the native library."""
+    if "library" in built:
+        os.environ["HPCLOSS_LIBRARY"] = built["library"]
+    began = time.perf_counter()
+    checks = {NATIVE: partial(native_library, built)}
+    checks |= {f"{name}, {backend}": partial(step, name, backend) for name in losses() for backend in BACKENDS}
     for name, check in checks.items():
         worker.say(begin=name)
         row = worker.row(name, lambda known, check=check: check(), None)
-        worker.say(row=row | {"seconds": round(time.perf_counter() - began, 2)})
+        worker.say(row={"seconds": round(time.perf_counter() - began, 2), **row})
         if row["status"] not in ("ok", "launched", "skipped"):
             return
     worker.say(done=cache.counted())

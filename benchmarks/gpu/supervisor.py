@@ -10,10 +10,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import GPU, INTERPRETER, MACHINE, PREPARE, STAND_IN, cache, limits, report, sanitizer, tests
+from benchmarks.gpu import (
+    GPU,
+    INTERPRETER,
+    MACHINE,
+    PREPARE,
+    STAND_IN,
+    cache,
+    library,
+    limits,
+    report,
+    sanitizer,
+    tests,
+)
 from benchmarks.gpu.processes import Child, Ended, TimeIsUp
 
 STAGES = ("smoke", "tests", "sanitizer")  # beside the rows
+NOT_BUILT = {"status": "missing", "message": "no device to build the native library for"}
 FINE = ("ok", "launched", "skipped", "left out")
 
 
@@ -85,11 +98,13 @@ class Supervisor:
 
     def smoke(self, until: float, scratch: Path) -> bool:
         """Whether every step was right."""
-        request = {"stage": "smoke", "folder": str(scratch)}
         self.document["smoke"] = rows = []
-        child = Child(self.worker, request, self.log, self.environment)
+        build = library.Build(scratch / "libhpcloss.so") if self.kind == GPU else None
+        child = Child(self.worker, self.log, self.environment)
         current, problem = "start", None
         try:
+            built = build.result(self.left(until)) if build else NOT_BUILT
+            child.ask({"stage": "smoke", "built": built})
             while True:
                 answer = child.next(self.left(until))
                 current = answer.get("begin", current)
@@ -170,7 +185,8 @@ class Supervisor:
             "rows": self.document["rows"],
         }  # fmt: skip
         request = {"stage": "rows", "group": group, "names": left, **known}
-        child = Child(self.worker, request, self.log, self.environment)
+        child = Child(self.worker, self.log, self.environment)
+        child.ask(request)
         current = None
         try:
             while left:

@@ -14,7 +14,6 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ def main() -> int:
     if request["stage"] == "smoke":
         from benchmarks.gpu import smoke
 
-        smoke.run(worker, Path(request["folder"]))
+        smoke.run(worker, request["built"])
     else:
         worker.rows(request)
     return 0
