@@ -318,7 +318,7 @@ def test_the_smoke_test_takes_the_library_that_was_built(tmp_path):
     if shipped is None:
         pytest.skip("there is no native library")
     library = shutil.copy(shipped, tmp_path)
-    assert_serves({"status": "built", "library": str(library), "command": "", "seconds": 0.0})
+    assert_serves({"status": "built", "library": str(library), "command": "", "build_seconds": 0.0})
 
 
 def test_a_library_that_does_not_build_or_a_missing_compiler_is_told(tmp_path, monkeypatch):

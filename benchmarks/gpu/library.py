@@ -68,5 +68,5 @@ class Build:
         if self.process.returncode:
             printed = self.log.read_text(errors="replace").strip().splitlines()[-20:]
             return {"status": "failed", "message": "\n".join([f"nvcc: {ended}", *printed]), **said}
-        seconds = round(time.monotonic() - self.began, 1)
-        return {"status": "built", "library": str(self.target), "seconds": seconds, **said}
+        took = round(time.monotonic() - self.began, 1)
+        return {"status": "built", "library": str(self.target), "build_seconds": took, **said}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -60,9 +61,8 @@ def ptxas(capability: int) -> str:
     from triton.backends.nvidia import compiler
 
     path = compiler.get_ptxas(capability).path
-    return (
-        subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[-3].strip()
-    )
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release \S+ (\S+)", said)[1]
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -98,7 +98,7 @@ def native_library(built: dict[str, Any]) -> dict[str, Any]:
         found.append([*rows, *sample(rows.order, rows.offsets, 9, seed=seed, num_pixels=labels.numel())])
     if not all(torch.equal(there.cpu(), here) for there, here in zip(*found, strict=True)):
         raise AssertionError("partition and sample on the device are not those of the CPU")
-    return {key: built[key] for key in ("command", "library", "seconds")}
+    return {key: built[key] for key in ("command", "library", "build_seconds")}
 
 
 def run(worker: Worker, built: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ def run(worker: Worker, built: dict[str, Any]) -> None:
     for name, check in checks.items():
         worker.say(begin=name)
         row = worker.row(name, lambda known, check=check: check(), None)
-        worker.say(row={"seconds": round(time.perf_counter() - began, 2), **row})
+        worker.say(row=row | {"seconds": round(time.perf_counter() - began, 2)})
         if row["status"] not in ("ok", "launched", "skipped"):
             return
     worker.say(done=cache.counted())
