@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import __main__, limits, processes, report, sanitizer, share, supervisor
+from benchmarks.gpu import __main__, library, limits, processes, report, sanitizer, share, supervisor
 from benchmarks.gpu import tests as stage
 
 # ----------------------------------------------------------------------------------------------------------- supervisor
@@ -112,7 +112,12 @@ def test_processes_that_never_start_are_not_started_for_each_row(tmp_path):
     assert {row["status"] for row in one.document["rows"]} == {"error"} and len(one.document["rows"]) == 3
 
 
-def test_a_smoke_test_whose_process_breaks_has_failed(tmp_path):
+@pytest.fixture
+def no_nvcc(monkeypatch):
+    monkeypatch.setattr(library, "find_nvcc", lambda: None)
+
+
+def test_a_smoke_test_whose_process_breaks_has_failed(tmp_path, no_nvcc):
     one = supervised(tmp_path, NEVER="1")
     assert not one.smoke(until=50.0, scratch=tmp_path)
     assert one.document["smoke"][-1]["message"] == "its process ended: exit status 3"
@@ -258,7 +263,7 @@ def test_what_the_sanitizer_finds_is_a_failure(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device_the_run_ends_and_says_so(tmp_path, capsys):
+def test_without_a_device_the_run_ends_and_says_so(tmp_path, capsys, no_nvcc):
     one = supervisor.Supervisor(__main__.parsed(["--out", str(tmp_path / "out")]), "gpu")
     assert one.run() == 1
     assert "there is no CUDA device: --dry runs on the CPU" in capsys.readouterr().out
