@@ -61,7 +61,7 @@ def work(kernel: str, rows: torch.Tensor) -> Callable[[], object]:
     grad = torch.full((count,), 1 / count, device=rows.device)
     if "cross_entropy" in kernel:
         problem = (rows, None, scale, 10.0, 1.0 if "weighted" in kernel else 0.0, at)
-        if kernel == "pair_cross_entropy":
+        if not kernel.endswith("backward"):
             return lambda: backend.pair_cross_entropy(*problem)
         _, _, *of_rows = backend.pair_cross_entropy(*problem)
         return lambda: backend.pair_cross_entropy_backward(grad, None, *of_rows, *problem, True, False, False)
@@ -72,7 +72,7 @@ def work(kernel: str, rows: torch.Tensor) -> Callable[[], object]:
     if kernel == "pair_mean":
         return lambda: backend.pair_mean(*mean, at)
     out, mass, _ = backend.pair_mean(*mean, at)
-    if kernel == "weighted_mean_backward":
+    if kernel == "weighted_backward":
         return lambda: backend.pair_mean_backward(grad, out, mass, *mean, False, at, True, False, False)
     if kernel != "backward":
         raise ValueError(f"there is no call for {kernel}")
