@@ -295,7 +295,7 @@ class Driver:
             """Before its first launch."""
             is_new = built.module is None
             load(built)
-            if is_new:
+            if is_new and "ttir" in built.asm:  # a cache that is carried along has the machine code alone
                 self.expect(built.function, built.asm["ttir"])
 
         CompiledKernel._init_handles = loaded

@@ -4,8 +4,6 @@ Most bodies take a device, so that they also run once in Triton's interpreter, i
 `TRITON_INTERPRET=1 python -m pytest tests/test_gpu.py`. On a GPU: `python -m pytest -m gpu tests/test_gpu.py`.
 """
 
-import importlib.util
-import json
 import math
 import os
 import subprocess
@@ -731,55 +729,3 @@ def test_native_graph_replays_draw_fresh_samples(device):
         assert all(torch.equal(a, b) for a, b in zip(found, right))
         orders.append(found.order.clone())
     assert not torch.equal(orders[0], orders[1])
-
-
-# ---------------------------------------------------------------------------------------------- the acceptance script
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reason="Triton's interpreter needs numpy")
-@pytest.mark.slow
-def test_dry_run(tmp_path):
-    """`benchmarks/gpu.py --dry`: every row that can run without a GPU does, and the others say why not."""
-    command = [sys.executable, "benchmarks/gpu.py", "--dry", "--quick", "--out", str(tmp_path / "out")]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    text = (tmp_path / "out" / "gpu.txt").read_text()
-    assert done.stdout.rstrip().endswith(text.rstrip())
-    document = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    for key in ("machine", "tests", "ceilings", "rows", "command", "date", "seconds"):
-        assert document[key], key
-    assert document["tests"]["ok"] and document["tests"]["passed"] > 0 and document["tests"]["failed"] == 0
-    assert all(rate > 0 for rate in document["ceilings"].values())
-    rows = {row["name"]: row for row in document["rows"]}
-    assert len(rows) == len(document["rows"])
-    listed = subprocess.run(
-        [*command, "--list"], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=100
-    )
-    assert {"tests", *rows} == set(listed.stdout.split("\n")) - {""}
-    for name, row in rows.items():
-        assert row["status"] in ("ok", "skipped"), (name, row)
-        assert row["status"] == "ok" or row["message"], name
-    measured = [row for row in rows.values() if "flops" in row]
-    assert len(measured) >= 15
-    for row in measured:
-        assert all(row[key] > 0 for key in ("n", "dim", "flops", "forward_ms", "backward_ms", "ms", "share")), row
-        assert {"dtype", "peak_bytes"} <= set(row) or row["name"].startswith("pair_"), row
-    for row in rows.values():
-        for bar in row.get("bars", ()):
-            assert set(bar) == {"bar", "ratio", "met"}
-        if "error_gradient" in row:
-            assert row["error_gradient"] <= row["allowed_error"] and row["error_value"] <= row["allowed_error"]
-
-
-def test_dry_run_of_one_row(tmp_path):
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("numpy") is None:
-        pytest.skip("needs Triton and numpy")
-    command = [sys.executable, "benchmarks/gpu.py", "--dry", "--only", "partition", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    document = json.loads((tmp_path / "gpu.json").read_text())
-    rows = {"partition", "partition, num_classes", "partition and sample, uniform", "partition and sample, weighted"}
-    assert {row["name"] for row in document["rows"]} == rows
-    assert "tests" not in document

@@ -1,5 +1,6 @@
 """Packing by Triton kernels: values, Jacobian, layouts, and what a dead row must never let through."""
 
+import itertools
 import math
 
 import pytest
@@ -92,16 +93,34 @@ def check(features, order, live, normalize, permutation=False, upstream=None, sl
     return packed.data, grad
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rows_and_gradients(shape, layout, dtype, normalize):
+def shapes_and_layouts(dtypes, on_gpu):
+    """Every shape and layout in every way: normalised, permutation, dtype. On a GPU in one of the ways, by turns: each
+    of all these makes kernels of its own."""
+    ways = list(itertools.product((True, False), (True, False), dtypes))
+    some = itertools.product(enumerate(SHAPES), enumerate(LAYOUTS))
+    return [
+        (shape, layout, *way)
+        for (at, shape), (turn, layout) in some
+        for way in ([ways[(at + turn) % len(ways)]] if on_gpu else ways)
+    ]
+
+
+def test_each_two_choices_meet_on_a_gpu():
+    dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    everything, some = (shapes_and_layouts(dtypes, on_gpu) for on_gpu in (False, True))
+    assert len(some) == len(SHAPES) * len(LAYOUTS) == len(everything) / 12
+    for first, second in itertools.combinations(range(5), 2):
+        assert {(case[first], case[second]) for case in some} == {(case[first], case[second]) for case in everything}
+
+
+@pytest.mark.parametrize(
+    "shape, layout, normalize, permutation, dtype", shapes_and_layouts(DTYPES, DEVICE.type == "cuda")
+)
+def test_rows_and_gradients(shape, layout, normalize, permutation, dtype):
     features = LAYOUTS[layout](rows(*shape, dtype=dtype)).to(DEVICE)
     count = features.numel() // shape[1]
     order = torch.randperm(count).to(DEVICE)
-    for permutation in (True, False):
-        check(features, order.int() if permutation else order, max(count - 2, 1), normalize, permutation)
+    check(features, order.int() if permutation else order, max(count - 2, 1), normalize, permutation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,335 @@
+"""The acceptance run without a GPU: every row launched on a stand-in for the driver, every row in the interpreter.
+
+Also what a GPU run meets and these runs do not: a smoke test that fails, rows that hang or break their process, stages
+without time, tests that are skipped. What this cannot see: times, and what only a device computes (graphs, launches
+that the profiler counts, host syncs, the native library and the sanitizer on a device).
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernels import compile_or_skip
+
+from benchmarks.gpu import cache, check, interpreter, library, sanitizer, supervisor
+from benchmarks.gpu import tests as stage
+
+ROOT = Path(__file__).parents[1]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_interpreter = pytest.mark.skipif(
+    not HAS_TRITON or importlib.util.find_spec("numpy") is None, reason="needs Triton, and numpy for its interpreter"
+)
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+
+def run(*arguments, seconds=300, root=ROOT, module="benchmarks.gpu", **environment):
+    """The command in a process of its own: its exit status, what it printed, and where it says so its document."""
+    around = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HPCLOSS_MACHINE")}
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=root, capture_output=True, text=True,
+        timeout=seconds, env=around | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def document_of(folder):
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def keys(value):
+    """Every key in a document, at any depth."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from keys(inner)
+
+
+def listed():
+    return set(run("--list", "--dry").stdout.split("\n")) - {""}
+
+
+# ---------------------------------------------------------------------------------------------------- the whole of it
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """All of a run on the stand-in, in tiny sizes."""
+    compile_or_skip()
+    folder = tmp_path_factory.mktemp("stand-in")
+    done = run("--stand-in", 90, "--quick", "--out", folder, TRITON_CACHE_DIR=str(folder / "cache"))
+    return done, folder
+
+
+# Rows that launch no kernel of ours: a competitor launches ours once, to compare.
+WITHOUT_KERNELS = re.compile(r"ceilings|kernels of .*|partition.*|compiled supcon.*")
+
+
+@needs_cc
+def test_every_row_is_launched(launched):
+    done, folder = launched
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    document = document_of(folder)
+    rows = {row["name"]: row for row in document["rows"]}
+    assert len(rows) == len(document["rows"])
+    assert {*supervisor.STAGES, *rows} == listed()
+    for name, row in rows.items():
+        assert row["status"] == "launched" or (row["status"] == "skipped" and row["message"]), row
+        assert bool(row["launched"]) != bool(WITHOUT_KERNELS.fullmatch(name)), row
+    assert len({kernel for row in rows.values() for kernel in row["launched"]}) >= 12
+    assert {row["status"] for row in document["smoke"]} == {"launched", "skipped"}
+    assert sum(row["status"] == "launched" and bool(row["launched"]) for row in document["smoke"]) == 5
+
+
+@needs_cc
+def test_what_was_launched_is_no_measurement(launched):
+    """No time, error, share or bar is in the document, and the first line for people says why."""
+    _, folder = launched
+    document = document_of(folder)
+    assert document["machine"]["kind"] == "stand-in" and "nothing is measured" in document["machine"]["notice"]
+    assert (folder / "gpu.txt").read_text().startswith("NO MEASUREMENT: a stand-in for the driver")
+    measured = re.compile(r"(^|_)(ms|share|errors?|peak|bars|times|ratio|met|launches)(_|$)")
+    assert not [key for row in document["rows"] + document["smoke"] for key in keys(row) if measured.search(key)]
+    assert document["ceilings"] == {}
+
+
+@needs_cc
+def test_tests_and_sanitizer_are_commands_that_can_run(launched):
+    """They are not run here; each names files that are there, and pytest finds what the sanitizer is to watch."""
+    _, folder = launched
+    document = document_of(folder)
+    assert document["tests"]["status"] == document["sanitizer"]["status"] == "not run"
+    assert document["tests"]["command"] == " ".join(stage.command(stage.FILES))
+    assert document["sanitizer"]["command"].startswith("compute-sanitizer --tool memcheck --error-exitcode 9 ")
+    assert all((ROOT / "tests" / name).exists() for name in (*stage.FILES, *sanitizer.FILES, *stage.WITHOUT_KERNELS))
+    command = [*stage.command(sanitizer.FILES, "-k", sanitizer.CHOSEN), "--collect-only", "-q"]
+    environment = {name: x for name, x in stage.environment(0, 1, folder / "results").items() if x is not None}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100,
+        env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = set(re.findall(r"\btest_\w+", done.stdout))
+    assert {"test_sizes", "test_edges", "test_pair_lse_both", "test_native_is_the_same_on_the_gpu"} <= found
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_every_row_is_interpreted(tmp_path):
+    """`--dry`: every row that can run without a GPU does, and the others say why not."""
+    done = run("--dry", "--quick", "--out", tmp_path, seconds=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    text = (tmp_path / "gpu.txt").read_text()
+    assert done.stdout.rstrip().endswith(text.rstrip()) and text.startswith("NO MEASUREMENT: Triton's interpreter")
+    document = document_of(tmp_path)
+    assert document["tests"]["status"] == "ok" and document["tests"]["passed"] > 0
+    assert all(rate > 0 for rate in document["ceilings"].values())
+    rows = {row["name"]: row for row in document["rows"]}
+    assert {*supervisor.STAGES, *rows} == listed()
+    for name, row in rows.items():
+        assert row["status"] in ("ok", "skipped"), (name, row)
+        assert row["status"] == "ok" or row["message"], name
+    measured = [row for row in rows.values() if "flops" in row]
+    assert len(measured) >= 15
+    for row in measured:
+        assert all(row[key] > 0 for key in ("n", "dim", "flops", "forward_ms", "backward_ms", "ms", "share")), row
+        assert {"dtype", "peak_bytes"} <= set(row) or row["name"].startswith("pair_"), row
+    for row in rows.values():
+        for bar in row.get("bars", ()):
+            assert set(bar) == {"bar", "ratio", "met"}
+        if "error_gradient" in row:
+            assert row["error_gradient"] <= row["allowed_error"] and row["error_value"] <= row["allowed_error"]
+    smoke = {row["name"]: row for row in document["smoke"]}
+    assert len(smoke) == 11 and smoke["native library"]["status"] == "skipped"
+    assert all(max(row["errors"]) <= row["allowed_error"] for row in smoke.values() if row["status"] == "ok")
+
+
+@needs_interpreter
+def test_some_rows_are_interpreted(tmp_path):
+    done = run("--dry", "--only", "partition", "--only", "pack, ", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    rows = {row["name"]: row for row in document_of(tmp_path)["rows"]}
+    chosen = {name for name in listed() if "partition" in name or "pack, " in name}
+    assert set(rows) == chosen | {"ceilings"} and len(chosen) >= 6
+    assert rows["pack, channels first"]["error_value"] > 0
+    assert not {"tests", "smoke", "sanitizer"} & set(document_of(tmp_path))
+
+
+@pytest.mark.parametrize("value, gradient", [(2e-2, 0.0), (0.0, 2e-2), (float("nan"), 0.0), (float("inf"), 0.0)])
+def test_a_row_that_is_wrong_is_no_row(value, gradient):
+    assert check.judged(5e-3, 5e-3, "float16")["allowed_error"] == 1e-2
+    with pytest.raises(AssertionError, match="relative error"):
+        check.judged(value, gradient, "float16")
+
+
+def copied(folder, path, old, new):
+    """The sources with one mistake."""
+    for name in ("hpcloss", "benchmarks", "tests", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "results", "__pycache__"))
+    text = (folder / path).read_text()
+    assert text.count(old) == 1
+    (folder / path).write_text(text.replace(old, new))
+    return folder
+
+
+@needs_interpreter
+def test_a_smoke_test_that_fails_ends_the_run(tmp_path):
+    """At once, with its trace, and with an exit status; nothing else is begun."""
+    root = copied(
+        tmp_path / "sources", "hpcloss/backends/triton/pack.py",
+        "        x *= tl.expand_dims(inverse, C)\n", "        x *= tl.expand_dims(1.05 * inverse, C)\n",
+    )  # fmt: skip
+    done = run("--dry", "--out", tmp_path / "out", root=root, seconds=150)
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" in done.stdout and "AssertionError: relative errors" in done.stdout
+    document = document_of(tmp_path / "out")
+    assert [row["status"] for row in document["smoke"]] == ["skipped", "error"]  # no device for the library
+    assert document["rows"] == [] and not {"tests", "sanitizer"} & set(document)
+
+
+@needs_cc
+@pytest.mark.parametrize("capability", [90])
+def test_prepared_kernels_are_found_in_another_place(tmp_path, capability):
+    """The copy holds machine code and its description alone. A second process builds nothing, in a folder elsewhere;
+    without the keys of a carried cache it builds all of them."""
+    compile_or_skip()
+    out, only = tmp_path / "prepared", ["--only", "pack, channels last"]
+    done = run("--capability", capability, "--out", out, *only, module="benchmarks.gpu.prepare")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    compiled, loaded = map(int, re.search(r"(\d+) kernels compiled, (\d+) loaded", done.stdout).groups())
+    assert compiled == 0 and loaded >= 2
+    assert {path.suffix for path in out.rglob("*") if path.is_file()} == {".cubin", ".json"}
+    manifest = cache.unpack(out, tmp_path / "elsewhere")
+    assert manifest["capability"] == capability and manifest["kernels"] == loaded
+    environment = {"TRITON_CACHE_DIR": str(tmp_path / "elsewhere")}
+    for carried, built in (("1", 0), ("", loaded)):
+        done = run(
+            "--stand-in", capability, "--full-size", *only, "--out", tmp_path / "again",
+            **environment, **{cache.CARRIED: carried},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert document_of(tmp_path / "again")["kernels"]["bars"]["compiled"] == built
+
+
+# ------------------------------------------------------------------------------------------------ what it is made with
+
+MENDED = """
+import numpy, torch, triton, triton.language as tl
+from triton.runtime import interpreter
+from benchmarks.gpu.interpreter import mend
+def as_in_triton_3_6(tensor, *scope, patch=interpreter._patch_lang_tensor):
+    patch(tensor, *scope)
+    (scope[0].set_attr if scope else setattr)(tensor, "__index__", lambda self: int(self.handle.data))
+interpreter._patch_lang_tensor = as_in_triton_3_6
+@triton.jit
+def kernel(x):
+    for i in range(tl.load(x), tl.load(x + 1)):
+        tl.store(x + i, i)
+def launch():
+    x = torch.tensor([2, 5, 0, 0, 0, 0])
+    kernel[(1,)](x)
+    return x.tolist()
+try:
+    launch()
+    needed = False
+except Exception as error:
+    needed = "0-dimensional" in str(error)
+mended = mend()
+assert launch() == [2, 5, 2, 3, 4, 0], launch()
+print(needed, mended, tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4))
+"""
+
+
+@needs_interpreter
+def test_the_interpreter_of_triton_3_6_is_mended_for_newer_numpy(tmp_path):
+    """Its `int(data)` of one element raises from numpy 2.4 on; older numpy needs no help and gets none."""
+    (tmp_path / "mended.py").write_text(MENDED)  # the interpreter reads kernels from their file
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "mended.py")], capture_output=True, text=True, env=environment, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 1, done.stdout
+    assert callable(interpreter.mend)
+
+
+def flags_of_setup():
+    text = (ROOT / "setup.py").read_text()
+    return {
+        name: re.search(rf"^{name} = (\[.*\])", text, re.M)[1] for name in ("GNU_FLAGS", "NVCC_FLAGS")
+    }  # fmt: skip
+
+
+def test_the_native_library_is_built_with_the_flags_of_the_package():
+    flags = {name: re.findall(r'"([^"]+)"', found) for name, found in flags_of_setup().items()}
+    command = library.command(Path("lib.so"), "90")
+    assert set(library.FLAGS) <= set(flags["NVCC_FLAGS"]) and {"--fmad=false", "-O3", "-std=c++17"} <= set(
+        library.FLAGS
+    )
+    assert set(library.HOST_FLAGS) - {"-fPIC"} == set(flags["GNU_FLAGS"]) - {"-std=c++17", "-O3"}
+    assert "-gencode=arch=compute_90,code=sm_90" in command and "-cudart=static" in command
+    assert {Path(word).name for word in command if word.startswith("csrc/")} == {
+        path.name for path in (ROOT / "csrc").iterdir() if path.suffix in (".cu", ".cpp")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(library.find_nvcc() is None, reason="no nvcc")
+def test_the_native_library_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "capability", lambda: "90")
+    built = library.Build(tmp_path / "libhpcloss.so").result(300.0)
+    assert built["status"] == "built", built
+    assert_serves(built)
+
+
+BUILT = """
+import json, sys
+from benchmarks.gpu import smoke
+from hpcloss import native
+class Worker:
+    rows = []
+    def say(self, **answer):
+        self.rows += [answer["row"]] if "row" in answer else []
+    def row(self, name, check, known):
+        return {"name": name, "status": "ok", **check(known)}
+smoke.step = lambda *_: {}
+smoke.run(Worker(), json.loads(sys.argv[1]))
+print(Worker.rows[0]["name"], Worker.rows[0]["library"] == native._find().library._name)
+"""
+
+
+def assert_serves(built):
+    """The smoke test takes the library that was built, and partition and sample run with it."""
+    environment = {"HPCLOSS_MACHINE": "interpreter", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", BUILT, json.dumps(built)], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | environment, timeout=100,
+    )  # fmt: skip
+    assert done.stdout.strip() == "native library True", done.stdout + done.stderr
+
+
+def test_the_smoke_test_takes_the_library_that_was_built(tmp_path):
+    shipped = next((ROOT / "hpcloss").glob("libhpcloss.[sd]*"), None)
+    if shipped is None:
+        pytest.skip("there is no native library")
+    library = shutil.copy(shipped, tmp_path)
+    assert_serves({"status": "built", "library": str(library), "command": "", "build_seconds": 0.0})
+
+
+def test_a_library_that_does_not_build_or_a_missing_compiler_is_told(tmp_path, monkeypatch):
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho some error; exit 2\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setattr(library, "find_nvcc", lambda: str(tmp_path / "nvcc"))
+    failed = library.Build(tmp_path / "lib.so").result(20.0)
+    assert failed["status"] == "failed" and "some error" in failed["message"]
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nsleep 100\n")
+    late = library.Build(tmp_path / "lib.so").result(0.5)
+    assert late["status"] == "failed" and "no result in time" in late["message"]
+    monkeypatch.setattr(library, "find_nvcc", lambda: None)
+    missing = library.Build(tmp_path / "lib.so").result(1.0)
+    assert missing["status"] == "missing" and missing["message"].startswith("NO NATIVE LIBRARY")
