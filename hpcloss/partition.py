@@ -89,6 +89,10 @@ class Pairs(NamedTuple):
         """Number of positives and of negatives of each row [N]; zero for rows that are no anchors."""
         return torch.ops.hpcloss.pair_counts(*self.intervals())
 
+    def counted(self, *, need_negatives: bool = False) -> Tensor:
+        """Whether each row has a positive [N], and a negative if asked; False for rows that are no anchors."""
+        return torch.ops.hpcloss.pair_counted(*self.intervals(), need_negatives)
+
 
 FIELDS = Pairs._fields
 
