@@ -18,9 +18,10 @@ namespace {
 constexpr int64_t kChunk = 2048;
 constexpr int64_t kThreadWork = 1 << 16;  // pixels that are worth a thread
 constexpr int64_t kFewSegments = 4096;    // counted in no time even for few pixels
+constexpr int kSmallLabels = 32;          // that may be taken for all there are
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 
-// The lowest and the highest label that is not ignored; the lowest above the highest if there is none.
+// Labels from the lowest to the highest; none if the lowest is above the highest.
 struct Range {
   int64_t lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
 
@@ -33,25 +34,30 @@ struct Range {
   uint64_t width() const { return static_cast<uint64_t>(highest) - static_cast<uint64_t>(lowest); }
 };
 
+// Bounds of the labels that are not ignored. Those of small labels need not be tight, and are found much faster.
 template <class Label>
 Range range_of(const Label* labels, int64_t begin, int64_t end, const int64_t* ignore, int64_t num_ignore) {
   constexpr Label kHighest = std::numeric_limits<Label>::max(), kLowest = std::numeric_limits<Label>::min();
   Range range;
   bool ignored[kChunk];
   for (; begin < end; begin += kChunk) {
-    // Loops that a compiler can make of vector operations.
+    const Label* chunk = labels + begin;
     const int64_t size = std::min(kChunk, end - begin);
+    Label bits = 0;
+    for (int64_t i = 0; i < size; ++i) bits = static_cast<Label>(bits | chunk[i]);
+    if (bits >= 0 && bits < kSmallLabels) {
+      range.include(0, static_cast<int64_t>(bits));
+      continue;
+    }
     std::fill(ignored, ignored + size, false);
     for (int64_t k = 0; k < num_ignore; ++k) {
-      if (ignore[k] < kLowest || ignore[k] > static_cast<int64_t>(kHighest)) continue;
-      const Label label = static_cast<Label>(ignore[k]);
-      for (int64_t i = 0; i < size; ++i) ignored[i] |= labels[begin + i] == label;
+      for (int64_t i = 0; i < size; ++i) ignored[i] |= static_cast<int64_t>(chunk[i]) == ignore[k];
     }
     Label low = kHighest, high = kLowest;
     bool any = false;
     for (int64_t i = 0; i < size; ++i) {
-      low = std::min(low, ignored[i] ? kHighest : labels[begin + i]);
-      high = std::max(high, ignored[i] ? kLowest : labels[begin + i]);
+      low = std::min(low, ignored[i] ? kHighest : chunk[i]);
+      high = std::max(high, ignored[i] ? kLowest : chunk[i]);
       any |= !ignored[i];
     }
     if (any) range.include(static_cast<int64_t>(low), static_cast<int64_t>(high));

@@ -198,8 +198,11 @@ def partition_against(
     alive = torch.arange(ranked_keys.numel(), device=live.device) < live
     ranked_keys = torch.where(alive, ranked_keys, torch.iinfo(torch.int64).max)
     ranked = labels.reshape(-1).long()[anchors.order]
-    pos_start = torch.minimum(torch.searchsorted(ranked_keys, ranked), live).to(live.dtype)
-    pos_end = torch.minimum(torch.searchsorted(ranked_keys, ranked, right=True), live).to(live.dtype)
+    narrow = live.dtype == torch.int32
+    pos_start, pos_end = (
+        torch.minimum(torch.searchsorted(ranked_keys, ranked, right=right, out_int32=narrow), live)
+        for right in (False, True)
+    )
     pairs = anchors.replace(
         pos_start=pos_start,
         pos_end=pos_end,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +47,14 @@ def changes(values: Tensor) -> Tensor:
 
 
 def segment_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
-    """First row and one past the last row of the segment of each row; `starts` marks the rows that begin a segment."""
-    # A running count and searches in it: on a GPU cummax and cummin of one dimension run in one block.
-    segment = torch.cumsum(starts, 0, dtype=index_dtype(starts.numel()))
-    return torch.searchsorted(segment, segment), torch.searchsorted(segment, segment, right=True)
+    """First row and one past the last row of the segment of each row; `starts` marks the rows that begin a segment, of
+    which the first row is one."""
+    # A running count and copies: on a GPU, cummax and cummin of one dimension run in one block.
+    segment, rows = torch.cumsum(starts, 0), torch.arange(starts.numel(), device=starts.device)
+    # Segments are numbered from 1. Number 0 takes the rows that begin none, and nobody reads it.
+    first = torch.full((starts.numel() + 2,), starts.numel(), device=starts.device)
+    first = first.scatter_(0, torch.where(starts, segment, 0), rows)
+    return first[segment], first[segment + 1]
 
 
 # ---- operators
@@ -185,7 +190,7 @@ def _pair_counts(*intervals: Tensor) -> tuple[Tensor, Tensor]:
     return _pair_counts_in_torch(*intervals)
 
 
-def _pair_counted(*arguments: Tensor | bool) -> Tensor:
+def _pair_counted(*arguments: Any) -> Tensor:
     *intervals, need_negatives = arguments
     if _is_of_one_type(intervals) and native.serves(intervals[0]):
         return native.pair_counted([interval.contiguous() for interval in intervals], need_negatives)
@@ -258,7 +263,7 @@ def _fake_pair_counts(*intervals: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(intervals[0]), torch.empty_like(intervals[0])
 
 
-def _fake_pair_counted(*arguments: Tensor | bool) -> Tensor:
+def _fake_pair_counted(*arguments: Any) -> Tensor:
     return torch.empty_like(arguments[0], dtype=torch.bool)
 
 

@@ -219,6 +219,8 @@ def test_opcheck_partition(served, monkeypatch):
     order, offsets, _ = OPS.class_sort(labels, *regions, 3, 1, [255])
     check(OPS.class_intervals, offsets, 48, 3, True)
     check(OPS.pair_counts, *OPS.class_intervals(offsets, 48, 3, True))
+    for need_negatives in (False, True):
+        check(OPS.pair_counted, *OPS.class_intervals(offsets, 48, 3, True), need_negatives)
     weights, seed = torch.rand(48), torch.tensor(5)
     for kind, values in (("uniform", None), ("weighted", weights), ("hardest", weights), ("hard_easy", weights > 0.5)):
         check(OPS.sample, order, offsets, 2, kind, values, 48, seed)
@@ -233,7 +235,7 @@ def test_every_operator_is_known():
         "pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_lse_both", "pair_lse_both_backward",
         "pair_cross_entropy", "pair_cross_entropy_backward",
         "pair_mean", "pair_mean_backward", "segment_mean", "segment_mean_backward",
-        "class_sort", "label_sort", "class_intervals", "pair_counts", "sample", "sample_positives",
+        "class_sort", "label_sort", "class_intervals", "pair_counts", "pair_counted", "sample", "sample_positives",
     }  # fmt: skip
 
 
