@@ -126,8 +126,9 @@ void sort_digits(const Label* labels, int64_t n, const hpcloss_regions& of_pixel
   }
   for (int64_t begin = 0, end = 0; begin < n; begin = end) {
     const Row<Index>& own = rows[static_cast<size_t>(begin)];
-    while (end < n && rows[static_cast<size_t>(end)].part == own.part && rows[static_cast<size_t>(end)].label == own.label) {
-      ++end;
+    for (; end < n; ++end) {
+      const Row<Index>& next = rows[static_cast<size_t>(end)];
+      if (next.part != own.part || next.label != own.label) break;
     }
     for (int64_t row = begin; row < end; ++row) {
       to.order[row] = rows[static_cast<size_t>(row)].pixel;

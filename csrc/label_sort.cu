@@ -1,9 +1,9 @@
 // Stable sort by (region, label) for any labels, and the intervals it leaves behind; on a CUDA device.
 //
-// A merge sort of (part, label, pixel). It never asks how many labels there are or how far they are apart, so nothing has
-// to be known on the host, and all pixels are different, so there is one right order whatever the threads do. Each block
-// sorts some tiles in shared memory and merges them; then each kernel merges runs in pairs. There are at most kMostRuns
-// runs to begin with, and so at most eight such kernels for any number of pixels.
+// A merge sort of (part, label, pixel). It never asks how many labels there are or how far they are apart, so the host
+// has to know nothing. All pixels differ, so there is one right order whatever threads do. Each block sorts some tiles
+// in shared memory and merges them. Then each kernel merges runs in pairs. There are at most kMostRuns runs to begin
+// with, and so at most eight such kernels for any number of pixels.
 
 #include "checks.h"
 #include "cuda.h"
@@ -17,8 +17,8 @@ constexpr int kEach = 8, kTile = kThreads * kEach;  // rows of a thread, of a bl
 constexpr int64_t kMostRuns = 256;
 constexpr uint32_t kPadding = 0xFFFFFFFFu;  // the part of rows that fill up the last tile; behind all others
 
-// A pixel and what it is sorted by. Part: 2 * region for the background, 2 * region + 1 for other labels, 2 * num_regions
-// for pixels that are ignored.
+// A pixel and what it is sorted by. Part: 2 * region for the background, 2 * region + 1 for other labels, and
+// 2 * num_regions for pixels that are ignored.
 template <class Index>
 struct Row {
   int64_t label;
@@ -143,8 +143,8 @@ __device__ void merge_tile(const Row<Index>* rows, int64_t n, int64_t width, int
   }
 }
 
-// Each block sorts `tiles` tiles, a power of two, and merges them to one run; it ends in `rows` if they change places an
-// even number of times, else in `other`.
+// Each block sorts `tiles` tiles, a power of two, and merges them to one run. The run ends in `rows` if the two arrays
+// change places an even number of times, else in `other`.
 template <class Index>
 __global__ void __launch_bounds__(kThreads) sort_kernel(Sorted sorted, int tiles, Row<Index>* rows, Row<Index>* other) {
   Row<Index>* shared = reinterpret_cast<Row<Index>*>(dynamic_shared());

@@ -733,7 +733,7 @@ MUTATIONS = [
     ),
     Mutation(
         "neighbours of two regions are one class", "label_sort.cpp",
-        "rows[static_cast<size_t>(end)].part == own.part &&", "", "native and many_distinct",
+        "next.part != own.part || next.label != own.label", "next.label != own.label", "native and many_distinct",
     ),
     Mutation(
         "digits: dead rows have positives", "label_sort.cpp",
