@@ -712,8 +712,8 @@ MUTATIONS = [
         "if (bits >= 0 && bits < kSmallLabels)", "if (bits < kSmallLabels)", "native and test_partitions",
     ),
     Mutation(
-        "ignored labels widen the range", "label_sort.cpp",
-        "static_cast<int64_t>(chunk[i]) == ignore[k]", "false", "native and distinct",
+        "digits: ignored labels stay", "label_sort.cpp",
+        "region >= 0 && std::find(ignore, past, label) == past", "region >= 0", "native and many_distinct",
     ),
     Mutation(
         "the last label has no segment", "label_sort.cpp",
