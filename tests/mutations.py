@@ -611,8 +611,8 @@ MUTATIONS = [
         "while (reach <= i && same_class", "while (reach < i && same_class", LABELS,
     ),
     Mutation(
-        "classes end one row late", "label_sort.cu",
-        "high = i + reach < n ? i + reach : n;", "high = i + reach < n ? i + reach + 1 : n;", LABELS,
+        "the last class ends one row early", "label_sort.cu",
+        "high = i + reach < n ? i + reach : n;", "high = i + reach < n ? i + reach : n - 1;", LABELS,
     ),
     Mutation(
         "dead rows have positives", "label_sort.cu",
@@ -733,7 +733,7 @@ MUTATIONS = [
     ),
     Mutation(
         "neighbours of two regions are one class", "label_sort.cpp",
-        "next.part != own.part || next.label != own.label", "next.label != own.label", "native and many_distinct",
+        "next.part != own.part || next.label != own.label", "next.label != own.label", "native and four_pixels",
     ),
     Mutation(
         "digits: dead rows have positives", "label_sort.cpp",
