@@ -764,7 +764,7 @@ MUTATIONS = [
     ),
     Mutation(
         "each class counts the anchors of all", "hpcloss/functional/arithmetic.py",
-        "members = seen[end] - seen[start]", "members = seen[end]", "test_reference: reduction and class",
+        "members = seen[end] - seen[start]", "members = seen[end]", "test_losses: test_region_supcon_loss and class",
     ),
     # ------------------------------------------------------------------------------ losses
     Mutation(
