@@ -784,12 +784,13 @@ def test_the_largest_gradient_lifts_all_slopes(monkeypatch):
     one = beside[1:2].expand(n)
     first = torch.arange(n, device=DEVICE) <= n // backend.ROWS  # as many rows as there are blocks
     small_first, no_first = (torch.ones(n, device=DEVICE).masked_fill(first, g) for g in (1e-30, 0.0))
+    of_lse = torch.ones(n, device=DEVICE).index_fill(0, torch.arange(backend.ROWS, device=DEVICE), 1e-9)
     assert n > 2 * backend.ROWS and one.stride() == (0,)
     for op, arguments in (
         (OPS.pair_lse_backward, (lse, x, None, None, scale, None, at, "every")),
         (OPS.pair_mean_backward, (out, mass, x, None, lse, None, scale, None, 1.0, 0.0, True, at)),
         (OPS.pair_cross_entropy_backward, (None, *of_both, x, None, scale, None, 0.0, at)),
-        (OPS.pair_cross_entropy_backward, (one, *of_both, x, None, scale, None, 0.0, at)),
+        (OPS.pair_cross_entropy_backward, (of_lse, *of_both, x, None, scale, None, 0.0, at)),
     ):
         for of_rows, same_of_rows in ((one, one.contiguous()), (small_first, no_first)):
             actual, expected = (op(g, *arguments, True, False, False, "triton")[0] for g in (of_rows, same_of_rows))
