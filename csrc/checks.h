@@ -84,6 +84,21 @@ inline int32_t check_class_intervals(const void* offsets, int64_t num_regions, i
   return n && (!pos_start || !pos_end || !self_pos) ? HPCLOSS_ERROR_NULL : HPCLOSS_OK;
 }
 
+inline int32_t check_label_sort(const void* labels, int32_t label_type, int64_t n, const hpcloss_regions* regions,
+                                int64_t num_regions, const int64_t* ignore, int64_t num_ignore, const void* order,
+                                int32_t index_type, const void* pos_start, const void* pos_end, const void* self_pos,
+                                const void* anchor_start, const void* anchor_end, const void* key_start,
+                                const void* key_end) {
+  if (const int32_t error = check_rows(n, index_type)) return error;
+  if (label_type != HPCLOSS_UINT8 && !is_index(label_type)) return HPCLOSS_ERROR_TYPE;
+  if (const int32_t error = check_regions(regions, n, num_regions)) return error;
+  // Twice their number, and one more, are 32-bit words.
+  if (num_regions > (kMaxIndex32 - 1) / 2) return HPCLOSS_ERROR_SIZE;
+  if (num_ignore < 0 || num_ignore > HPCLOSS_MAX_IGNORED) return HPCLOSS_ERROR_SIZE;
+  if (!anchor_start || !anchor_end || !key_start || !key_end || (num_ignore && !ignore)) return HPCLOSS_ERROR_NULL;
+  return n && (!labels || !order || !pos_start || !pos_end || !self_pos) ? HPCLOSS_ERROR_NULL : HPCLOSS_OK;
+}
+
 inline int32_t check_pair_counts(const void* pos_start, const void* pos_end, const void* self_pos,
                                  const void* anchor_start, const void* anchor_end, const void* key_start,
                                  const void* key_end, int64_t n, int64_t num_regions, int32_t index_type,

@@ -36,6 +36,7 @@ int32_t report(cudaError_t error);
 // Load the kernels of a source for the current device.
 using Probe = cudaError_t (*)();
 cudaError_t probe_partition();
+cudaError_t probe_label_sort();
 cudaError_t probe_sample();
 
 template <class Kernel, class... Kernels>

@@ -82,12 +82,27 @@ HPCLOSS_API int32_t hpcloss_class_intervals(const void* offsets, int64_t num_reg
                                             void* pos_end, void* self_pos, void* anchor_start, void* anchor_end,
                                             void* key_start, void* key_end, int32_t threads);
 
+// Stable sort of the pixels by (region, label) for any labels, with `background`, unless it is null, first in its region;
+// pixels that are ignored come last, by number. And the intervals that the sort left, as of hpcloss_class_intervals.
+// labels, regions, ignore and order as of hpcloss_class_sort; num_regions < 2^30. Everything else of index_type.
+HPCLOSS_API int32_t hpcloss_label_sort(const void* labels, int32_t label_type, int64_t n, const hpcloss_regions* regions,
+                                       int64_t num_regions, const int64_t* background, const int64_t* ignore,
+                                       int64_t num_ignore, void* order, int32_t index_type, void* pos_start,
+                                       void* pos_end, void* self_pos, void* anchor_start, void* anchor_end,
+                                       void* key_start, void* key_end, int32_t threads);
+
 // The number of positives and of negatives of each of n rows; zero for rows that are no anchors. The arguments are the
 // fields of `Pairs` (hpcloss/partition.py), anchor_end not descending. Everything of index_type.
 HPCLOSS_API int32_t hpcloss_pair_counts(const void* pos_start, const void* pos_end, const void* self_pos,
                                         const void* anchor_start, const void* anchor_end, const void* key_start,
                                         const void* key_end, int64_t n, int64_t num_regions, int32_t index_type,
                                         void* positives, void* negatives, int32_t threads);
+
+// counted [n] <- 1 for rows that have a positive and, if need_negatives, a negative, else 0. Arguments as above.
+HPCLOSS_API int32_t hpcloss_pair_counted(const void* pos_start, const void* pos_end, const void* self_pos,
+                                         const void* anchor_start, const void* anchor_end, const void* key_start,
+                                         const void* key_end, int64_t n, int64_t num_regions, int32_t index_type,
+                                         int32_t need_negatives, uint8_t* counted, int32_t threads);
 
 // min(k, present) elements of each interval of rows, listed by ascending row without gaps (hpcloss/sampling.py).
 //   order [n], offsets [num_intervals + 1], both of index_type; n < 2^32; 1 <= k <= 2^31 - 1.
@@ -128,10 +143,24 @@ HPCLOSS_API int32_t hpcloss_cuda_class_intervals(const void* offsets, int64_t nu
                                                  void* pos_start, void* pos_end, void* self_pos, void* anchor_start,
                                                  void* anchor_end, void* key_start, void* key_end, void* stream);
 
+// n >= 1. `background` is read from host memory.
+HPCLOSS_API int64_t hpcloss_cuda_label_sort_bytes(int64_t n, int32_t index_type);
+HPCLOSS_API int32_t hpcloss_cuda_label_sort(const void* labels, int32_t label_type, int64_t n,
+                                            const hpcloss_regions* regions, int64_t num_regions,
+                                            const int64_t* background, const int64_t* ignore, int64_t num_ignore,
+                                            void* order, int32_t index_type, void* pos_start, void* pos_end,
+                                            void* self_pos, void* anchor_start, void* anchor_end, void* key_start,
+                                            void* key_end, void* workspace, int64_t bytes, void* stream);
+
 HPCLOSS_API int32_t hpcloss_cuda_pair_counts(const void* pos_start, const void* pos_end, const void* self_pos,
                                              const void* anchor_start, const void* anchor_end, const void* key_start,
                                              const void* key_end, int64_t n, int64_t num_regions, int32_t index_type,
                                              void* positives, void* negatives, void* stream);
+
+HPCLOSS_API int32_t hpcloss_cuda_pair_counted(const void* pos_start, const void* pos_end, const void* self_pos,
+                                              const void* anchor_start, const void* anchor_end, const void* key_start,
+                                              const void* key_end, int64_t n, int64_t num_regions, int32_t index_type,
+                                              int32_t need_negatives, uint8_t* counted, void* stream);
 
 // k <= 4096. A pixel beyond the map is not chosen.
 HPCLOSS_API int64_t hpcloss_cuda_sample_bytes(int64_t n, int64_t num_intervals, int64_t k, int32_t kind,

@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "hpcloss.h"
 #include "parallel.h"
+#include "regions.h"
 
 namespace hpcloss {
 namespace {
@@ -40,59 +41,6 @@ class Classes {
   uint64_t first_, size_;
   std::vector<int64_t> ignore_;
   std::vector<uint32_t> rank_;
-};
-
-// The region of each pixel of a run.
-class Regions {
- public:
-  Regions(const hpcloss_regions& regions, int64_t num_regions)
-      : given_(regions.ids ? regions : fewest_axes(regions)), num_regions_(num_regions) {}
-
-  // Calls body(from, to, region) for runs of pixels [from, to) of one region inside [begin, end).
-  template <class Body>
-  void runs(int64_t begin, int64_t end, const Body& body) const {
-    if (given_.ids) {
-      return given_.ids_type == HPCLOSS_INT32 ? of_ids<int32_t>(begin, end, body) : of_ids<int64_t>(begin, end, body);
-    }
-    const int last = given_.axes - 1;
-    const int64_t width = given_.extent[last], cell = given_.cell[last], cells = (width - 1) / cell + 1;
-    for (int64_t pixel = begin; pixel < end;) {
-      const int64_t line = pixel / width, first = line * width, line_end = std::min(first + width, end);
-      const int64_t base = region_of_line(line) * cells;
-      for (int64_t column = (pixel - first) / cell; pixel < line_end; ++column) {
-        const int64_t to = std::min(first + (column + 1) * cell, line_end);
-        body(pixel, to, base + column);
-        pixel = to;
-      }
-    }
-  }
-
- private:
-  template <class Id, class Body>
-  void of_ids(int64_t begin, int64_t end, const Body& body) const {
-    const Id* ids = static_cast<const Id*>(given_.ids);
-    for (int64_t pixel = begin; pixel < end;) {
-      int64_t to = pixel + 1;
-      while (to < end && ids[to] == ids[pixel]) ++to;
-      const bool exists = ids[pixel] >= 0 && ids[pixel] < num_regions_;
-      body(pixel, to, exists ? static_cast<int64_t>(ids[pixel]) : int64_t{-1});
-      pixel = to;
-    }
-  }
-
-  int64_t region_of_line(int64_t line) const {
-    int64_t region = 0, stride = 1;
-    for (int axis = given_.axes - 2; axis >= 0; --axis) {
-      const int64_t extent = given_.extent[axis], cell = given_.cell[axis];
-      region += line % extent / cell * stride;
-      line /= extent;
-      stride *= (extent - 1) / cell + 1;
-    }
-    return given_.per_image ? line * stride + region : region;
-  }
-
-  hpcloss_regions given_;
-  int64_t num_regions_;
 };
 
 template <class Label, class Index>
@@ -237,21 +185,23 @@ struct Intervals {
 template <class Index>
 struct Counts {
   const Index *pos_start, *pos_end, *self_pos, *anchor_start, *anchor_end, *key_start, *key_end;
-  Index *positives, *negatives;
 
-  int32_t run(int64_t n, int64_t num_regions, int64_t threads) const {
+  // Calls write(row, positives, negatives) for each row.
+  template <class Write>
+  int32_t run(int64_t n, int64_t num_regions, int64_t threads, const Write& write) const {
     in_shares(n, threads, [&](int64_t begin, int64_t end) {
       int64_t r = std::upper_bound(anchor_end, anchor_end + num_regions, static_cast<Index>(begin)) - anchor_end;
       for (int64_t row = begin; row < end; ++row) {
         while (r < num_regions && anchor_end[r] <= row) ++r;
-        const bool anchor = r < num_regions && anchor_start[r] <= row;
-        positives[row] = negatives[row] = 0;
-        if (!anchor) continue;
+        if (r == num_regions || anchor_start[r] > row) {
+          write(row, Index{0}, Index{0});
+          continue;
+        }
         const Index self = self_pos[row];
         const bool in_class = self >= pos_start[row] && self < pos_end[row];
         const bool in_region = self >= key_start[r] && self < key_end[r];
-        positives[row] = pos_end[row] - pos_start[row] - in_class;
-        negatives[row] = key_end[r] - key_start[r] - in_region - positives[row];
+        const Index positives = pos_end[row] - pos_start[row] - in_class;
+        write(row, positives, key_end[r] - key_start[r] - in_region - positives);
       }
     });
     return HPCLOSS_OK;
@@ -322,13 +272,37 @@ int32_t hpcloss_pair_counts(const void* pos_start, const void* pos_end, const vo
     return error;
   }
   const auto run = [&](auto index) {
-    using In = const decltype(index)*;
-    using Out = decltype(index)*;
-    return Counts<decltype(index)>{static_cast<In>(pos_start), static_cast<In>(pos_end), static_cast<In>(self_pos),
-                                   static_cast<In>(anchor_start), static_cast<In>(anchor_end),
-                                   static_cast<In>(key_start), static_cast<In>(key_end), static_cast<Out>(positives),
-                                   static_cast<Out>(negatives)}
-        .run(n, num_regions, threads);
+    using Index = decltype(index);
+    using In = const Index*;
+    const Counts<Index> counts{static_cast<In>(pos_start),    static_cast<In>(pos_end),    static_cast<In>(self_pos),
+                               static_cast<In>(anchor_start), static_cast<In>(anchor_end), static_cast<In>(key_start),
+                               static_cast<In>(key_end)};
+    return counts.run(n, num_regions, threads, [&](int64_t row, Index same, Index other) {
+      static_cast<Index*>(positives)[row] = same;
+      static_cast<Index*>(negatives)[row] = other;
+    });
+  };
+  return guarded([&] { return index_type == HPCLOSS_INT32 ? run(int32_t{}) : run(int64_t{}); });
+}
+
+int32_t hpcloss_pair_counted(const void* pos_start, const void* pos_end, const void* self_pos, const void* anchor_start,
+                             const void* anchor_end, const void* key_start, const void* key_end, int64_t n,
+                             int64_t num_regions, int32_t index_type, int32_t need_negatives, uint8_t* counted,
+                             int32_t threads) {
+  using namespace hpcloss;
+  if (const int32_t error = check_pair_counts(pos_start, pos_end, self_pos, anchor_start, anchor_end, key_start,
+                                              key_end, n, num_regions, index_type, counted, counted)) {
+    return error;
+  }
+  const auto run = [&](auto index) {
+    using Index = decltype(index);
+    using In = const Index*;
+    const Counts<Index> counts{static_cast<In>(pos_start),    static_cast<In>(pos_end),    static_cast<In>(self_pos),
+                               static_cast<In>(anchor_start), static_cast<In>(anchor_end), static_cast<In>(key_start),
+                               static_cast<In>(key_end)};
+    return counts.run(n, num_regions, threads, [&](int64_t row, Index same, Index other) {
+      counted[row] = same > 0 && (!need_negatives || other > 0);
+    });
   };
   return guarded([&] { return index_type == HPCLOSS_INT32 ? run(int32_t{}) : run(int64_t{}); });
 }

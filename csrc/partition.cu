@@ -4,10 +4,9 @@
 // block counts the digits of its tile; the counts of a digit are summed up over the blocks; each block places its tile.
 // Every place is decided by counting what comes before, never by the order in which threads arrive.
 
-#include <type_traits>
-
 #include "checks.h"
 #include "cuda.h"
+#include "pixels.h"
 
 namespace hpcloss {
 namespace {
@@ -18,21 +17,14 @@ constexpr int kDigitBits = 11, kMaxBins = 1 << kDigitBits;
 constexpr uint32_t kNoDigit = 0xFFFFFFFFu;  // of a thread without a pixel
 
 // What decides the segment of a pixel, by value in every kernel.
-struct Segments {
-  const void* labels;
-  int32_t label_type;
-  hpcloss_regions regions;           // of a grid with the fewest axes
-  int64_t stride[HPCLOSS_MAX_AXES];  // of the cells along each axis
-  int64_t cells;                     // of an image
-  int64_t num_regions, first_class, num_classes, background, ignore[HPCLOSS_MAX_IGNORED];
-  int32_t num_ignore;
+struct Segments : Pixels {
+  int64_t first_class, num_classes, background;
 
   // Segment of the pixel, their number if it is ignored; *stray: its label is no class and not to be ignored.
   template <class Index>
   __device__ uint32_t of(Index pixel, bool* stray) const {
     const int64_t label = label_of(pixel);
-    bool ignored = false;
-    for (int i = 0; i < num_ignore; ++i) ignored |= label == ignore[i];
+    const bool ignored = is_ignored(label);
     const uint64_t number = static_cast<uint64_t>(label) - static_cast<uint64_t>(first_class);
     const uint64_t behind = static_cast<uint64_t>(background) - static_cast<uint64_t>(first_class);
     const bool is_class = number < static_cast<uint64_t>(num_classes);
@@ -42,34 +34,6 @@ struct Segments {
     uint64_t rank = number;
     if (behind < static_cast<uint64_t>(num_classes)) rank = number == behind ? 0 : number + (number < behind);
     return static_cast<uint32_t>(region * num_classes + static_cast<int64_t>(rank));
-  }
-
- private:
-  __device__ int64_t label_of(int64_t pixel) const {
-    if (label_type == HPCLOSS_UINT8) return static_cast<const uint8_t*>(labels)[pixel];
-    if (label_type == HPCLOSS_INT32) return static_cast<const int32_t*>(labels)[pixel];
-    return static_cast<const int64_t*>(labels)[pixel];
-  }
-
-  // -1 for none. Pixels are divided in the width of Index: 64-bit division is many times slower.
-  template <class Index>
-  __device__ int64_t region_of(Index pixel) const {
-    if (regions.ids) {
-      const int64_t id = regions.ids_type == HPCLOSS_INT32 ? static_cast<const int32_t*>(regions.ids)[pixel]
-                                                           : static_cast<const int64_t*>(regions.ids)[pixel];
-      return id >= 0 && id < num_regions ? id : -1;
-    }
-    using Unsigned = std::make_unsigned_t<Index>;
-    Unsigned rest = static_cast<Unsigned>(pixel);
-    int64_t region = 0;
-    for (int axis = regions.axes - 1; axis >= 0; --axis) {
-      const Unsigned extent = static_cast<Unsigned>(regions.extent[axis]), lines = rest / extent;
-      if (regions.cell[axis] != regions.extent[axis]) {
-        region += (rest - lines * extent) / static_cast<Unsigned>(regions.cell[axis]) * stride[axis];
-      }
-      rest = lines;
-    }
-    return regions.per_image ? static_cast<int64_t>(rest) * cells + region : region;
   }
 };
 
@@ -214,11 +178,6 @@ __global__ void __launch_bounds__(kThreads) offsets_kernel(Pass<Index> sorted, i
 }
 
 template <class Index>
-struct Bounds {
-  Index *pos_start, *pos_end, *self_pos, *anchor_start, *anchor_end, *key_start, *key_end;
-};
-
-template <class Index>
 __global__ void __launch_bounds__(kThreads) intervals_kernel(const Index* offsets, int64_t num_regions,
                                                              int64_t num_classes, int background_first, int64_t n,
                                                              Bounds<Index> to) {
@@ -238,20 +197,37 @@ __global__ void __launch_bounds__(kThreads) intervals_kernel(const Index* offset
 }
 
 template <class Index>
+struct PairCounts {
+  Index positives, negatives;
+};
+
+template <class Index>
+__device__ PairCounts<Index> pair_counts(const Bounds<const Index>& pairs, int64_t num_regions, int64_t row) {
+  const int64_t region = upper_bound(pairs.anchor_end, num_regions, row);
+  if (region >= num_regions || pairs.anchor_start[region] > row) return {0, 0};
+  const Index self = pairs.self_pos[row], start = pairs.pos_start[row], end = pairs.pos_end[row];
+  const Index first = pairs.key_start[region], last = pairs.key_end[region];
+  const Index same = end - start - (self >= start && self < end);
+  return {same, last - first - (self >= first && self < last) - same};
+}
+
+template <class Index>
 __global__ void __launch_bounds__(kThreads) counts_kernel(Bounds<const Index> pairs, int64_t num_regions, int64_t n,
                                                           Index* positives, Index* negatives) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
-  const int64_t region = upper_bound(pairs.anchor_end, num_regions, i);
-  Index same = 0, other = 0;
-  if (region < num_regions && pairs.anchor_start[region] <= i) {
-    const Index self = pairs.self_pos[i], start = pairs.pos_start[i], end = pairs.pos_end[i];
-    const Index first = pairs.key_start[region], last = pairs.key_end[region];
-    same = end - start - (self >= start && self < end);
-    other = last - first - (self >= first && self < last) - same;
-  }
-  positives[i] = same;
-  negatives[i] = other;
+  const PairCounts<Index> counts = pair_counts(pairs, num_regions, i);
+  positives[i] = counts.positives;
+  negatives[i] = counts.negatives;
+}
+
+template <class Index>
+__global__ void __launch_bounds__(kThreads) counted_kernel(Bounds<const Index> pairs, int64_t num_regions, int64_t n,
+                                                           int need_negatives, uint8_t* counted) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= n) return;
+  const PairCounts<Index> counts = pair_counts(pairs, num_regions, i);
+  counted[i] = counts.positives > 0 && (!need_negatives || counts.negatives > 0);
 }
 
 // One pass from order to order; `offsets` and `outside` only where they are wanted of it.
@@ -316,7 +292,7 @@ cudaError_t class_sort(const Segments& segments, int64_t n, int64_t num_segments
 template <class Index>
 cudaError_t load_all() {
   return load(count_kernel<Index>, sum_kernel<Index>, place_kernel<Index>, offsets_kernel<Index>,
-              intervals_kernel<Index>, counts_kernel<Index>);
+              intervals_kernel<Index>, counts_kernel<Index>, counted_kernel<Index>);
 }
 
 }  // namespace
@@ -346,22 +322,8 @@ int32_t hpcloss_cuda_class_sort(const void* labels, int32_t label_type, int64_t 
   if (!workspace) return HPCLOSS_ERROR_NULL;
   const int64_t num_segments = num_regions * num_classes;
   if (bytes < hpcloss_cuda_class_sort_bytes(n, num_segments, index_type)) return HPCLOSS_ERROR_WORKSPACE;
-  Segments segments{};
-  segments.labels = labels;
-  segments.label_type = label_type;
-  segments.regions = regions->ids ? *regions : fewest_axes(*regions);
-  segments.cells = 1;
-  for (int axis = segments.regions.axes - 1; axis >= 0 && !regions->ids; --axis) {
-    segments.stride[axis] = segments.cells;
-    segments.cells *= (segments.regions.extent[axis] - 1) / segments.regions.cell[axis] + 1;
-  }
-  segments.num_regions = num_regions;
-  segments.first_class = first_class;
-  segments.num_classes = num_classes;
-  segments.background = background;
-  for (; segments.num_ignore < num_ignore; ++segments.num_ignore) {
-    segments.ignore[segments.num_ignore] = ignore[segments.num_ignore];
-  }
+  const Segments segments{pixels(labels, label_type, *regions, num_regions, ignore, num_ignore), first_class, num_classes,
+                          background};
   const auto run = [&](auto index) {
     using Index = decltype(index);
     return class_sort(segments, n, num_segments, static_cast<Index*>(order), static_cast<Index*>(offsets), outside,
@@ -412,6 +374,29 @@ int32_t hpcloss_cuda_pair_counts(const void* pos_start, const void* pos_end, con
     return launch(counts_kernel<Index>, static_cast<unsigned>(blocks_for(n, kThreads)), kThreads, 0,
                   static_cast<cudaStream_t>(stream), pairs, num_regions, n, static_cast<Index*>(positives),
                   static_cast<Index*>(negatives));
+  };
+  return report(index_type == HPCLOSS_INT32 ? run(int32_t{}) : run(int64_t{}));
+}
+
+int32_t hpcloss_cuda_pair_counted(const void* pos_start, const void* pos_end, const void* self_pos,
+                                  const void* anchor_start, const void* anchor_end, const void* key_start,
+                                  const void* key_end, int64_t n, int64_t num_regions, int32_t index_type,
+                                  int32_t need_negatives, uint8_t* counted, void* stream) {
+  using namespace hpcloss;
+  if (const int32_t error = check_pair_counts(pos_start, pos_end, self_pos, anchor_start, anchor_end, key_start,
+                                              key_end, n, num_regions, index_type, counted, counted)) {
+    return error;
+  }
+  if (!n) return HPCLOSS_OK;
+  const auto run = [&](auto index) {
+    using Index = decltype(index);
+    using In = const Index*;
+    const Bounds<const Index> pairs{static_cast<In>(pos_start),  static_cast<In>(pos_end),
+                                    static_cast<In>(self_pos),   static_cast<In>(anchor_start),
+                                    static_cast<In>(anchor_end), static_cast<In>(key_start),
+                                    static_cast<In>(key_end)};
+    return launch(counted_kernel<Index>, static_cast<unsigned>(blocks_for(n, kThreads)), kThreads, 0,
+                  static_cast<cudaStream_t>(stream), pairs, num_regions, n, need_negatives, counted);
   };
   return report(index_type == HPCLOSS_INT32 ? run(int32_t{}) : run(int64_t{}));
 }

@@ -27,7 +27,7 @@ int32_t hpcloss_cuda_versions(int32_t* driver, int32_t* runtime) {
 }
 
 int32_t hpcloss_cuda_probe(void) {
-  for (const hpcloss::Probe probe : {hpcloss::probe_partition, hpcloss::probe_sample}) {
+  for (const hpcloss::Probe probe : {hpcloss::probe_partition, hpcloss::probe_label_sort, hpcloss::probe_sample}) {
     if (const int32_t error = hpcloss::report(probe())) return error;
   }
   return HPCLOSS_OK;

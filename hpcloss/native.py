@@ -31,7 +31,15 @@ KINDS = ("uniform", "weighted", "hardest", "hard_easy")
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _TYPES = {torch.uint8: 0, torch.int32: 1, torch.int64: 2}
-_FUNCTIONS = ("class_sort", "class_intervals", "pair_counts", "sample", "sample_positives")
+_FUNCTIONS = (
+    "class_sort",
+    "class_intervals",
+    "label_sort",
+    "pair_counts",
+    "pair_counted",
+    "sample",
+    "sample_positives",
+)
 _ERRORS = {
     1: "a required array is missing",
     2: "a size or a count is out of its range",
@@ -117,6 +125,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     types = {
         "hpcloss_cuda_error": ctypes.c_char_p,
         "hpcloss_cuda_class_sort_bytes": ctypes.c_int64,
+        "hpcloss_cuda_label_sort_bytes": ctypes.c_int64,
         "hpcloss_cuda_sample_bytes": ctypes.c_int64,
     }
     for name, returned in types.items():
@@ -196,12 +205,7 @@ def class_sort(
     order = torch.empty(n, dtype=dtype, device=labels.device)
     offsets = torch.empty(num_segments + 1, dtype=dtype, device=labels.device)
     outside = torch.empty((), dtype=torch.int64, device=labels.device)
-    axes = ctypes.c_int64 * MAX_AXES
-    regions = Regions(
-        None if ids is None else ids.data_ptr(), _TYPES[torch.int64 if ids is None else ids.dtype],
-        0 if ids is not None else len(spatial), axes(*spatial), axes(*size), per_image,
-    )  # fmt: skip
-    ignored = (ctypes.c_int64 * len(ignore))(*ignore)
+    regions, ignored = _regions(ids, spatial, size, per_image), (ctypes.c_int64 * len(ignore))(*ignore)
     first = classes.stop if background is None else background  # the label of rank 0, if it is a class
     arguments = (
         _pointer(labels), _TYPES[labels.dtype], _int64(n), ctypes.byref(regions), _int64(num_regions),
@@ -210,6 +214,38 @@ def class_sort(
     )  # fmt: skip
     _call("class_sort", labels.device, arguments, (_int64(n), _int64(num_segments), _TYPES[dtype]))
     return order, offsets, outside
+
+
+def label_sort(
+    labels: Tensor,
+    ids: Tensor | None,
+    spatial: Sequence[int],
+    size: Sequence[int],
+    per_image: bool,
+    num_regions: int,
+    background: int | None,
+    ignore: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The fields of `partition.partition` without `num_classes`, of the dtype."""
+    n, device = labels.numel(), labels.device
+    order, *bounds = [torch.empty(count, dtype=dtype, device=device) for count in [n] * 4 + [num_regions] * 4]
+    regions, ignored = _regions(ids, spatial, size, per_image), (ctypes.c_int64 * len(ignore))(*ignore)
+    arguments = (
+        _pointer(labels), _TYPES[labels.dtype], _int64(n), ctypes.byref(regions), _int64(num_regions),
+        None if background is None else ctypes.byref(_int64(background)), ignored, _int64(len(ignore)),
+        _pointer(order), _TYPES[dtype], *(_pointer(bound) for bound in bounds),
+    )  # fmt: skip
+    _call("label_sort", device, arguments, (_int64(n), _TYPES[dtype]))
+    return order, *bounds
+
+
+def _regions(ids: Tensor | None, spatial: Sequence[int], size: Sequence[int], per_image: bool) -> Regions:
+    axes = ctypes.c_int64 * MAX_AXES
+    return Regions(
+        None if ids is None else ids.data_ptr(), _TYPES[torch.int64 if ids is None else ids.dtype],
+        0 if ids is not None else len(spatial), axes(*spatial), axes(*size), per_image,
+    )  # fmt: skip
 
 
 def class_intervals(offsets: Tensor, n: int, num_classes: int, background_first: bool) -> tuple[Tensor, ...]:
@@ -226,16 +262,25 @@ def class_intervals(offsets: Tensor, n: int, num_classes: int, background_first:
 
 def pair_counts(intervals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`Pairs.counts` of the intervals of `Pairs`."""
+    counts = (torch.empty_like(intervals[0]), torch.empty_like(intervals[0]))
+    _call("pair_counts", intervals[0].device, (*_pairs(intervals), *(_pointer(count) for count in counts)))
+    return counts
+
+
+def pair_counted(intervals: Sequence[Tensor], need_negatives: bool) -> Tensor:
+    """`Pairs.counted` of the intervals of `Pairs`."""
+    counted = torch.empty_like(intervals[0], dtype=torch.bool)
+    _call("pair_counted", counted.device, (*_pairs(intervals), int(need_negatives), _pointer(counted)))
+    return counted
+
+
+def _pairs(intervals: Sequence[Tensor]) -> tuple[object, ...]:
+    """The intervals of `Pairs`, how many there are, and their type."""
     rows, bounds = intervals[0], intervals[3]
     if any(len(x) != len(rows) for x in intervals[:3]) or any(len(x) != len(bounds) for x in intervals[3:]):
         raise ValueError(f"intervals must be 3 of rows and 4 of regions, got lengths {[len(x) for x in intervals]}")
-    counts = (torch.empty_like(rows), torch.empty_like(rows))
-    arguments = (
-        *(_pointer(interval) for interval in intervals), _int64(rows.numel()), _int64(bounds.numel()),
-        _TYPES[rows.dtype], *(_pointer(count) for count in counts),
-    )  # fmt: skip
-    _call("pair_counts", rows.device, arguments)
-    return counts
+    pointers = (_pointer(interval) for interval in intervals)
+    return (*pointers, _int64(rows.numel()), _int64(bounds.numel()), _TYPES[rows.dtype])
 
 
 def sample(

@@ -60,7 +60,8 @@ class _Pack(torch.autograd.Function):
         ctx.permutation, ctx.backend = permutation, backend
         ctx.mark_non_differentiable(data)
         ctx.set_materialize_grads(False)
-        companion = torch.zeros((), dtype=inverse_norm.dtype, device=features.device).expand(data.shape)
+        # Nobody reads its value, so it is not even filled.
+        companion = torch.empty((), dtype=inverse_norm.dtype, device=features.device).expand(data.shape)
         return data, companion
 
     @staticmethod

@@ -89,6 +89,10 @@ class Pairs(NamedTuple):
         """Number of positives and of negatives of each row [N]; zero for rows that are no anchors."""
         return torch.ops.hpcloss.pair_counts(*self.intervals())
 
+    def counted(self, *, need_negatives: bool = False) -> Tensor:
+        """Whether each row has a positive [N], and a negative if asked; False for rows that are no anchors."""
+        return torch.ops.hpcloss.pair_counted(*self.intervals(), need_negatives)
+
 
 FIELDS = Pairs._fields
 
@@ -194,8 +198,11 @@ def partition_against(
     alive = torch.arange(ranked_keys.numel(), device=live.device) < live
     ranked_keys = torch.where(alive, ranked_keys, torch.iinfo(torch.int64).max)
     ranked = labels.reshape(-1).long()[anchors.order]
-    pos_start = torch.minimum(torch.searchsorted(ranked_keys, ranked), live).to(live.dtype)
-    pos_end = torch.minimum(torch.searchsorted(ranked_keys, ranked, right=True), live).to(live.dtype)
+    narrow = live.dtype == torch.int32
+    pos_start, pos_end = (
+        torch.minimum(torch.searchsorted(ranked_keys, ranked, right=right, out_int32=narrow), live)
+        for right in (False, True)
+    )
     pairs = anchors.replace(
         pos_start=pos_start,
         pos_end=pos_end,

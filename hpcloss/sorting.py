@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,16 +47,14 @@ def changes(values: Tensor) -> Tensor:
 
 
 def segment_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
-    """First row and one past the last row of the segment of each row; `starts` marks the rows that begin a segment."""
-    count = starts.numel()
-    rows = torch.arange(count, device=starts.device)
-    if count == 0:
-        return rows, rows
-    begin = torch.cummax(torch.where(starts, rows, 0), 0).values
-    ends = torch.ones_like(starts)
-    ends[:-1] = starts[1:]
-    end = torch.cummin(torch.where(ends, rows + 1, count).flip(0), 0).values.flip(0)
-    return begin, end
+    """First row and one past the last row of the segment of each row; `starts` marks the rows that begin a segment, of
+    which the first row is one."""
+    # A running count and copies: on a GPU, cummax and cummin of one dimension run in one block.
+    segment, rows = torch.cumsum(starts, 0), torch.arange(starts.numel(), device=starts.device)
+    # Segments are numbered from 1. Number 0 takes the rows that begin none, and nobody reads it.
+    first = torch.full((starts.numel() + 2,), starts.numel(), device=starts.device)
+    first = first.scatter_(0, torch.where(starts, segment, 0), rows)
+    return first[segment], first[segment + 1]
 
 
 # ---- operators
@@ -155,33 +154,13 @@ def _label_sort(
     ignore_index: list[int],
 ) -> tuple[Tensor, ...]:
     labels = labels.reshape(-1)
-    n, dtype = labels.numel(), index_dtype(labels.numel())
-    if labels.device.type == "cpu" and _is_countable(labels, num_regions, ignore_index):
-        # On the host the range of the labels may be looked at; where it is short, they are counted, not compared.
-        typed = _of_types(labels, torch.uint8)
-        classes = _range_of(typed, ignore_index)
-        if num_regions * (classes.stop - classes.start) <= min(n + _FEW_SEGMENTS, native.MAX_SEGMENTS):
-            order, offsets, _ = native.class_sort(
-                typed, _ids_like(labels, ids), spatial, size, per_image,
-                num_regions, classes, background, ignore_index, dtype,
-            )  # fmt: skip
-            return order, *native.class_intervals(offsets, n, len(classes), background in classes)
+    if _is_countable(labels, 2 * num_regions, ignore_index):
+        return native.label_sort(
+            _of_types(labels, torch.uint8), _ids_like(labels, ids), spatial, size,
+            per_image, num_regions, background, ignore_index, index_dtype(labels.numel()),
+        )  # fmt: skip
     region = _region_of_pixel(labels, ids, spatial, size, per_image)
     return _label_sort_in_torch(labels, region, num_regions, background, ignore_index)
-
-
-_FEW_SEGMENTS = 4096  # counted in no time even for few pixels
-
-
-def _range_of(labels: Tensor, ignore_index: Sequence[int]) -> range:
-    """From the lowest to the highest label that is not ignored; at least one."""
-    lowest, highest = (int(bound) for bound in labels.aminmax())
-    if lowest in ignore_index or highest in ignore_index:
-        labels = labels[~is_ignored(labels.long(), tuple(ignore_index))]
-        if not labels.numel():
-            return range(1)
-        lowest, highest = (int(bound) for bound in labels.aminmax())
-    return range(lowest, highest + 1)
 
 
 def _label_sort_in_torch(
@@ -206,10 +185,21 @@ def _label_sort_in_torch(
 
 
 def _pair_counts(*intervals: Tensor) -> tuple[Tensor, Tensor]:
-    dtypes = {interval.dtype for interval in intervals}
-    if len(dtypes) == 1 and native.serves(intervals[0]):
+    if _is_of_one_type(intervals) and native.serves(intervals[0]):
         return native.pair_counts([interval.contiguous() for interval in intervals])
     return _pair_counts_in_torch(*intervals)
+
+
+def _pair_counted(*arguments: Any) -> Tensor:
+    *intervals, need_negatives = arguments
+    if _is_of_one_type(intervals) and native.serves(intervals[0]):
+        return native.pair_counted([interval.contiguous() for interval in intervals], need_negatives)
+    positives, negatives = _pair_counts_in_torch(*intervals)
+    return (torch.minimum(positives, negatives) if need_negatives else positives) > 0
+
+
+def _is_of_one_type(intervals: Sequence[Tensor]) -> bool:
+    return len({interval.dtype for interval in intervals}) == 1
 
 
 def _pair_counts_in_torch(
@@ -273,6 +263,10 @@ def _fake_pair_counts(*intervals: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(intervals[0]), torch.empty_like(intervals[0])
 
 
+def _fake_pair_counted(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[0], dtype=torch.bool)
+
+
 _REGIONS = "Tensor? regions, SymInt[] spatial, SymInt[] size, bool per_image, SymInt num_regions"
 _BOUNDS = "Tensor pos_start, Tensor pos_end, Tensor self_pos"
 _BOUNDS += ", Tensor anchor_start, Tensor anchor_end, Tensor key_start, Tensor key_end"
@@ -296,3 +290,4 @@ register(
     _fake_class_intervals,
 )
 register("pair_counts", f"({_BOUNDS}) -> (Tensor positives, Tensor negatives)", _pair_counts, _fake_pair_counts)
+register("pair_counted", f"({_BOUNDS}, bool need_negatives) -> Tensor", _pair_counted, _fake_pair_counted)

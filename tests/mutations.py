@@ -40,7 +40,8 @@ MEAN = "test_pair_mean and float32"
 EDGE = "test_edges and 16x16"
 PACK = "test_live_rows_end_anywhere"
 LINEAR = "test_linear_mean_of_plans and short"
-SORT = "several_tiles_on or (cuda and (two_sorts or intervals or class_sort))"
+SORT = "partition_of_several_tiles or (cuda and (two_sorts or intervals or class_sort))"
+LABELS = "label_sort_of_several_tiles"
 PARTS = "several_parts_on"
 
 MUTATIONS = [
@@ -547,6 +548,18 @@ MUTATIONS = [
         "tl.where((largest > 2.0**100) & (largest < 2.0**100), power, 1.0)",
         "test_gradients_at_the_weights and online",
     ),
+    Mutation(
+        "the largest of many gradients is the first", "__init__.py",
+        "if grad_lse is None and grad.stride(0) == 0:", "if grad_lse is None:", "the_largest_gradient",
+    ),
+    Mutation(
+        "one gradient is read as many", "tile.py",
+        "tl.where(grad_stride == 0, 1, tl.cdiv(num_rows, BLOCK))", "tl.cdiv(num_rows, BLOCK)", "the_largest_gradient",
+    ),
+    Mutation(
+        "a gradient with a second one is searched with the stride of the first", "__init__.py",
+        "bound = grad = grad.contiguous()", "bound = grad", "the_largest_gradient",
+    ),
     # --------------------------------------------------------------------------------------- launches
     Mutation(
         "statistics of the wrong side for the keys", "__init__.py",
@@ -618,7 +631,7 @@ MUTATIONS = [
         "pass.shift = i * kDigitBits;", "pass.shift = i * (kDigitBits + 1);", "many_segments",
     ),
     Mutation(
-        "cells of images are mixed", "partition.cu",
+        "cells of images are mixed", "pixels.h",
         "static_cast<int64_t>(rest) * cells + region", "static_cast<int64_t>(rest) + region", "cuda and a_grid_is",
     ),
     Mutation(
@@ -628,6 +641,91 @@ MUTATIONS = [
     Mutation(
         "dead rows get bounds", "partition.cu",
         "const bool inside = bound > 0 && bound < count;", "const bool inside = bound > 0;", SORT,
+    ),
+    # ------------------------------------------------------------------------------ labels without num_classes on CUDA
+    Mutation(
+        "pixels of a class in any order", "label_sort.cu",
+        "return a.pixel < b.pixel;", "return a.pixel > b.pixel;", LABELS,
+    ),
+    Mutation(
+        "labels compared without their sign", "label_sort.cu",
+        "return a.label < b.label;", "return static_cast<uint64_t>(a.label) < static_cast<uint64_t>(b.label);", LABELS,
+    ),
+    Mutation(
+        "the background behind other labels", "label_sort.cu",
+        "!has_background || label != background", "!has_background || label == background", LABELS,
+    ),
+    Mutation(
+        "without a background label 0 is one", "label_sort.cu",
+        "const bool behind = !has_background ||", "const bool behind =", "cuda and four_pixels",
+    ),
+    Mutation(
+        "ignored pixels stay", "label_sort.cu",
+        "if (region < 0 || is_ignored(label))", "if (region < 0)", LABELS,
+    ),
+    Mutation(
+        "ignored pixels sorted by their label", "label_sort.cu",
+        "return {0, static_cast<Index>(pixel), static_cast<uint32_t>(2 * num_regions)};",
+        "return {label, static_cast<Index>(pixel), static_cast<uint32_t>(2 * num_regions)};", "cuda and none_left",
+    ),
+    Mutation(
+        "the last run is as long as the others", "label_sort.cu",
+        "left - size < width ? left - size : width;", "width;", LABELS,
+    ),
+    Mutation(
+        "the search for shares stops one short", "label_sort.cu",
+        "low = count > other_size ? count - other_size : 0", "low = count > other_size ? count - other_size + 1 : 0",
+        LABELS,
+    ),
+    Mutation(
+        "a merged tile begins where its pair does", "label_sort.cu",
+        "begin - pair + (thread % 2 ? count : 0)", "(thread % 2 ? count : 0)", LABELS,
+    ),
+    Mutation(
+        "rows are kept while others still write theirs", "label_sort.cu",
+        "shared[place + e] = own[e];\n    __syncthreads();", "shared[place + e] = own[e];", LABELS,
+    ),
+    Mutation(
+        "rows are written while others still merge", "label_sort.cu",
+        "    __syncthreads();\n    for (int e = 0; e < kEach; ++e) shared[place + e]",
+        "    for (int e = 0; e < kEach; ++e) shared[place + e]", LABELS,
+    ),
+    Mutation(
+        "a pass of neighbours is left out", "label_sort.cu",
+        "round < kEach; round += 2", "round + 2 < kEach; round += 2", LABELS,
+    ),
+    Mutation(
+        "runs of blocks end in the other array", "label_sort.cu",
+        "for (int merged = 1; merged < tiles; merged *= 2) change_places();", "", "cuda and first_kernel",
+    ),
+    Mutation(
+        "tiles of a block are not waited for", "label_sort.cu",
+        "width *= 2) {\n    __syncthreads();\n    for (int64_t tile", "width *= 2) {\n    for (int64_t tile",
+        "cuda and first_kernel",
+    ),
+    Mutation(
+        "classes begin one row late", "label_sort.cu",
+        "reach <= i ? i - reach + 1 : 0", "reach <= i ? i - reach + 2 : 0", LABELS,
+    ),
+    Mutation(
+        "the first row has no class before it", "label_sort.cu",
+        "while (reach <= i && same_class", "while (reach < i && same_class", LABELS,
+    ),
+    Mutation(
+        "the last class ends one row early", "label_sort.cu",
+        "high = i + reach < n ? i + reach : n;", "high = i + reach < n ? i + reach : n - 1;", LABELS,
+    ),
+    Mutation(
+        "dead rows have positives", "label_sort.cu",
+        "to.pos_end[i] = alive ?", "to.pos_end[i] = alive || true ?", LABELS,
+    ),
+    Mutation(
+        "the background is an anchor", "label_sort.cu",
+        "part_start(rows, n, 2 * i + 1)", "part_start(rows, n, 2 * i)", LABELS,
+    ),
+    Mutation(
+        "an anchor needs no negative", "partition.cu",
+        "&& (!need_negatives || counts.negatives > 0)", "", "cuda and counts_anchors",
     ),
     # ------------------------------------------------------------------------------ samples on CUDA
     Mutation(
@@ -702,12 +800,72 @@ MUTATIONS = [
         "for (; i < size; ++i) body(chunk + i, 1, segment[i]);", "", "test_partitions",
     ),
     Mutation(
-        "columns of cells are one region", "partition.cpp",
+        "columns of cells are one region", "regions.h",
         "body(pixel, to, base + column);", "body(pixel, to, base);", "native and a_grid_is",
     ),
     Mutation(
         "threads do not know what came before them", "partition.cpp",
         "count[static_cast<size_t>(s)] = first;", "count[static_cast<size_t>(s)] = offsets[s];", "int64_indices",
+    ),
+    # ------------------------------------------------------------------------------ labels without num_classes in C++
+    Mutation(
+        "small labels are all there are", "label_sort.cpp",
+        "if (bits >= 0 && bits < kSmallLabels)", "if (bits < kSmallLabels)", "native and test_partitions",
+    ),
+    Mutation(
+        "digits: ignored labels stay", "label_sort.cpp",
+        "region >= 0 && std::find(ignore, past, label) == past", "region >= 0", "native and many_distinct",
+    ),
+    Mutation(
+        "the last label has no segment", "label_sort.cpp",
+        "static_cast<int64_t>(width) + 1;", "std::max<int64_t>(static_cast<int64_t>(width), 1);", "test_partitions",
+    ),
+    Mutation(
+        "the highest digit is left out", "label_sort.cpp",
+        "shift < 64 && highest >> shift", "shift < 56 && highest >> shift", "native and any_integer",
+    ),
+    Mutation(
+        "digits count themselves", "label_sort.cpp",
+        "++next[digit(row) + 1]", "++next[digit(row)]", "native and any_integer",
+    ),
+    Mutation(
+        "regions first, labels last", "label_sort.cpp",
+        "return uint64_t{row.part}; });", "return row.label; });", "native and many_distinct",
+    ),
+    Mutation(
+        "neighbours of two regions are one class", "label_sort.cpp",
+        "next.part != own.part || next.label != own.label", "next.label != own.label", "native and four_pixels",
+    ),
+    Mutation(
+        "digits: dead rows have positives", "label_sort.cpp",
+        "static_cast<Index>(own.part == dead ? 0 : end)", "static_cast<Index>(end)", "native and many_distinct",
+    ),
+    Mutation(
+        "counted without a positive", "partition.cpp",
+        "counted[row] = same > 0 &&", "counted[row] = same >= 0 &&", "native and counts_anchors",
+    ),
+    # ------------------------------------------------------------------------------ plans in PyTorch, launches
+    Mutation(
+        "segments end one row early", "hpcloss/sorting.py",
+        "return first[segment], first[segment + 1]", "return first[segment], first[segment + 1] - 1",
+        "test_partition: torch and segment_bounds",
+    ),
+    Mutation(
+        "labels are sorted by torch although the library is there", "hpcloss/sorting.py",
+        "    if _is_countable(labels, 2 * num_regions, ignore_index):", "    if False:",
+        "test_launches: test_a_step and 256",
+    ),
+    Mutation(
+        "the companion of rows is filled", "hpcloss/pack.py",
+        "companion = torch.empty((),", "companion = torch.zeros((),", "test_launches: SupCon and 512",
+    ),
+    Mutation(
+        "the gradient of a mean is searched for its largest", "hpcloss/backends/triton/__init__.py",
+        "if grad_lse is None and grad.stride(0) == 0:", "if False:", "test_launches: SupCon and 512",
+    ),
+    Mutation(
+        "each class counts the anchors of all", "hpcloss/functional/arithmetic.py",
+        "members = seen[end] - seen[start]", "members = seen[end]", "test_losses: test_region_supcon_loss and class",
     ),
     # ------------------------------------------------------------------------------ losses
     Mutation(

@@ -4,6 +4,7 @@ Most bodies take a device, so that they also run once in Triton's interpreter, i
 `TRITON_INTERPRET=1 python -m pytest tests/test_gpu.py`. On a GPU: `python -m pytest -m gpu tests/test_gpu.py`.
 """
 
+import functools
 import math
 import os
 import subprocess
@@ -664,6 +665,29 @@ def test_native_is_the_same_on_the_gpu(device, shape, k, kind):
         here, there = (drawn(where, labels, values, k, kind, size=size) for where in ("cpu", device))
         for expected, found in zip(here, there):
             assert found.is_cuda and found.dtype == expected.dtype and torch.equal(found.cpu(), expected)
+
+
+@alone
+@on_native
+@pytest.mark.parametrize("labels", ["few", "far apart", "all different"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2047), (2, 2049), (3, 130, 70), (8, 256, 256), (12, 512, 512)])
+def test_native_sorts_any_labels_on_the_gpu(device, shape, labels):
+    """Without `num_classes`, and captured in a graph, which no wait for the device survives."""
+    labels = {
+        "few": lambda: choice("cpu", [0, 1, 2, 255], *shape),
+        "far apart": lambda: choice("cpu", [0, -(2**63), 2**63 - 1, 10**12, 255], *shape),
+        "all different": lambda: torch.randperm(math.prod(shape)).view(shape),
+    }[labels]()
+    grid = Grid(len(labels), tuple(labels.shape[1:]), tuple(16 for _ in shape[1:]))
+    plan = functools.partial(partition, regions=grid, background=0, ignore_index=(255, -1))
+    expected, on_device = plan(labels), labels.to(device)
+    plan(on_device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = plan(on_device)
+    graph.replay()
+    for found in (plan(on_device), captured):
+        assert all(a.is_cuda and torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
 @alone

@@ -767,3 +767,31 @@ def test_the_gradient_of_a_row_without_pairs_means_nothing(value):
     ):
         expected, actual = (op(grad, *arguments, True, False, False, "triton")[0] for grad in grads)
         assert dead.any() and expected.abs().sum() > 0 and torch.equal(actual, expected)
+
+
+def test_the_largest_gradient_lifts_all_slopes(monkeypatch):
+    """Of all rows, in several blocks of them; where all have the same, as under a mean, one number is read."""
+    from hpcloss.backends import triton as backend
+
+    monkeypatch.setattr(backend, "ROWS", 16)
+    problem = Problem("self", torch.float16)
+    x, at, n = problem.anchors.to(DEVICE), list(problem.pairs.intervals()), problem.count
+    scale = torch.tensor(2.0, device=DEVICE)
+    lse = OPS.pair_lse(x, None, None, scale, None, at, "every", "triton")
+    out, mass, _ = OPS.pair_mean(x, None, lse, None, scale, None, 1.0, 0.0, at, "triton")
+    of_both = OPS.pair_cross_entropy(x, None, scale, None, 0.0, at, "triton")[2:]
+    beside = torch.tensor([1e30, 1e-9, *[1e30] * n], device=DEVICE)
+    one = beside[1:2].expand(n)
+    first = torch.arange(n, device=DEVICE) <= n // backend.ROWS  # as many rows as there are blocks
+    small_first, no_first = (torch.ones(n, device=DEVICE).masked_fill(first, g) for g in (1e-30, 0.0))
+    of_lse = torch.ones(n, device=DEVICE).index_fill(0, torch.arange(backend.ROWS, device=DEVICE), 1e-9)
+    assert n > 2 * backend.ROWS and one.stride() == (0,)
+    for op, arguments in (
+        (OPS.pair_lse_backward, (lse, x, None, None, scale, None, at, "every")),
+        (OPS.pair_mean_backward, (out, mass, x, None, lse, None, scale, None, 1.0, 0.0, True, at)),
+        (OPS.pair_cross_entropy_backward, (None, *of_both, x, None, scale, None, 0.0, at)),
+        (OPS.pair_cross_entropy_backward, (of_lse, *of_both, x, None, scale, None, 0.0, at)),
+    ):
+        for of_rows, same_of_rows in ((one, one.contiguous()), (small_first, no_first)):
+            actual, expected = (op(g, *arguments, True, False, False, "triton")[0] for g in (of_rows, same_of_rows))
+            assert expected.abs().sum() > 0 and torch.equal(actual, expected)

@@ -79,7 +79,9 @@ def test_partitions(case, background, ignore_index):
     first = sorting.is_class(background, num_classes)
     pairs = partition.from_offsets(rows.order, rows.offsets, num_classes, first)
     same(pairs.intervals(), sorting._class_intervals_in_torch(rows.offsets, len(rows.order), num_classes, first))
-    same(pairs.counts(), sorting._pair_counts_in_torch(*pairs.intervals()))
+    counts = pairs.counts()
+    same(counts, sorting._pair_counts_in_torch(*pairs.intervals()))
+    same([pairs.counted(), pairs.counted(need_negatives=True)], [counts[0] > 0, torch.minimum(*counts) > 0])
 
 
 @st.composite
@@ -200,6 +202,33 @@ def test_int64_indices(threads, monkeypatch):
     for a, b in zip(*(native.class_intervals(rows[1], 300_000, 3, True) for rows in (narrow, wide))):
         assert torch.equal(a.long(), b) and b.dtype == torch.int64
     assert torch.equal(sample(narrow[0], narrow[1], 9, seed=1).order.long(), sample(wide[0], wide[1], 9, seed=1).order)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("n", [1, 7, 2047, 2048, 2049, 4097, 6144, 10_000])
+def test_a_label_sort_of_several_tiles_on_the_emulated_gpu(emulated, n, dtype):
+    """Blocks of 2 048 pixels; runs of which one lies wholly before or behind the other, or has no partner."""
+    mixed = choice([0, 1, -(2**63), 2**63 - 1, 9, 255], n)
+    ascending = torch.arange(n)
+    for seed, labels in enumerate((mixed, ascending, -ascending, ascending // 900, torch.zeros(n), ascending % 3)):
+        emulated.hpcloss_emulator_seed(ctypes.c_ulonglong(seed))
+        for ids, number in ((None, 1), (integers(4, n), 3)):
+            found = native.label_sort(labels.long(), ids, [], [], False, number, 1, [255], dtype)
+            region = torch.zeros(n, dtype=torch.int64) if ids is None else ids
+            expected = sorting._label_sort_in_torch(labels, region, number, 1, [255])
+            same(found, [values.to(dtype) for values in expected])
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 3])
+def test_int64_indices_of_a_label_sort(threads, monkeypatch):
+    """Of labels that are counted, and of labels that are sorted digit by digit."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for labels in (choice([0, 1, 2, 255], 300_000), choice([0, -(2**63), 2**63 - 1, 255], 300_000)):
+        arguments = (labels, None, [300_000], [70_000], False, 5, 0, [255])
+        narrow, wide = native.label_sort(*arguments, torch.int32), native.label_sort(*arguments, torch.int64)
+        assert all(a.dtype == torch.int32 and b.dtype == torch.int64 for a, b in zip(narrow, wide))
+        assert all(torch.equal(a.long(), b) for a, b in zip(narrow, wide))
 
 
 def test_a_partition_of_many_segments_on_the_emulated_gpu(emulated):
@@ -328,8 +357,10 @@ def test_every_function_checks_its_arguments():
     none = ctypes.c_void_p(None)
     sort = [p_labels, 2, long(n), grid(), long(4), long(0), long(3), long(-1), none, long(0), p_order, p_offsets, 1,
             p_outside, 1]  # fmt: skip
+    of_labels = [p_labels, 2, long(n), grid(), long(4), none, none, long(0), p_order, 1, *pointer[:7], 1]
     intervals = [p_offsets, long(2), long(3), 0, long(n), 1, *pointer[:7], 1]
     counts = [*pointer[:7], long(n), long(2), 1, *pointer[7:9], 1]
+    counted = [*pointer[:7], long(n), long(2), 1, 1, pointer[7], 1]
     draw = [p_order, p_offsets, 1, long(n), long(2), long(3), 0, none, long(n), p_seed, pointer[0], pointer[1], 1]
     positives = [*pointer[:3], 1, long(n), long(3), p_seed, pointer[3], 1]
     wrong = {
@@ -337,11 +368,18 @@ def test_every_function_checks_its_arguments():
             0: (none, 1), 1: (3, 3), 2: (long(-1), 2), 3: (none, 1), 4: (long(0), 2), 6: (long(0), 2), 8: (none, 0),
             9: (long(17), 2), 10: (none, 1), 11: (none, 1), 12: (0, 3), 13: (none, 1),
         }),
+        "hpcloss_label_sort": (of_labels, {
+            0: (none, 1), 1: (3, 3), 2: (long(-1), 2), 3: (none, 1), 4: (long(2**30), 2), 7: (long(17), 2),
+            8: (none, 1), 9: (0, 3), 10: (none, 1), 12: (none, 1), 13: (none, 1), 16: (none, 1),
+        }),
         "hpcloss_class_intervals": (intervals, {
             0: (none, 1), 1: (long(0), 2), 2: (long(0), 2), 4: (long(-1), 2), 5: (7, 3), 6: (none, 1), 12: (none, 1),
         }),
         "hpcloss_pair_counts": (counts, {
             0: (none, 1), 3: (none, 1), 7: (long(-1), 2), 8: (long(0), 2), 9: (0, 3), 10: (none, 1), 11: (none, 1),
+        }),
+        "hpcloss_pair_counted": (counted, {
+            0: (none, 1), 3: (none, 1), 7: (long(-1), 2), 8: (long(0), 2), 9: (0, 3), 11: (none, 1),
         }),
         "hpcloss_sample": (draw, {
             0: (none, 1), 1: (none, 1), 2: (0, 3), 3: (long(-1), 2), 4: (long(-1), 2), 5: (long(0), 2), 6: (4, 3),
@@ -463,7 +501,7 @@ def test_a_gpu_without_code_for_it_is_explained(monkeypatch, forget):
 def test_the_emulated_gpu_loads_every_kernel():
     library = cuda_on_cpu()
     assert library.hpcloss_cuda_probe() == 0
-    sources = "".join((ROOT / "csrc" / name).read_text() for name in ("partition.cu", "sample.cu"))
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cu"))
     for kernel in re.findall(r"__global__ void .*?(\w+_kernel)\(", sources):
         assert sources.count(f"{kernel}<Index>") >= 2, f"{kernel} is not loaded by its probe, or never launched"
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import choice, implementations, integers
@@ -148,6 +149,8 @@ def test_counts_anchors_and_regions(background):
     order = pairs.order.long()
     assert torch.equal(positives.long(), ((together & same).sum(1) * anchor)[order])
     assert torch.equal(negatives.long(), ((together & ~same).sum(1) * anchor)[order])
+    assert torch.equal(pairs.counted(), positives > 0) and bool(pairs.counted().any())
+    assert torch.equal(pairs.counted(need_negatives=True), (positives > 0) & (negatives > 0))
     assert torch.equal(pairs.is_anchor(), anchor[order])
     assert torch.equal(pairs.region()[pairs.is_anchor()].long(), regions[order][pairs.is_anchor()])
     assert len(pairs.intervals()) == 7 and pairs.intervals()[0] is pairs.pos_start
@@ -177,6 +180,83 @@ def test_any_integer_is_a_label():
             rank = None if background is None else values.index(background)
             found, right = partition(labels, background=background), partition(small, background=rank)
             assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+def test_every_map_of_four_pixels():
+    """All labels of three, one of which is ignored, in all regions of two."""
+    pixels = list(itertools.product([torch.iinfo(torch.int64).min, 0, 255], [0, 1]))
+    for chosen in itertools.product(pixels, repeat=4):
+        labels, regions = [label for label, _ in chosen], [region for _, region in chosen]
+        for background in (None, 0):
+            pairs = partition(
+                torch.tensor(labels), torch.tensor(regions), 2, background=background, ignore_index=(255,)
+            )
+            assert_plan(pairs, plain_plan(labels, regions, 2, background, (255,)))
+
+
+def assert_sorted(labels, regions, num_regions, background=None, ignore_index=()):
+    """As `assert_plan`, for many pixels: an order found by numpy, and classes as runs of it."""
+    pairs = partition(labels, regions, num_regions, background=background, ignore_index=ignore_index)
+    label, region = labels.numpy(), regions.numpy()
+    dead = np.isin(label, ignore_index) | (region < 0) | (region >= num_regions)
+    order = np.lexsort((np.where(dead, 0, label), (label != background) & ~dead, np.where(dead, num_regions, region)))
+    live, rows = int((~dead).sum()), np.arange(len(label))
+    assert (pairs.order.numpy() == order).all() and (pairs.self_pos.numpy() == rows).all()
+    named = np.stack([region, label])[:, order[:live]]
+    starts = np.flatnonzero(np.r_[True, (named[:, 1:] != named[:, :-1]).any(0)]) if live else rows[:0]
+    lengths = np.diff(np.r_[starts, live])
+    assert (pairs.pos_start.numpy() == np.r_[np.repeat(starts, lengths), 0 * rows[live:]]).all()
+    assert (pairs.pos_end.numpy() == np.r_[np.repeat(starts + lengths, lengths), 0 * rows[live:]]).all()
+    ends = np.searchsorted(region[order[:live]], np.arange(num_regions), side="right")
+    key_starts = np.r_[0, ends[:-1]]
+    of_background = np.bincount(region[~dead & (label == background)], minlength=num_regions)
+    assert (pairs.key_start.numpy() == key_starts).all() and (pairs.key_end.numpy() == ends).all()
+    assert (pairs.anchor_start.numpy() == key_starts + of_background).all() and (pairs.anchor_end.numpy() == ends).all()
+    return pairs
+
+
+@pytest.mark.parametrize("background", [None, 0, 70_000])
+def test_many_distinct_labels(background):
+    """More than 70 000, near each other and far apart, some of them ignored; and as many regions as pixels."""
+    n = 100_000
+    labels = torch.randperm(n) % 80_000
+    assert len(labels.unique()) == 80_000
+    for spread in (1, 10**14):
+        chosen = background and background * spread
+        assert_sorted(labels * spread, integers(5, n), 4, chosen, (spread, 79_000 * spread))
+    assert_sorted(labels, torch.randperm(n), n, background)
+
+
+def test_more_pixels_than_the_first_kernel_has_blocks_for():
+    """From 524 289 pixels on a block of the CUDA sources sorts several tiles."""
+    n = 530_001
+    assert_sorted(choice([0, 1, 2, 255, 2**62], n), integers(300, n), 299, 0, (255,))
+
+
+def test_one_pixel_and_none_left():
+    for label, background in itertools.product((0, -(2**63), 2**63 - 1), (None, 0)):
+        one, region = torch.tensor([label]), torch.tensor([0])
+        assert_sorted(one, region, 1, background)
+        assert_sorted(one, region, 1, background, (label,))
+        assert_sorted(one, region - 1, 3, background)
+    many = choice([255, -1], 3000)
+    pairs = assert_sorted(many, integers(3, 3000), 3, 0, (255, -1))
+    assert pairs.live().tolist() == [0] and pairs.order.tolist() == list(range(3000))
+
+
+def test_names_of_classes_do_not_matter():
+    """Other numbers for the same classes: each pixel keeps its positives."""
+    labels, regions = integers(6, 3000), integers(4, 3000)
+
+    def members(labels):
+        pairs = partition(labels, regions, 4)
+        starts, ends, order = pairs.pos_start.tolist(), pairs.pos_end.tolist(), pairs.order.tolist()
+        # Those of one class stand in the order of their pixels.
+        return sorted((pixel, tuple(order[starts[row] : ends[row]])) for row, pixel in enumerate(order))
+
+    expected = members(labels)
+    for names in ([5, 3, 1, 0, 2, 4], [2**63 - 1, -(2**63), 7, -1, 10**15, 0]):
+        assert members(torch.tensor(names)[labels]) == expected
 
 
 @pytest.mark.parametrize(

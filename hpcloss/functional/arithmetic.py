@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpcloss.distributed import gather_labels, gather_values, total
 from hpcloss.pack import Rows
-from hpcloss.sorting import segment_bounds
+from hpcloss.partition import partition
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -69,15 +69,13 @@ def softmax(exponents: Tensor, counted: Tensor, gather: bool) -> Tensor:
 
 def group_weight(ids: Tensor, counted: Tensor) -> Tensor:
     """1 / (groups with a counted anchor x counted anchors of the own group), for a mean of group means [N]."""
-    ids, order = torch.sort(ids)
-    first = torch.ones_like(ids, dtype=torch.bool)
-    first[1:] = ids[1:] != ids[:-1]
-    start, end = segment_bounds(first)
-    seen = torch.nn.functional.pad(torch.cumsum(counted[order], 0), (1, 0))
+    groups = partition(ids)
+    start, end = groups.pos_start, groups.pos_end
+    seen = torch.nn.functional.pad(torch.cumsum(counted[groups.order], 0), (1, 0))
     members = seen[end] - seen[start]
-    present = (first & (members > 0)).sum()
+    present = ((start == groups.self_pos) & (members > 0)).sum()
     weight = torch.where(members > 0, 1.0 / (members * present).clamp(min=1).double(), 0.0)
-    return torch.empty_like(weight).scatter_(0, order, weight)
+    return torch.empty_like(weight).scatter_(0, groups.order.long(), weight)
 
 
 def times(loss: Tensor, factor: float | Tensor) -> Tensor:

@@ -34,10 +34,10 @@ class Contrast:
 
         multiplicity: how often each key stands in the denominators.
         """
-        positives, negatives = pairs.counts()
+        counted = pairs.counted(need_negatives=self.denominator != "all")
         if self.denominator == "all":
-            return self._against_all(pairs, keys, multiplicity), positives > 0
-        counted = torch.minimum(positives, negatives) > 0
+            loss = self._against_all(pairs, keys)
+            return loss if multiplicity == 1 else torch.where(counted, loss + math.log(multiplicity), 0.0), counted
         lse = pair_lse(
             self.rows, pairs, "negatives", self.scale, keys=keys, scale_bound=self.scale_bound, backend=self.backend
         )
@@ -54,8 +54,8 @@ class Contrast:
         # Without a discount the mean is 0 where not counted: no positives is no mean, no negatives log(1 + 0).
         return torch.where(counted, mean, 0.0) if self.discount else mean, counted
 
-    def _against_all(self, pairs: Pairs, keys: Rows | None, multiplicity: int) -> Tensor:
-        """log(multiplicity) + lse - mean of the positives [N], 0 where no positive is."""
+    def _against_all(self, pairs: Pairs, keys: Rows | None) -> Tensor:
+        """lse - mean of the positives [N], 0 where no positive is."""
         loss, _, _ = pair_cross_entropy(
             self.rows, pairs, self.scale, keys=keys, hardness=self.hardness, scale_bound=self.scale_bound,
             backend=self.backend,
@@ -63,7 +63,7 @@ class Contrast:
         if self.hardness and not self.detach_weights:
             # Both means have one value; their gradients differ by what flows through the weights.
             loss = loss - (self._mean(pairs, keys, False) - self._mean(pairs, keys, True))
-        return loss if multiplicity == 1 else torch.where(pairs.counts()[0] > 0, loss + math.log(multiplicity), 0.0)
+        return loss
 
     def _mean(self, pairs: Pairs, keys: Rows | None, detach_weights: bool) -> Tensor:
         """Weighted mean of the positives' logits [N]."""

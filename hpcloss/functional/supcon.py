@@ -55,7 +55,7 @@ def supcon_loss(
         pairs, key_order = partition_against(labels, key_labels, ignore_index=ignored)
         if check_finite:
             check_used(key_order, pairs.key_end, keys=keys)
-        key_rows = pack(keys, key_order, pairs.key_end, normalize=normalize, backend=backend)
+        key_rows = pack(keys, key_order, pairs.key_end, normalize=normalize, permutation=True, backend=backend)
         if gather:
             alive = torch.arange(key_order.numel(), device=labels.device) < pairs.key_end
             everyone = gather_labels(key_labels[key_order], alive.long() - 1)
@@ -66,12 +66,11 @@ def supcon_loss(
     if check_finite:
         check_used(temperature=temperature)
         check_used(pairs.order, pairs.live(), embeddings=embeddings)
-    rows = pack(embeddings, pairs.order, pairs.live(), normalize=normalize, backend=backend)
+    rows = pack(embeddings, pairs.order, pairs.live(), normalize=normalize, permutation=True, backend=backend)
     if gather and keys is None:
         pairs, key_rows = gather_keys(rows, pairs, labels[pairs.order])
     scale, bound = inverse_temperature(temperature, rows, normalize)
-    positives, _ = pairs.counts()
-    counted = positives > 0
+    counted = pairs.counted()
     if form == "out":
         loss, _, _ = pair_cross_entropy(rows, pairs, scale, keys=key_rows, scale_bound=bound, backend=backend)
     else:
@@ -79,6 +78,7 @@ def supcon_loss(
             pair_lse(rows, pairs, rule, scale, keys=key_rows, scale_bound=bound, backend=backend)
             for rule in ("positives", "negatives")
         )
+        positives, _ = pairs.counts()
         # log(P + N) - log(P / n), without a difference of two large numbers. Not -inf minus -inf where no positive is.
         loss = softplus(negative - torch.where(counted, own, 0.0)) + positives.clamp(min=1).to(own.dtype).log()
         loss = torch.where(counted, loss, 0.0)
@@ -230,7 +230,8 @@ def two_views(
     by_group = partition(groups.repeat(2))
     order, count = by_group.order.long(), view1.shape[0]
     row_of = torch.empty_like(order).scatter_(0, order, torch.arange(2 * count, device=order.device))
-    rows, keys = pack(torch.cat([view1, view2]), by_group.order, normalize=normalize, backend=backend), None
+    rows = pack(torch.cat([view1, view2]), by_group.order, normalize=normalize, permutation=True, backend=backend)
+    keys = None
     if gather:
         by_group, keys = gather_keys(rows, by_group, groups.repeat(2)[order])
     own = paired(by_group, by_group.self_pos[row_of[(order + count) % max(2 * count, 1)]])

@@ -389,14 +389,17 @@ def _statistics(
     statistics = grad.new_empty(grad.numel(), 4)
     if rows.dtype != torch.float16 or not grad.numel():
         return statistics, None, None, grad
-    blocks = triton.cdiv(grad.numel(), ROWS)
-    largest = grad.new_empty(blocks)
-    bound = grad
+    lift = grad.new_empty(())
+    if grad_lse is None and grad.stride(0) == 0:
+        return statistics, lift, grad, grad  # one gradient for all rows
+    bound = grad = grad.contiguous()
     if grad_lse is not None:
         bound = torch.where(empty == -math.inf, 0.0, grad.abs()) + torch.where(total == 0, 0.0, grad_lse.abs())
         empty = bound
+    blocks = triton.cdiv(grad.numel(), ROWS)
+    largest = grad.new_empty(blocks)
     launch.run(largest_kernel, blocks, bound, bound, bound.stride(0), empty, largest, bound.numel(), BLOCK=ROWS)
-    return statistics, grad.new_empty(()), largest, grad
+    return statistics, lift, largest, grad
 
 
 def _fp32(values: Any) -> Any:

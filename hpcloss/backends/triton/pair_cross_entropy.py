@@ -127,7 +127,7 @@ def statistics_kernel(
         of_all += tl.load(grad_lse + rows, mask=powers > 0, other=0.0)
     factor = tl.load(scale)
     if lift is not None:
-        lifted = lift_of(largest_of(largest_grads, num_rows, BLOCK), tl.abs(factor))
+        lifted = lift_of(largest_of(largest_grads, grad_stride, num_rows, BLOCK), tl.abs(factor))
         tl.store(lift, lifted)
         factor *= lifted
     of_all, of_positives = of_all * factor, of_positives * factor

@@ -90,7 +90,7 @@ def statistics_kernel(
     empty = lse_i == -INF
     grad_i = tl.where(empty, 0.0, tl.load(grad + rows * grad_stride, mask=there, other=0.0))
     if lift is not None:
-        factor = lift_of(largest_of(largest_grads, num_rows, BLOCK), tl.abs(tl.load(scale)))
+        factor = lift_of(largest_of(largest_grads, grad_stride, num_rows, BLOCK), tl.abs(tl.load(scale)))
         tl.store(lift, factor)
         grad_i *= factor
     shift = tl.where(empty, INF, lse_i * LOG2E)

@@ -132,7 +132,7 @@ def statistics_kernel(
             bound += 2 * tl.abs(discount)
         if pull is not None:
             bound *= 1 + 2 * tl.abs(pull)
-        lifted = lift_of(largest_of(largest_grads, num_rows, BLOCK), bound)
+        lifted = lift_of(largest_of(largest_grads, grad_stride, num_rows, BLOCK), bound)
         tl.store(lift, lifted)
         factor *= lifted
     if (hardness is None) or (not ONLINE):

@@ -239,13 +239,13 @@ def largest_kernel(grad, grad_stride, empty, largest_grads, num_rows, BLOCK: tl.
 
 
 @triton.jit
-def largest_of(largest_grads, num_rows, BLOCK: tl.constexpr):
-    """The largest of what `largest_kernel` left."""
+def largest_of(largest_grads, grad_stride, num_rows, BLOCK: tl.constexpr):
+    """The largest of what `largest_kernel` left; where all rows have one gradient, of stride 0, that alone."""
     largest = tl.zeros([BLOCK], tl.float32)
-    num_blocks = tl.cdiv(num_rows, BLOCK)
+    num_blocks = tl.where(grad_stride == 0, 1, tl.cdiv(num_rows, BLOCK))
     for first in range(0, num_blocks, BLOCK):
         blocks = first + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(largest_grads + blocks, mask=blocks < num_blocks, other=0.0))
+        largest = tl.maximum(largest, tl.abs(tl.load(largest_grads + blocks, mask=blocks < num_blocks, other=0.0)))
     return tl.max(largest, 0)
 
 
