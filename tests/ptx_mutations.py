@@ -6,7 +6,7 @@ by a value: a result of a forward kernel off by more than 1e-3, of a backward ke
 That is about what `test_ptx.test_losses` sees, because an error of a log-sum is a relative error of the gradient.
 Else the result is "near", or the "same" to the last bit: then the mistake is none, or these inputs do not reach it.
 
-On 2026-11-30 (Triton 3.9, two of a kind): 307 of 358 noticed, 5 near, 46 the same. Fewer than LEAST of all is a failure.
+On 2026-11-30 (Triton 3.9, two of a kind): 307 of 358 noticed, 5 near, 46 the same. Fewer than LEAST of all fail.
 """
 
 from __future__ import annotations
