@@ -33,6 +33,7 @@ test: $(VENV)/installed
 test-all: test test-triton-$(TRITON_OF_TORCH_2_11) test-triton-$(OLDEST_TRITON)
 	$(PYTEST) tests -n 2 -m slow --timeout 5400
 	$(BIN)/python tests/mutations.py
+	$(BIN)/python tests/ptx_mutations.py --of-a-kind 2
 
 # `make test-triton-3.6.0`: the kernels on this version of Triton. Launched, compiled within their budgets, executed from
 # their PTX, and in Triton's interpreter.

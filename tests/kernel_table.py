@@ -5,7 +5,7 @@ trip of the loop over tiles executes where no mask is needed; of Hopper also mil
 ("gfx942"): registers and what is spilled. `--into FILE` writes the table of the installed Triton between its markers in
 the file, which DESIGN.md has for two. `--before FILE` compares with what was printed earlier: "before > now".
 
-Expected are 65,536 rows that all meet, on 132 multiprocessors at 1.7 GHz. Four units of a multiprocessor take their cycles
+Expected are 65,536 rows that all meet, on 132 multiprocessors at 1.7 GHz. Four units of a multiprocessor take cycles
 for a tile: instructions of warps (4 a cycle), special functions (16), the matrix unit (4,096 operations in half
 precision), and the second-level cache (25 bytes, an assumption). Programs on one multiprocessor overlap, and the first
 three units of one program do not. So a tile takes the slowest unit, or the sum of the three over the programs.

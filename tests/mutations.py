@@ -310,7 +310,7 @@ MUTATIONS = [
     Mutation(
         "a loop that loads ahead starts at the largest number", "hpcloss/backends/triton/tile.py",
         "start = tl.minimum(tl.maximum(outer_start, start), end)", "start = tl.maximum(outer_start, start)",
-        "test_ptx: 80-float16-supcon and few",
+        "test_ptx: blocks_that_have_none",
     ),
     Mutation(
         "a tile's last columns are loaded without a mask", "hpcloss/backends/triton/pair_lse.py",

@@ -5,12 +5,15 @@ again from the same arguments with one mistake in its PTX. It is noticed by a fa
 by a value: a result of a forward kernel off by more than 1e-3, of a backward kernel by more than 1e-3 of the largest.
 That is about what `test_ptx.test_losses` sees, because an error of a log-sum is a relative error of the gradient.
 Else the result is "near", or the "same" to the last bit: then the mistake is none, or these inputs do not reach it.
+
+On 2026-11-30 (Triton 3.9, two of a kind): 307 of 358 noticed, 5 near, 46 the same. Fewer than LEAST of all fail.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +26,7 @@ from tools.ptx.mistakes import KINDS, Mistake, mistakes
 
 # The capability and loss of the kernels.
 SOURCES = ((90, "region"), (80, "region"), (80, "supcon"))
-TOLERANCE = 1e-3
+TOLERANCE, LEAST = 1e-3, 0.8
 WAYS = ("fault", "hazard", "value", "near", "same")  # the last two are not noticed
 
 
@@ -90,7 +93,7 @@ def launches(capability: int, loss: str) -> Iterator[Launch]:
         yield Launch(*one)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--of-a-kind", type=int, default=4, help="mistakes of a kind in a kernel")
     parser.add_argument("--sources", type=int, nargs="*", default=range(len(SOURCES)), help="numbers of SOURCES")
@@ -108,8 +111,11 @@ def main() -> None:
     print(f"\n| mistake | {' | '.join(WAYS)} |\n{'|---' * (1 + len(WAYS))}|")
     for kind, count in [*counts.items(), ("all", sum(counts.values(), collections.Counter()))]:
         print(f"| {kind} | {' | '.join(str(count[by]) for by in WAYS)} |")
-    print(f"\n{time.monotonic() - began:.0f} s")
+    noticed = sum(count[by] for count in counts.values() for by in WAYS[:3])
+    made = sum(sum(count.values()) for count in counts.values())
+    print(f"\n{noticed} of {made} mistakes noticed; {time.monotonic() - began:.0f} s")
+    return int(noticed < LEAST * made or not made)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

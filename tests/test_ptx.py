@@ -26,6 +26,7 @@ from tools.ptx.backend import Machine  # noqa: E402
 from hpcloss import backends  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
 from hpcloss.backends.triton.trial import failure  # noqa: E402
+from hpcloss.partition import one_to_one  # noqa: E402
 
 THREADS = 64
 # Up to Triton 3.7.0 the compiler leaves out the fence between cp.async and wgmma (DESIGN.md).
@@ -517,6 +518,21 @@ def test_the_trial_finds_wrong_kernels(kernel):
         reason, lasts = failure(torch.device("cpu"), torch.float16, 64)
     assert re.match(rf"a small step in float16 with 64 channels computes wrong numbers: .*\b{result} off by", reason)
     assert lasts
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_mean_over_positives_of_blocks_that_have_none(capability):
+    """A loop that loads ahead starts at a row that is there, also where it makes no trip."""
+    intervals = [x.clone() for x in one_to_one(200, torch.device("cpu")).intervals()]
+    intervals[0][:160] = intervals[1][:160] = 0
+    x, keys = (torch.nn.functional.normalize(rows(200, 64, seed=seed), dim=1).half() for seed in (0, 1))
+    options = (torch.zeros(200), None, torch.tensor(10.0), 10.0, 1.0, 0.0, intervals)
+    machine = Machine(capability)
+    with machine():
+        results = backends.load("triton").pair_mean(x, keys, *options)
+    assert machine.hazards().keys() <= ({NO_FENCE} if LEAVES_OUT_FENCES else set()), machine.hazards()
+    for result, right in zip(results, backends.load("blockwise").pair_mean(x.float(), keys.float(), *options)):
+        torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5)
 
 
 def test_every_kernel_has_a_loss():
