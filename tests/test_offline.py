@@ -97,6 +97,17 @@ def test_budget(capability, dtype, precision, dim, name, matmul_precision):
             assert made.operations["LDGSTS"], f"tiles are not loaded ahead: {about}"
 
 
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1", "3.9.0", "3.8.0+git12ab"])
+def test_no_tile_is_copied_ahead_where_the_fence_is_missing(version, monkeypatch):
+    """On sm_100 before Triton 3.7.1."""
+    monkeypatch.setattr(triton, "__version__", version)
+    with offline.recorded(100) as launches:
+        for call in offline.calls(128, torch.float16).values():
+            call()
+    stages = {launch.options["num_stages"] for launch in launches if launch.options.get("num_stages")}
+    assert stages == {1} if version in ("3.6.0", "3.7.0") else max(stages) > 1
+
+
 def test_a_changing_number_of_rows_compiles_nothing_new():
     """Sizes are no part of what is compiled: neither N = 1 nor a multiple of 16 is a case of its own."""
     for capability in (80, 90):

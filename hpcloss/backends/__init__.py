@@ -181,7 +181,9 @@ def info() -> str:
     missing = _triton_missing(device, index, False)
     refused = missing or _triton_failing(device, index, torch.float16, 64, False)
     lines.append(f"backend triton: {'not available, ' + '; '.join(refused) if refused else 'available'}")
-    if cuda and not missing:
+    if torch.version.hip:
+        lines.append(evidence.AMD)
+    elif cuda and not missing:
         configs = load("triton.configs")
         capability = configs.capability(index)
         part = configs.part(capability)

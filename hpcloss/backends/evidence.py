@@ -8,6 +8,7 @@ SEEN: dict[str, tuple[int, ...]] = {
     "launched (stand-in driver)": (80, 90, 120),  # Triton's binder and launcher: tests/test_launch_path.py
     "measured on a GPU": (),  # benchmarks/results
 }
+AMD = "kernels on AMD devices: compiled for gfx90a and gfx942; never run"
 
 
 def of(capability: int, part: str, is_known: bool) -> str:

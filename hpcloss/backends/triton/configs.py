@@ -5,6 +5,7 @@ Chosen so that nothing spills (`tests/test_offline.py`); `python benchmarks/tune
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ class Config(NamedTuple):
 
 INTERPRETED = Config(16, 16, 4, 1)  # small, so that little inputs make many tiles
 SMALLEST = "turing"  # what an unknown part takes
+# Older compilers leave out the fence between a tile's asynchronous copy and its product (DESIGN.md). On these parts
+# results were seen to change from run to run. With one stage no tile is copied so.
+FENCES_SINCE, NEED_FENCES = (3, 7, 1), ("blackwell",)
 WIDTHS = (64, 128, 256, 512)
 # Kernels that run in the shapes of another one, where a part does not name their own.
 SAME_AS = {
@@ -222,4 +226,7 @@ def config(kernel: str, rows: torch.Tensor) -> Config:
     shapes = CONFIGS[part(capability(rows.device))][precision(rows)]
     while kernel not in shapes:
         kernel = SAME_AS[kernel]
-    return shapes[kernel][WIDTHS.index(width)]
+    chosen = shapes[kernel][WIDTHS.index(width)]
+    version = tuple(int(re.match(r"\d*", number)[0] or 0) for number in triton.__version__.split(".")[:3])
+    is_unsafe = version < FENCES_SINCE and part(capability(rows.device)) in NEED_FENCES
+    return chosen._replace(num_stages=1) if is_unsafe else chosen
