@@ -382,12 +382,12 @@ MUTATIONS = [
     ),
     Mutation(
         "a search of many regions in one trip", "tile.py",
-        "while step * SCAN < count:", "while step * SCAN < count - 1:",
+        "while step < tl.cdiv(count, SCAN):", "while step < count // SCAN:",
         "test_ascending_intervals and 257",
     ),
     Mutation(
         "a search that looks at the first of each piece", "tile.py",
-        "tl.arange(0, SCAN) * step + step - 1", "tl.arange(0, SCAN) * step",
+        "tl.arange(0, SCAN) * step + (step - 1)", "tl.arange(0, SCAN) * step",
         "test_ascending_intervals and 513",
     ),
     Mutation(

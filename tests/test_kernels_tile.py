@@ -70,7 +70,8 @@ def test_spans_are_keys_of_the_region(positives, member, rule):
 def range_met(function, starts, ends, first, last):
     bounds = int32([-1, -1])
     # A pointer needs memory even where there are no intervals.
-    meeting_kernel[(1,)](int32([*starts, 0]), int32([*ends, 0]), bounds, len(starts), first, last, MEETING=function)
+    memory = [torch.cat([torch.as_tensor(x, dtype=torch.int32, device=DEVICE), int32([0])]) for x in (starts, ends)]
+    meeting_kernel[(1,)](*memory, bounds, len(starts), first, last, MEETING=function)
     return bounds.tolist()
 
 
@@ -92,7 +93,14 @@ def test_ascending_intervals(count):
     starts = ends - widths
     most = int(ends[-1]) if count else 0
     for first in sorted({0, 1, 37, most // 2, most - 16, most - 1, most, most + 5}):
-        low, high = range_met(meeting, starts.tolist(), ends.tolist(), first, first + 16)
+        low, high = range_met(meeting, starts, ends, first, first + 16)
         assert low == int((ends <= first).sum()) and high == int((starts < first + 16).sum())
         met = ((starts < first + 16) & (ends > first) & (starts < ends)).nonzero().flatten()
         assert all(low <= k < high for k in met.tolist()), "every interval with rows of the block is in the range"
+
+
+def test_more_intervals_than_a_search_can_number():
+    """Beyond 2^24 the farthest places of the first trip are no int32."""
+    starts = torch.arange(2**24 + 3)
+    for first in (0, 2**24 - 20, 2**24 + 2, 2**24 + 3):
+        assert range_met(meeting, starts, starts + 1, first, first + 16) == [first, min(first + 16, len(starts))]

@@ -49,9 +49,9 @@ EXACT = {
 }
 # Turing has no matrix instructions in Triton and 64 KB of shared memory.
 TURING = {
-    "pair_lse": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
-    "pair_mean": (Config(32, 32, 4, 2), Config(32, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
-    "pair_cross_entropy": (Config(32, 16, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+    "pair_lse": (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+    "pair_mean": (Config(32, 32, 4, 2), Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+    "pair_cross_entropy": (Config(32, 16, 4, 1), Config(16, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
     "backward": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 # AMD parts have 64 KB too, and waves of 64 lanes: the registers of eight of them would not hold a backward program.
@@ -134,7 +134,7 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
     },
     "consumer": {
         "half": {
-            "pair_lse": (Config(64, 64, 8, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
+            "pair_lse": (Config(64, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
             "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
             "backward": (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 4, 1)),
             "pair_cross_entropy": (
@@ -145,7 +145,7 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
             ),
             "cross_entropy_backward": (
                 Config(64, 32, 4, 2),
-                Config(128, 32, 8, 2),
+                Config(64, 32, 4, 2),
                 Config(64, 32, 8, 2),
                 Config(32, 16, 4, 1),
             ),
@@ -164,7 +164,7 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
             "backward": (Config(128, 32, 8, 2), Config(128, 32, 8, 1), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
             "pair_cross_entropy": (
                 Config(128, 64, 8, 3),
-                Config(128, 32, 8, 3),
+                Config(128, 32, 8, 2),
                 Config(128, 64, 8, 3),
                 Config(128, 32, 8, 2),
             ),

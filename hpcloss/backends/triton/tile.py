@@ -23,18 +23,20 @@ SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals looked at t
 def meeting(starts, ends, count, first, last):
     """Range of the intervals [starts, ends), in ascending order, that meet rows first:last."""
     # Both bounds are counts of what lies before them. Each trip of the second loop narrows them 256 times.
-    step = tl.full([], 1, tl.int64)
-    while step * SCAN < count:
+    step = tl.full([], 1, tl.int32)
+    while step < tl.cdiv(count, SCAN):
         step *= SCAN
     low, high = tl.zeros_like(step), tl.zeros_like(step)
     while step > 0:
-        ahead = tl.arange(0, SCAN) * step + step - 1
-        end = tl.load(ends + low + ahead, mask=low + ahead < count, other=FARTHEST)
-        start = tl.load(starts + high + ahead, mask=high + ahead < count, other=FARTHEST)
+        ahead = tl.arange(0, SCAN) * step + (step - 1)
+        # Of 2^24 intervals and more the farthest numbers wrap around and are negative.
+        of_end, of_start = low + ahead, high + ahead
+        end = tl.load(ends + of_end, mask=(of_end >= 0) & (of_end < count), other=FARTHEST)
+        start = tl.load(starts + of_start, mask=(of_start >= 0) & (of_start < count), other=FARTHEST)
         low += tl.sum((end <= first).to(tl.int32)) * step
         high += tl.sum((start < last).to(tl.int32)) * step
         step = step // SCAN
-    return low.to(tl.int32), high.to(tl.int32)
+    return low, high
 
 
 @triton.jit
