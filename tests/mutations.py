@@ -382,7 +382,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a search of many regions in one trip", "tile.py",
-        "while step < tl.cdiv(count, SCAN):", "while step < count // SCAN:",
+        "if count > 2**8:", "if count > 2**8 + 1:",
         "test_ascending_intervals and 257",
     ),
     Mutation(

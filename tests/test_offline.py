@@ -36,7 +36,6 @@ KERNELS = {
 
 # Bytes that the compilers of older versions may spill, by capability and call: fp16, 128 wide, the quick slice.
 SPILLED = {
-    (3, 6): {(75, "cross-entropy"): 184, (90, "mean backward, online"): 16, (90, "mean backward, weights"): 56},
     (3, 4): {
         (75, "cross-entropy"): 200, (86, "cross-entropy backward"): 8, (89, "cross-entropy backward"): 8,
         (90, "both backward"): 8, (90, "both backward, scale"): 8, (90, "lse backward"): 8,

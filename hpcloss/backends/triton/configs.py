@@ -51,7 +51,7 @@ EXACT = {
 TURING = {
     "pair_lse": (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
     "pair_mean": (Config(32, 32, 4, 2), Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
-    "pair_cross_entropy": (Config(16, 16, 4, 1, 128), Config(16, 16, 4, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    "pair_cross_entropy": (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     "backward": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 # AMD parts have 64 KB too, and waves of 64 lanes: the registers of eight of them would not hold a backward program.
@@ -111,7 +111,12 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
         "half": {
             "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
             "pair_mean": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 32, 4, 2)),
-            "backward": (Config(128, 64, 8, 2, 255), Config(128, 32, 8, 2), Config(64, 32, 8, 2, 255), Config(32, 32, 8, 2)),
+            "backward": (
+                Config(128, 64, 8, 2, 255),
+                Config(128, 32, 8, 2),
+                Config(64, 32, 8, 2, 255),
+                Config(32, 32, 8, 2),
+            ),
             "pair_cross_entropy": (
                 Config(128, 64, 8, 3),
                 Config(128, 64, 8, 3),
@@ -160,7 +165,12 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
     "blackwell": {
         "half": {
             "pair_lse": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
-            "pair_mean": (Config(128, 32, 8, 3, 255), Config(128, 32, 8, 3, 255), Config(128, 32, 8, 3), Config(128, 32, 8, 2)),
+            "pair_mean": (
+                Config(128, 32, 8, 3, 255),
+                Config(128, 32, 8, 3, 255),
+                Config(128, 32, 8, 3),
+                Config(128, 32, 8, 2),
+            ),
             "backward": (Config(128, 32, 8, 2), Config(64, 32, 8, 2, 255), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
             "pair_cross_entropy": (
                 Config(128, 64, 8, 3),

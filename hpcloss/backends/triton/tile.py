@@ -22,12 +22,17 @@ SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals looked at t
 @triton.jit
 def meeting(starts, ends, count, first, last):
     """Range of the intervals [starts, ends), in ascending order, that meet rows first:last."""
-    # Both bounds are counts of what lies before them. Each trip of the second loop narrows them 256 times.
-    step = tl.full([], 1, tl.int32)
-    while step < tl.cdiv(count, SCAN):
-        step *= SCAN
-    low, high = tl.zeros_like(step), tl.zeros_like(step)
-    while step > 0:
+    # Both bounds are counts of what lies before them. Each trip narrows them 256 times.
+    trips = 1
+    if count > 2**8:
+        trips = 2
+    if count > 2**16:
+        trips = 3
+    if count > 2**24:
+        trips = 4
+    low, high = 0, 0
+    for trip in range(trips):
+        step = 1 << (8 * (trips - 1 - trip))
         ahead = tl.arange(0, SCAN) * step + (step - 1)
         # Of 2^24 intervals and more the farthest numbers wrap around and are negative.
         of_end, of_start = low + ahead, high + ahead
@@ -35,7 +40,6 @@ def meeting(starts, ends, count, first, last):
         start = tl.load(starts + of_start, mask=(of_start >= 0) & (of_start < count), other=FARTHEST)
         low += tl.sum((end <= first).to(tl.int32)) * step
         high += tl.sum((start < last).to(tl.int32)) * step
-        step = step // SCAN
     return low, high
 
 
