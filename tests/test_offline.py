@@ -37,11 +37,9 @@ KERNELS = {
 # Bytes that the compilers of older versions may spill, by capability and call: fp16, 128 wide, the quick slice.
 SPILLED = {
     (3, 4): {
-        (75, "cross-entropy"): 200, (86, "cross-entropy backward"): 8, (89, "cross-entropy backward"): 8,
         (90, "both backward"): 8, (90, "both backward, scale"): 8, (90, "lse backward"): 8,
-        (90, "lse backward, anchors"): 8, (90, "lse backward, keys"): 8, (90, "mean backward, weights"): 56,
-        (90, "logit backward, keys"): 24, (100, "lse backward"): 8, (100, "cross-entropy"): 8,
-        (120, "cross-entropy backward"): 8,
+        (90, "lse backward, anchors"): 8, (90, "lse backward, keys"): 8, (100, "lse"): 16, (100, "lse backward"): 8,
+        (100, "cross-entropy"): 16,
     },
 }  # fmt: skip
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
