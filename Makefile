@@ -13,7 +13,7 @@ WHEEL := .venv-wheel
 TRITON_OF_TORCH_2_11 := 3.6.0
 OLDEST_TRITON := 3.4.0
 NUMPY_OF_OLDER_TRITON := 2.3.5
-OF_TRITON := tests/test_launch_path.py tests/test_offline.py tests/test_ptx.py
+OF_TRITON := tests/test_launch_path.py tests/test_offline.py tests/test_ptx.py tests/test_gpu_run.py
 # Of the interpreter's tests those that reach every kernel, rule and mask; dtypes, shapes and options are for the newest.
 IN_THE_INTERPRETER := tests/test_kernels*.py -k "losses or recipes or edges or both or of_plans or segment_mean or spans"
 OF_THE_WHEEL := tests/test_modules.py tests/test_reference.py tests/test_native.py -k "not cuda and not sanitizers"
@@ -36,7 +36,7 @@ test-all: test test-triton-$(TRITON_OF_TORCH_2_11) test-triton-$(OLDEST_TRITON)
 	$(BIN)/python tests/ptx_mutations.py --of-a-kind 2
 
 # `make test-triton-3.6.0`: the kernels on this version of Triton. Launched, compiled within their budgets, executed from
-# their PTX, and in Triton's interpreter.
+# their PTX, and in Triton's interpreter; and the acceptance run, dry and on the stand-in for a driver.
 test-triton-%: .venv-triton-%/installed
 	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__file__"
 	PYTHONPATH=$(CURDIR)/$(<D) $(PYTEST) $(OF_TRITON) -n 2 --timeout 400

@@ -396,6 +396,16 @@ MUTATIONS = [
         "test_intervals_in_any_order",
     ),
     Mutation(
+        "keys whose regions are in no order are searched", "__init__.py",
+        "if key_start.numel() > 1:", "if key_start.numel() < 1:",
+        "test_pair_lse_both and any and float32",
+    ),
+    Mutation(
+        "NaN among weighted positives is a loss of 0", "pair_cross_entropy.py",
+        "filled = weights != 0", "filled = weights > 0",
+        "test_nan_among_positives",
+    ),
+    Mutation(
         "the own key of another anchor", "tile.py",
         "tl.where(which == 1, pos_end, self_pos)", "tl.where(which == 1, pos_end, pos_end)",
         f"{LSE} and labelled and others",

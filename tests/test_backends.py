@@ -95,6 +95,17 @@ def cells_plan():
     return Plan(against_cells(pairs, keys, of_region[1], labels, 0), 2 * 6 * 7)
 
 
+def keys_in_any_order_plan():
+    """Keys of the regions neither ascend nor are there for each; no region shares one."""
+    anchors, keys = ([0, 9, 9, 20, 24], [9, 9, 20, 24, 31]), ([30, 12, 0, 0, 16], [47, 16, 12, 0, 30])
+    spans = [(a, b, low, high) for a, b, low, high in zip(*anchors, *keys, strict=True)]
+    positives = [(low + (high - low) * (i % 3) // 4, high - (high - low) * (i % 4) // 8)
+                 for a, b, low, high in spans for i in range(a, b)]  # fmt: skip
+    bounds = [torch.tensor(values, dtype=torch.int32) for values in (*zip(*positives), *anchors, *keys)]
+    order = torch.arange(len(positives), dtype=torch.int32)
+    return Plan(Pairs(order, *bounds[:2], torch.full_like(order, -1), *bounds[2:]), 50)
+
+
 def gathered_plan(labels, more):
     """Anchors among keys of which others are more, as of other ranks."""
     pairs = partition(labels, ignore_index=(255,))
@@ -131,6 +142,7 @@ PLANS = {
     "cross, many regions": lambda: cross_plan(70, 40, 9, seed=1),
     "cross with self": lambda: cross_plan(with_self=True, seed=6),
     "labelled keys": labelled_keys_plan,
+    "keys in any order": keys_in_any_order_plan,
     "one to one": lambda: Plan(one_to_one(23, torch.device("cpu")), 23),
     "cells": cells_plan,
     "gathered": lambda: gathered_plan(choice([0, 1, 2, 255], 33), choice([0, 1, 2, 5, 255], 20)),
@@ -224,7 +236,10 @@ def test_pair_lse(plan, rule, schedule):
 
 @pytest.mark.parametrize(
     "plan, rule",
-    [*((plan, "every") for plan in ("one to one", "labelled keys", "cells", "no keys")), ("one to one", "negatives")],
+    [
+        *((plan, "every") for plan in ("one to one", "labelled keys", "keys in any order", "cells", "no keys")),
+        ("one to one", "negatives"),
+    ],
 )
 def test_pair_lse_both(plan, rule, schedule):
     """Regions that share no key: the sums over rows and over columns of one matrix."""

@@ -119,7 +119,6 @@ def test_tests_and_sanitizer_are_commands_that_can_run(launched):
 
 
 @needs_interpreter
-@pytest.mark.slow
 def test_every_row_is_interpreted(tmp_path):
     """`--dry`: every row that can run without a GPU does, and the others say why not."""
     done = run("--dry", "--quick", "--out", tmp_path, seconds=400)

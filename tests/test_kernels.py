@@ -288,7 +288,10 @@ def test_far_apart_rows(hardness):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "plan, rule",
-    [*((plan, "every") for plan in ("one to one", "labelled keys", "cells", "no keys")), ("one to one", "negatives")],
+    [
+        *((plan, "every") for plan in ("one to one", "labelled keys", "keys in any order", "cells", "no keys")),
+        ("one to one", "negatives"),
+    ],
 )
 def test_pair_lse_both(plan, rule, dtype):
     """Sums over the rows and over the columns of one matrix; regions share no key."""
@@ -795,3 +798,14 @@ def test_the_largest_gradient_lifts_all_slopes(monkeypatch):
         for of_rows, same_of_rows in ((one, one.contiguous()), (small_first, no_first)):
             actual, expected = (op(g, *arguments, True, False, False, "triton")[0] for g in (of_rows, same_of_rows))
             assert expected.abs().sum() > 0 and torch.equal(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # a GPU says nothing
+@pytest.mark.parametrize("hardness", [0.0, 1.0])
+def test_nan_among_positives(hardness):
+    """It shows in the loss of every anchor that meets it."""
+    features = rows(1, 16, 6, 6, dtype=torch.float32).to(DEVICE)
+    features[0, :, 2, 3] = torch.nan
+    labels = torch.ones(1, 6, 6, dtype=torch.int64, device=DEVICE)
+    options = {"denominator": "all", "hardness": hardness, "reduction": "none", "backend": "triton"}
+    assert hpcloss.region_phpc_loss(features, labels, **options).isnan().all()

@@ -449,7 +449,7 @@ def test_learnable_temperature_of_infonce():
     assert module(*VIEWS) < before
     assert not list(hpcloss.InfoNCELoss(0.07).parameters()) and hpcloss.InfoNCELoss(0.07).temperature == 0.07
     assert hpcloss.InfoNCELoss(torch.tensor(0.5), learnable=True).log_scale.exp().item() == pytest.approx(2.0)
-    assert not hasattr(module, "temperature")  # the starting value would be stale
+    assert module.temperature.item() == pytest.approx(1 / module.log_scale.exp().item())  # not the starting value
 
 
 @pytest.mark.parametrize("value", [0.2, torch.tensor(0.2), nn.Parameter(torch.tensor(0.2))])
@@ -458,7 +458,7 @@ def test_a_learnable_temperature_that_is_set_later(value):
     module = hpcloss.InfoNCELoss(0.07, learnable=True)
     parameter = module.log_scale
     module.temperature = value
-    assert module.log_scale is parameter and parameter.requires_grad and not hasattr(module, "temperature")
+    assert module.log_scale is parameter and parameter.requires_grad and "temperature" not in vars(module)
     loss = module(*VIEWS)
     torch.testing.assert_close(loss, FAST["infonce"](*VIEWS, temperature=0.2), rtol=1e-6, atol=1e-7)
     loss.backward()
@@ -508,3 +508,12 @@ def test_tensors_of_monai(name):
     expected.backward()
     value.backward()
     assert torch.equal(wrapped[0].grad.as_subclass(torch.Tensor), plain[0].grad)
+
+
+def test_a_learnt_temperature_is_read_and_scaled():
+    loss = hpcloss.InfoNCELoss(0.2, learnable=True)
+    assert loss.temperature.item() == pytest.approx(0.2) and loss.temperature.requires_grad
+    loss.temperature *= 0.5
+    assert loss.temperature.item() == pytest.approx(0.1)
+    with pytest.raises(AttributeError, match="nothing"):
+        loss.nothing  # noqa: B018

@@ -186,6 +186,12 @@ class InfoNCELoss(Loss):
         if learnable:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature)), dtype=torch.float32))
 
+    def __getattr__(self, name: str) -> Any:
+        """A learnt temperature is read as a 0-dim tensor joined to the graph."""
+        if name == "temperature" and "log_scale" in self.__dict__.get("_parameters", {}):
+            return torch.exp(-self.log_scale)
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """As of every loss an attribute that is changed later takes effect; a learnt temperature is in `log_scale`."""
         if name == "temperature" and "log_scale" in self.__dict__.get("_parameters", {}):

@@ -156,6 +156,13 @@ def _exchanged(keys: Tensor, intervals: list[Tensor], rule: str) -> list[Tensor]
     *positives, anchor_start, anchor_end, key_start, key_end = intervals
     if rule == "every":
         positives = [torch.zeros(keys.shape[0], dtype=torch.int32, device=keys.device)] * 3
+    if key_start.numel() > 1:
+        # Kernels search the regions of their own rows, which must ascend; those of keys may come in any order.
+        is_filled = key_start < key_end
+        key_end, order = torch.sort(torch.where(is_filled, key_end, 0), stable=True)
+        key_start, anchor_start, anchor_end = (
+            bound[order] for bound in (torch.where(is_filled, key_start, 0), anchor_start, anchor_end)
+        )
     return [*positives, key_start, key_end, anchor_start, anchor_end]
 
 

@@ -14,6 +14,7 @@ from hpcloss.backends.triton.pair_cross_entropy import subtract_positives
 from hpcloss.backends.triton.tile import (
     column_intervals,
     counts,
+    counts_read,
     hulls,
     is_clean,
     load_rows,
@@ -98,20 +99,16 @@ def backward_kernel(
                 similarity, own_side, other, own_bias, other_bias, logit_scale, hardness, pull, discount, TERM, ONLINE
             )
             # The intervals are the anchors': the own rows', or where these are keys alone those of the other rows.
-            if ROW:
-                starts, ends, selves, met = start[:, None], end[:, None], own[:, None], columns[None, :]
-            else:
+            if not ROW:
                 starts, ends, selves = column_intervals(pos_start, pos_end, self_pos, columns, inside)
-                starts, ends, selves, met = starts[None, :], ends[None, :], selves[None, :], rows[:, None]
+                starts, ends, selves = starts[None, :], ends[None, :], selves[None, :]
             if TERM == "cross_entropy":
                 if ROW:
                     if (first < outer_end) & (first + BLOCK_J > outer_start):
-                        # With loads in it this is a branch; without them the compiler would do it for every tile.
-                        here = row_intervals(pos_start, pos_end, self_pos, rows, there)
-                        positive = counts(here[0][:, None], here[1][:, None], here[2][:, None], met, "positives")
+                        positive = counts_read(pos_start, pos_end, self_pos, rows, there, columns, "positives")
                         slopes = subtract_positives(slopes, similarity, positive, own_side, other, hardness)
                 else:
-                    positive = counts(starts, ends, selves, met, "positives")
+                    positive = counts(starts, ends, selves, rows[:, None], "positives")
                     slopes = subtract_positives(slopes, similarity, positive, own_side, other, hardness)
             clean = RULE == "every"
             if ROW:
@@ -119,7 +116,11 @@ def backward_kernel(
                     outer_start, outer_end, inner_start, inner_end, key_start, key_end, first, first + BLOCK_J, RULE
                 )
             if not (clean & whole & (first + BLOCK_J <= last)):
-                counted = counts(starts, ends, selves, met, RULE) & member[:, None] & inside[None, :]
+                if ROW:
+                    counted = counts_read(pos_start, pos_end, self_pos, rows, there, columns, RULE)
+                else:
+                    counted = counts(starts, ends, selves, rows[:, None], RULE)
+                counted = counted & member[:, None] & inside[None, :]
                 slopes = tl.where(counted, slopes, 0.0)
                 if scale_gradient is not None:
                     along_scale = tl.where(counted, along_scale, 0.0)

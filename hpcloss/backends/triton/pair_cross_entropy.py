@@ -10,6 +10,7 @@ from hpcloss.backends.triton.tile import (
     LN2,
     LOG2E,
     counts,
+    counts_read,
     hulls,
     is_clean,
     largest_of,
@@ -75,9 +76,7 @@ def forward_kernel(
             powers = powers * tl.exp2(-rise * rate) + tl.sum(tl.exp2(-below * rate), 1)
             gap += weights * rise
             if (first < outer_end) & (first + BLOCK_J > outer_start):
-                # With loads in it this is a branch; without them the compiler would do it for every tile.
-                here = row_intervals(pos_start, pos_end, self_pos, rows, there)
-                positive = counts(here[0][:, None], here[1][:, None], here[2][:, None], columns[None, :], "positives")
+                positive = counts_read(pos_start, pos_end, self_pos, rows, there, columns, "positives")
                 positive = positive & member[:, None] & (columns < stop)[None, :]
                 below = tl.where(positive, below, 0.0)
                 if hardness is None:
@@ -96,7 +95,7 @@ def forward_kernel(
                     heaviest = harder
     base = tl.where(largest == -INF, 0.0, largest)
     log_powers = tl.log2(powers)
-    filled = weights > 0
+    filled = weights != 0  # also of NaN, which the loss then shows
     mean_gap = gap / tl.where(filled, weights, 1.0)
     tl.store(loss + rows, tl.where(filled, log_powers + mean_gap * rate, 0.0) * LN2, mask=there)
     tl.store(lse + rows, (log_powers + base * rate) * LN2, mask=there)

@@ -166,6 +166,16 @@ def counts(start, end, own, keys, RULE: tl.constexpr):
     return counted
 
 
+@triton.jit
+def counts_read(pos_start, pos_end, self_pos, rows, there, keys, RULE: tl.constexpr):
+    """`counts` of all pairs of rows and keys, with the rows' intervals read anew.
+
+    Loads in a branch keep it one. Without them the compiler computes both ways for every tile, and selects.
+    """
+    start, end, own = row_intervals(pos_start, pos_end, self_pos, rows, there)
+    return counts(start[:, None], end[:, None], own[:, None], keys[None, :], RULE)
+
+
 # ------------------------------------------------------------------------------------------------------- memory
 
 

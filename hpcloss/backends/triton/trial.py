@@ -98,13 +98,13 @@ def _waiting(device: torch.device) -> Iterator[None]:
 
 def _features(channels: int) -> Tensor:
     """A map of unlike pixels, drawn without touching the generator that the training draws from."""
-    generator = torch.Generator()  # of the same numbers, whenever it is made
-    return torch.randn(IMAGES, channels, PIXELS, generator=generator, dtype=torch.float32)
+    generator = torch.Generator("cpu")  # of the same numbers, whenever it is made
+    return torch.randn(IMAGES, channels, PIXELS, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _labels() -> tuple[Tensor, Tensor]:
     """Labels of the pixels, some of them ignored, and their regions: the images."""
-    pixel = torch.arange(IMAGES * PIXELS)
+    pixel = torch.arange(IMAGES * PIXELS, device="cpu")
     return torch.where(pixel % 11 == 0, 255, pixel * 7 // 5 % CLASSES), pixel // PIXELS
 
 
