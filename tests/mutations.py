@@ -93,7 +93,8 @@ MUTATIONS = [
     ),
     Mutation(
         "keys' pass forgets the positives", "backward.py",
-        'positive = counts(starts, ends, selves, met, "positives")', "positive = met < 0",
+        'positive = counts(starts, ends, selves, rows[:, None], "positives")',
+        "positive = (starts < 0) & (rows[:, None] < 0)",
         f"{ENTROPY} and labelled",
     ),
     Mutation(
@@ -429,7 +430,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients of rows of other regions", "backward.py",
-        "met, RULE) & member[:, None] & inside[None, :]", "met, RULE) & inside[None, :]",
+        "counted = counted & member[:, None] & inside[None, :]", "counted = counted & inside[None, :]",
         f"{LSE} and many and every",
     ),
     Mutation(

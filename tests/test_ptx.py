@@ -478,7 +478,8 @@ def test_tf32_as_emulated(name, spread, precision):
         grads = torch.autograd.grad(value, leaves)
     assert not machine.hazards(), machine.hazards()
     emulated, exact = (tf32.evaluate(form, *case) for form in (tf32.FORMS[tf32.KERNELS], tf32.EXACT))
-    for found, predicted, right, noise in zip((value, torch.cat(grads)), emulated, exact, (1e-6, 1e-6)):
+    # Logits reach 10, where fp32 has places of 2^-20. Where both parts of a small loss are off by one, so is its size.
+    for found, predicted, right, noise in zip((value, torch.cat(grads)), emulated, exact, (2 * 2**-20, 1e-6)):
         predicted_error, distance = ((x - y).norm() for x, y in ((predicted, right), (found.double(), predicted)))
         assert predicted_error > 0 and distance < 0.1 * predicted_error + noise * right.norm()
 
