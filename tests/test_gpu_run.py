@@ -298,7 +298,8 @@ class Worker:
         return {"name": name, "status": "ok", **check(known)}
 smoke.step = lambda *_: {}
 smoke.run(Worker(), json.loads(sys.argv[1]))
-print(Worker.rows[0]["name"], Worker.rows[0]["library"] == native._find().library._name)
+loaded, *_ = native._find()
+print(Worker.rows[0]["name"], Worker.rows[0]["library"] == loaded._name)
 """
 
 
