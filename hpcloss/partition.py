@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
     pos_start, pos_end [N]      the keys of the row's own class: its positives, itself included where it is a key.
     self_pos [N]                the key row that is this anchor, -1 for none. A row never meets itself.
     anchor_start, anchor_end [R]  the rows of each region that are anchors, in ascending order of regions.
-    key_start, key_end [R]      the keys that the anchors of the region may meet.
+    key_start, key_end [R]      the keys that the anchors of the region may meet; these may come in any order.
 
     All int32 (int64 beyond 2^31 rows). Rows in no anchor interval are keys only, or dead.
     """

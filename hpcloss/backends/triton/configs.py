@@ -5,6 +5,7 @@ Chosen so that nothing spills (`tests/test_offline.py`); `python benchmarks/tune
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -233,10 +234,15 @@ def config(kernel: str, rows: torch.Tensor) -> Config:
     if interpreted():
         return INTERPRETED
     width = max(triton.next_power_of_2(rows.shape[1]), WIDTHS[0])
-    shapes = CONFIGS[part(capability(rows.device))][precision(rows)]
+    here = part(capability(rows.device))
+    shapes = CONFIGS[here][precision(rows)]
     while kernel not in shapes:
         kernel = SAME_AS[kernel]
     chosen = shapes[kernel][WIDTHS.index(width)]
-    version = tuple(int(re.match(r"\d*", number)[0] or 0) for number in triton.__version__.split(".")[:3])
-    is_unsafe = version < FENCES_SINCE and part(capability(rows.device)) in NEED_FENCES
-    return chosen._replace(num_stages=1) if is_unsafe else chosen
+    return chosen._replace(num_stages=1) if here in NEED_FENCES and lacks_fences(triton.__version__) else chosen
+
+
+@functools.cache
+def lacks_fences(version: str) -> bool:
+    """Whether the compiler of this version leaves out the fence that NEED_FENCES tells of."""
+    return tuple(int(re.match(r"\d*", number)[0] or 0) for number in version.split(".")[:3]) < FENCES_SINCE
