@@ -16,9 +16,9 @@ from typing import Any
 from benchmarks.gpu import GPU, INTERPRETER, MACHINE, limits
 from benchmarks.gpu.processes import end, how, start
 
-FILES = ("test_gpu.py", "test_kernels.py", "test_kernels_pack.py", "test_kernels_segments.py")
+FILES = tuple(f"kernels/test_{name}.py" for name in ("gpu", "primitives", "pack", "segments"))
 PROCESSES = 13  # one for the large tests, twelve for the rest
-WITHOUT_KERNELS = ("test_numerics.py",)  # for a run without a GPU
+WITHOUT_KERNELS = ("repository/test_numerics.py",)  # for a run without a GPU
 SKIP_PREFIX = "Skipped: "
 
 

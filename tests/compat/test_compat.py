@@ -8,9 +8,9 @@ import re
 
 import pytest
 import torch
-from cases import NOISE, ROOT, assert_same, choice, integers, rows, value_and_grads
-from numerics import assert_exact
-from peer_formulas import (
+from tests.tools.cases import NOISE, ROOT, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.numerics import assert_exact
+from tests.tools.peer_formulas import (
     clip,
     draw_clip,
     draw_infonce,

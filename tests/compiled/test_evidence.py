@@ -5,19 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import compile_or_skip
+from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
-import test_launch_path  # noqa: E402
-import test_offline  # noqa: E402
-import test_ptx  # noqa: E402
+from tests.compiled import test_launch_path, test_offline, test_ptx  # noqa: E402
 
 import hpcloss  # noqa: E402
 from hpcloss import backends  # noqa: E402
 from hpcloss.backends import evidence  # noqa: E402
 from hpcloss.backends.triton import configs, trial  # noqa: E402
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 def capabilities(test):
@@ -91,6 +89,6 @@ def test_every_part_that_is_compiled_has_shapes():
 
 
 def test_amd():
-    import offline
+    from tests.tools import offline
 
     assert evidence.AMD == f"kernels on AMD devices: compiled for {' and '.join(offline.AMD)}; never run"

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernels import compile_or_skip
+from tests.tools.kernels import compile_or_skip
 
 from benchmarks.gpu import cache, check, interpreter, library, sanitizer, supervisor
 from benchmarks.gpu import tests as stage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_interpreter = pytest.mark.skipif(
     not HAS_TRITON or importlib.util.find_spec("numpy") is None, reason="needs Triton, and numpy for its interpreter"

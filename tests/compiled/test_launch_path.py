@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 import torch
-from kernels import compile_or_skip
-from launch_path import CASES, FIRST_SIZES, SIZES, Machine
+from tests.tools.kernels import compile_or_skip
+from tests.tools.launch_path import CASES, FIRST_SIZES, SIZES, Machine
 
 from hpcloss import losses
 
@@ -130,7 +130,7 @@ def test_wrong_numbers_are_told_once_and_serve_nobody(machine):
 
 
 def test_every_kernel_is_launched(machine):
-    import offline
+    from tests.tools import offline
 
     steps = [machine(90).step(name, n) for name in CASES for n in FIRST_SIZES]
     launched = {kernel for step in steps for half in ("forward", "backward") for kernel in step[half]}

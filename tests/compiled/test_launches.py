@@ -1,6 +1,6 @@
 """What a step asks of a GPU, counted without one: operations of torch, kernels of Triton and of the native library.
 
-`python tests/test_launches.py` prints the table of DESIGN.md.
+`python -m tests.compiled.test_launches` prints the table of DESIGN.md.
 """
 
 import collections
@@ -9,8 +9,8 @@ import importlib.util
 
 import pytest
 import torch
-from cases import choice, cuda_on_cpu, implementations, integers, rows
-from kernels import INTERPRETED
+from tests.tools.cases import choice, cuda_on_cpu, implementations, integers, rows
+from tests.tools.kernels import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpcloss
@@ -57,7 +57,7 @@ class Operations(TorchDispatchMode):
 @contextlib.contextmanager
 def counting():
     """Calls a function as on a GPU and names what it launches; what kernels would compute is missing."""
-    import offline
+    from tests.tools import offline
 
     def count(function):
         mode, autocast = Operations(), torch.autocast

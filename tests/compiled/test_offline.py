@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import compile_or_skip
+from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
-import kernel_table  # noqa: E402
-import offline  # noqa: E402
 import triton  # noqa: E402
-from tools.machine_code import MachineCode, trip  # noqa: E402
+from tests.tools import kernel_table, offline  # noqa: E402
+from tests.tools.machine_code import MachineCode, trip  # noqa: E402
 
 import hpcloss  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
@@ -171,7 +170,7 @@ def test_registers_of_a_running_product_are_not_written():
 
 @pytest.mark.parametrize("name", kernel_table.CALLS_IN_DESIGN)
 def test_the_table_in_the_design(name):
-    """It is what `python tests/kernel_table.py 90 128 --into hpcloss/DESIGN.md` writes, of Triton 3.9 or 3.6."""
+    """It is what `python -m tests.tools.kernel_table 90 128 --into hpcloss/DESIGN.md` writes, of Triton 3.9 or 3.6."""
     part, dim = kernel_table.IN_DESIGN
     text = Path(hpcloss.__file__).with_name("DESIGN.md").read_text()
     found = kernel_table.between(text, str(part), dim, "float16")

@@ -12,16 +12,15 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import FAST, ORACLE, choice, integers, rows
-from kernels import compile_or_skip
-from numerics import assert_within_budget
+from tests.tools.cases import FAST, ORACLE, choice, integers, rows
+from tests.tools.kernels import compile_or_skip
+from tests.tools.numerics import assert_within_budget
 
 compile_or_skip()
-import offline  # noqa: E402
-import tf32  # noqa: E402
 import triton  # noqa: E402
-from tools.ptx import Fault, Kernel  # noqa: E402
-from tools.ptx.backend import Machine  # noqa: E402
+from tests.tools import offline, tf32  # noqa: E402
+from tests.tools.ptx import Fault, Kernel  # noqa: E402
+from tests.tools.ptx.backend import Machine  # noqa: E402
 
 from hpcloss import backends  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from kernels import compile_or_skip
+from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
 

@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 import torch
-from kernels import compile_or_skip
+from tests.tools.kernels import compile_or_skip
 from torch._subclasses import FakeTensorMode
 
 compile_or_skip()

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from kernels import compile_or_skip
+from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
-import offline  # noqa: E402
+from tests.tools import offline  # noqa: E402
 
 from benchmarks import tune  # noqa: E402
 from hpcloss.backends.triton import configs  # noqa: E402

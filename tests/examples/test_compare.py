@@ -17,7 +17,7 @@ import torch
 for package in ("monai", "lightning", "nibabel", "nilearn", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from small_folders import write_msd  # noqa: E402
+from tests.tools.small_folders import write_msd  # noqa: E402
 
 from examples import compare, compare_report  # noqa: E402
 from examples.data import scanners as data  # noqa: E402

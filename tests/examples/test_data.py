@@ -18,7 +18,7 @@ nib = pytest.importorskip("nibabel", reason="the examples need the `examples` ex
 pytest.importorskip("h5py", reason="the examples need the `examples` extra")
 
 from PIL import Image  # noqa: E402
-from small_folders import (  # noqa: E402
+from tests.tools.small_folders import (  # noqa: E402
     save,
     save_h5,
     volume,

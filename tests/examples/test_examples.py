@@ -20,7 +20,7 @@ for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorbo
 
 from matplotlib.colors import to_hex  # noqa: E402
 from PIL import Image  # noqa: E402
-from small_folders import volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
+from tests.tools.small_folders import volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
 from examples import figures, probes, stages, three_stage, training  # noqa: E402
 from examples.arms import Arms  # noqa: E402

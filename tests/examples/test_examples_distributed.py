@@ -17,9 +17,9 @@ import torch.distributed as dist
 for package in ("monai", "lightning", "nibabel", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from small_folders import write_msd  # noqa: E402
+from tests.tools.small_folders import write_msd  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 4
 SETTINGS = {"image_batch": 4, "pixel_batch": 2, "labelled_batch": 1, "samples_per_class": 2048}  # all are drawn
 
@@ -28,8 +28,7 @@ def test_two_processes_train_resume_and_contrast_the_whole_batch(tmp_path):
     (tmp_path / "msd").mkdir()
     write_msd(tmp_path / "msd", cases=8)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=230)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("all checks passed") == 2

@@ -10,7 +10,7 @@ import torch
 for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from small_folders import write_msd  # noqa: E402
+from tests.tools.small_folders import write_msd  # noqa: E402
 
 from examples.data.folders import read_folder  # noqa: E402
 from examples.data.splits import draw_split  # noqa: E402

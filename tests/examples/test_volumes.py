@@ -12,7 +12,7 @@ import torch
 for package in ("monai", "lightning", "nibabel", "nilearn", "h5py", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from small_folders import save, volume, write_h5, write_msd, write_pictures  # noqa: E402
+from tests.tools.small_folders import save, volume, write_h5, write_msd, write_pictures  # noqa: E402
 from torch import nn  # noqa: E402
 
 from examples import probes, three_stage  # noqa: E402

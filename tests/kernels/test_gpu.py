@@ -1,7 +1,7 @@
 """What only a GPU can show: full-size tiles and bf16, large N, streams, graphs, memory, launches.
 
 Most bodies take a device, so that they also run once in Triton's interpreter, in tiny sizes, to be right themselves:
-`TRITON_INTERPRET=1 python -m pytest tests/test_gpu.py`. On a GPU: `python -m pytest -m gpu tests/test_gpu.py`.
+`python -m pytest tests/kernels/test_gpu.py`. On a GPU: `python -m pytest -m gpu tests/kernels/test_gpu.py`.
 """
 
 import functools
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import INTERPRETED
-from numerics import assert_within_budget
+from tests.tools.kernels import INTERPRETED
+from tests.tools.numerics import assert_within_budget
 
 import hpcloss
 from hpcloss import native, reference, sample_anchors
@@ -547,7 +547,7 @@ def test_launches_of_a_step(device):
     loss = hpcloss.RegionPHPCLoss(16, num_classes=4, backend="triton")
     names = launches(lambda: value_and_gradient(loss, features, labels))
     if not native.why_not("cuda"):
-        assert len(names) <= 30, names  # 27 (tests/test_launches.py), and what value_and_gradient adds
+        assert len(names) <= 30, names  # 27 (tests/compiled/test_launches.py), and what value_and_gradient adds
     own = [name for name in names if name in kernel_names()]
     print(f"{len(names)} launches a step, of them {len(own)} of this package: {own}")
     assert 6 <= len(own) <= 12, own

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from kernels import DEVICE, needs_kernels
-from near_minimum import CASES, SPREADS, assert_near, run_on
+from tests.tools.kernels import DEVICE, needs_kernels
+from tests.tools.near_minimum import CASES, SPREADS, assert_near, run_on
 
 pytestmark = [
     needs_kernels,

@@ -4,10 +4,10 @@ import itertools
 import math
 
 import pytest
-import tf32
 import torch
-from cases import rows
-from kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools import tf32
+from tests.tools.cases import rows
+from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 
 from hpcloss.backends import load
 from hpcloss.ops import NORM_EPS

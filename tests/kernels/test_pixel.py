@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import FAST, ORACLE, choice, rows
-from kernels import DEVICE, DTYPES, needs_kernels
-from numerics import assert_within_budget
-from test_memory import filled
+from tests.losses.test_memory import filled
+from tests.tools.cases import FAST, ORACLE, choice, rows
+from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools.numerics import assert_within_budget
 
 import hpcloss
 

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import FAST, ORACLE, choice, integers, rows, runs
-from kernels import DEVICE, DTYPES, needs_kernels
-from numerics import assert_within_budget
-from test_backends import PLANS, LargestTensor, Plan, allowed, cross_plan, long_plan, self_plan
+from tests.primitives.test_backends import PLANS, LargestTensor, Plan, allowed, cross_plan, long_plan, self_plan
+from tests.tools.cases import FAST, ORACLE, choice, integers, rows, runs
+from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools.numerics import assert_within_budget
 
 import hpcloss
 from hpcloss import reference

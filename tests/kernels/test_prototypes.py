@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import choice, integers, rows, value_and_grads
-from kernels import DEVICE, DTYPES, needs_kernels
-from numerics import assert_within_budget
+from tests.tools.cases import choice, integers, rows, value_and_grads
+from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools.numerics import assert_within_budget
 
 import hpcloss
 from hpcloss import reference

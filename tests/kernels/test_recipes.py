@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import choice, integers, rows
-from kernels import DEVICE, DTYPES, needs_kernels
-from numerics import assert_within_budget
-from test_recipes import dense_balanced, dense_confident_negatives, dense_lifted, recipe
+from tests.losses.test_recipes import dense_balanced, dense_confident_negatives, dense_lifted, recipe
+from tests.tools.cases import choice, integers, rows
+from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools.numerics import assert_within_budget
 
 pytestmark = [
     needs_kernels,

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from cases import choice, integers, rows, runs
-from kernels import DEVICE, needs_kernels
-from numerics import assert_within_budget
-from test_backends import PLANS, Plan, allowed
-from test_segments import OFFSETS, plain
+from tests.primitives.test_backends import PLANS, Plan, allowed
+from tests.primitives.test_segments import OFFSETS, plain
+from tests.tools.cases import choice, integers, rows, runs
+from tests.tools.kernels import DEVICE, needs_kernels
+from tests.tools.numerics import assert_within_budget
 
 from hpcloss import reference
 from hpcloss.backends import load

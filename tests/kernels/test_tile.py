@@ -8,8 +8,8 @@ import itertools
 
 import pytest
 import torch
-from cases import choice
-from kernels import DEVICE, needs_kernels
+from tests.tools.cases import choice
+from tests.tools.kernels import DEVICE, needs_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton import language as tl  # noqa: E402

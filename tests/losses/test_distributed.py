@@ -15,8 +15,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from cases import FAST, choice, rows
-from numerics import assert_within_budget
+from tests.tools.cases import FAST, choice, rows
+from tests.tools.numerics import assert_within_budget
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FAST, LABELS, MAPS, ORACLE, assert_same, choice, integers, rows, value_and_grads
-from numerics import assert_exact
+from tests.tools.cases import FAST, LABELS, MAPS, ORACLE, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.numerics import assert_exact
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hpcloss

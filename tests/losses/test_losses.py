@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import (
+from tests.tools.cases import (
     FAST,
     LABELS,
     MAPS,
@@ -24,7 +24,7 @@ from cases import (
     runs,
     value_and_grads,
 )
-from numerics import assert_exact, assert_within_budget
+from tests.tools.numerics import assert_exact, assert_within_budget
 from torch.nn import functional as F
 
 import hpcloss

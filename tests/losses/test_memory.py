@@ -7,9 +7,9 @@ from collections import deque
 
 import pytest
 import torch
-from cases import choice, integers, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tools.cases import choice, integers, rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 

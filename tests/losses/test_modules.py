@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from cases import FAST, NAMES, ORACLE, ROOT, choice, rows
+from tests.tools.cases import FAST, NAMES, ORACLE, ROOT, choice, rows
 from torch import nn
 
 import hpcloss

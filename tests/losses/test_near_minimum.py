@@ -1,9 +1,9 @@
 """Near its minimum a loss is no rounding error: fp32 within a few times what plain PyTorch makes of it."""
 
-import near_minimum
 import pytest
 import torch
-from near_minimum import CASES, SPREADS, TEMPERATURES, assert_near, features
+from tests.tools import near_minimum
+from tests.tools.near_minimum import CASES, SPREADS, TEMPERATURES, assert_near, features
 
 from hpcloss import functional
 from hpcloss.backends.blockwise import tiles

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from cases import FAST
-from test_modules import INPUTS, MODULES, REQUIRED, build
+from tests.losses.test_modules import INPUTS, MODULES, REQUIRED, build
+from tests.tools.cases import FAST
 
 import hpcloss
 from hpcloss.checks import OF_ONE_LOSS, RULES, TOGETHER, check_options

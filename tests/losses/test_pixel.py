@@ -5,8 +5,20 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FAST, LABELS, MAPS, NOISE, ORACLE, ROOT, assert_same, choice, integers, rows, value_and_grads
-from numerics import assert_exact, assert_within_budget
+from tests.tools.cases import (
+    FAST,
+    LABELS,
+    MAPS,
+    NOISE,
+    ORACLE,
+    ROOT,
+    assert_same,
+    choice,
+    integers,
+    rows,
+    value_and_grads,
+)
+from tests.tools.numerics import assert_exact, assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 

@@ -2,12 +2,12 @@
 
 import math
 
-import near_minimum
 import pytest
 import torch
-from cases import assert_same, choice, integers, rows, value_and_grads
-from documents import blocks, names_of
-from numerics import assert_exact
+from tests.tools import near_minimum
+from tests.tools.cases import assert_same, choice, integers, rows, value_and_grads
+from tests.tools.documents import blocks, names_of
+from tests.tools.numerics import assert_exact
 
 PAGE = "docs/recipes.md"
 NAMES = ("balanced_loss", "confident_negatives_loss", "lifted_boundary_loss")

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import assert_exact
+from tests.tools.numerics import assert_exact
 
 from hpcloss import reference
 

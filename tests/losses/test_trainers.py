@@ -8,8 +8,8 @@ import copy
 
 import pytest
 import torch
-from cases import choice, rows
-from test_modules import MODULES, build
+from tests.losses.test_modules import MODULES, build
+from tests.tools.cases import choice, rows
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import ROOT, choice, cuda_on_cpu, integers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.tools.cases import ROOT, choice, cuda_on_cpu, integers
 
 import hpcloss
 from hpcloss import native, partition, sampling, sorting
@@ -565,7 +565,7 @@ def test_sanitizers_see_an_overrun(sanitized):
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist to switch it off")
 def test_sanitizers_have_nothing_to_say(sanitized):
     """The tests of the partition, the samples and the errors, over a library that checks itself."""
-    files = ["tests/test_partition.py", "tests/test_sampling.py", "tests/test_native.py"]
+    files = ["tests/plan/test_partition.py", "tests/plan/test_sampling.py", "tests/plan/test_native.py"]
     chosen = "(native and not cuda and not torch) and not sanitizers and not forked and not emulated and not library"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", chosen]
     done = subprocess.run(command, env=sanitized, capture_output=True, text=True, cwd=ROOT)

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import choice, implementations, integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tools.cases import choice, implementations, integers
 
 from hpcloss.partition import (
     Pairs,

@@ -7,9 +7,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from cases import choice, implementations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tools.cases import choice, implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpcloss import sampling

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import choice, integers, rows, runs
-from numerics import assert_exact, assert_within_budget
+from tests.tools.cases import choice, integers, rows, runs
+from tests.tools.numerics import assert_exact, assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcloss import reference

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import FAST, choice, integers, rows
+from tests.tools.cases import FAST, choice, integers, rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 

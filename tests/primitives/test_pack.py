@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import integers, rows
-from numerics import assert_exact
+from tests.tools.cases import integers, rows
+from tests.tools.numerics import assert_exact
 
 from hpcloss.ops import NORM_EPS
 from hpcloss.pack import Rows, pack

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import choice, rows
-from kernels import INTERPRETED
+from tests.tools.cases import choice, rows
+from tests.tools.kernels import INTERPRETED
 
 import hpcloss
 from hpcloss import backends

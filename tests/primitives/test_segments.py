@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from cases import rows
-from numerics import assert_exact
+from tests.tools.cases import rows
+from tests.tools.numerics import assert_exact
 from torch.autograd import gradcheck
 
 from hpcloss.backends.blockwise import segments as blockwise_segments

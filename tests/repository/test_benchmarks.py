@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from cases import ROOT
+from tests.tools.cases import ROOT
 
 import hpcloss
 from benchmarks import plot

@@ -7,8 +7,8 @@ import runpy
 
 import pytest
 import torch
-from cases import ROOT
-from documents import blocks, headings, links, run
+from tests.tools.cases import ROOT
+from tests.tools.documents import blocks, headings, links, run
 
 import hpcloss
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics import BUDGETS, LARGEST_ERROR, assert_exact, assert_within_budget
+from tests.tools.numerics import BUDGETS, LARGEST_ERROR, assert_exact, assert_within_budget
 
 SCALES = [1e-9, 1e-4, 1.0, 1e6]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

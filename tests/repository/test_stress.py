@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from cases import FAST, NAMES, integers, rows
-from stress import equal, every_call, failure
+from tests.tools.cases import FAST, NAMES, integers, rows
+from tests.tools.stress import equal, every_call, failure
 
 import hpcloss
 

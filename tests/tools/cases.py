@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import assert_exact
+from tests.tools.numerics import assert_exact
 
 from hpcloss import functional, native, reference
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "region_phpc", "region_supcon", "supcon", "ntxent", "infonce", "ihpc", "hard_negative_nce",
     "entropy_guided_contrast", "multiscale_contrast", "pixel_contrast",
@@ -150,7 +150,7 @@ def cuda_on_cpu():
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     sources = sorted((ROOT / "csrc").glob("*.cu"))
-    header = ROOT / "tests/cuda_on_cpu.h"
+    header = ROOT / "tests/tools/cuda_on_cpu.h"
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [header, *sorted((ROOT / "csrc").iterdir())]))
     library = Path(tempfile.gettempdir()) / f"hpcloss-cuda-on-cpu-{digest.hexdigest()[:16]}.so"
     if not library.exists():

@@ -1,7 +1,7 @@
 /* A stand-in for NVIDIA's driver, libcuda.so.1: as much of it as Triton asks to load and launch kernels, none of which runs.
 
    Launches are checked as a driver checks them, against the limits of a part, and against the alignment that a kernel was
-   compiled to expect of its arguments. tests/launch_path.py builds it and talks to the functions that begin with stand_in. */
+   compiled to expect of its arguments. tests/tools/launch_path.py builds it and talks to the functions that begin with stand_in. */
 
 #include <cuda.h>
 #include <stdarg.h>

@@ -1,6 +1,6 @@
 // Runs the CUDA sources of csrc/ on a CPU, thread by thread, where there is no GPU to test them on:
 //
-//   g++ -std=c++17 -O1 -x c++ -include tests/cuda_on_cpu.h csrc/foo.cu -fPIC -shared
+//   g++ -std=c++17 -O1 -x c++ -include tests/tools/cuda_on_cpu.h csrc/foo.cu -fPIC -shared
 //
 // Blocks run one after the other. The threads of a block are fibers of one OS thread: each runs on to its next barrier
 // or warp exchange, and who runs next is drawn from a seed, so that a missing barrier gives wrong results under some

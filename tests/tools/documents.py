@@ -4,7 +4,7 @@ import functools
 import re
 from typing import Any
 
-from cases import ROOT
+from tests.tools.cases import ROOT
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -1,4 +1,4 @@
-"""What the compiler makes of each kernel, as a table: `python tests/kernel_table.py 90 128`.
+"""What the compiler makes of each kernel, as a table: `python -m tests.tools.kernel_table 90 128`.
 
 Of NVIDIA parts (a compute capability): registers, programs a multiprocessor, shared memory, spilled bytes, and what one
 trip of the loop over tiles executes where no mask is needed; of Hopper also milliseconds expected. Of AMD parts
@@ -17,10 +17,10 @@ import argparse
 import re
 from pathlib import Path
 
-import offline
 import torch
 import triton
-from tools.machine_code import trip
+from tests.tools import offline
+from tests.tools.machine_code import trip
 
 from hpcloss.backends.triton import configs
 

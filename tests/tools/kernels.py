@@ -1,7 +1,7 @@
 """Where the tests of Triton kernels run: on a GPU, else on the CPU in Triton's interpreter.
 
-The interpreter needs TRITON_INTERPRET=1 from the start of the process, so these tests are a run of their own:
-`TRITON_INTERPRET=1 python -m pytest tests/test_kernels*.py`. It computes bf16 wrongly; bf16 is for GPUs.
+`python -m pytest tests/kernels` switches the interpreter on (tests/conftest.py). It computes bf16 wrongly; bf16 is for
+GPUs.
 """
 
 import os

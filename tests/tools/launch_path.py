@@ -1,7 +1,7 @@
 """Losses through Triton's own launch path, on a machine without a GPU. Run as a program it serves a `Machine`.
 
 Everything between a loss and the driver is the real thing: the backend, Triton's binder, compiler, loader and launcher.
-Below them is tests/cuda_driver.c, which checks launches and runs nothing. Tensors are on the CPU. What torch says of
+Below them is tests/tools/cuda_driver.c, which checks launches and runs nothing. Tensors are on the CPU. What torch says of
 its devices is made up: that there is one, which part it is, and that its stream is 0.
 
 What this cannot see: what kernels compute (all results are whatever the memory held), memory that they read, tensors on
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from cases import choice, rows
+from tests.tools.cases import choice, rows
 
 import hpcloss
 from hpcloss import memory
@@ -284,7 +284,7 @@ class Driver:
     """The stand-in, which the loader has found under the name of the real one."""
 
     def __init__(self, capability: int) -> None:
-        from offline import SHARED_LIMIT
+        from tests.tools.offline import SHARED_LIMIT
         from triton.compiler import CompiledKernel
 
         self.library = ctypes.CDLL("libcuda.so.1")
@@ -311,7 +311,7 @@ class Driver:
 
     def launches(self) -> Counter[tuple[str, int]]:
         """How often each compiled kernel was launched; its name, and its number in the driver."""
-        from offline import kernels
+        from tests.tools.offline import kernels
 
         return Counter({
             (f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}", built.function):
@@ -440,7 +440,7 @@ class Machine:
         environment = os.environ | {
             "LD_LIBRARY_PATH": str(folder),
             "TRITON_LIBCUDA_PATH": str(folder),
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
             "CUDA_VISIBLE_DEVICES": "",
             **environment,
         }

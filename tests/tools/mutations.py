@@ -1,5 +1,5 @@
 """Planted mistakes in the kernels, the native library and the losses, each of which the tests must notice:
-`python tests/mutations.py [words]`.
+`python -m tests.tools.mutations [words]`.
 
 Every mistake is made in a copy of the package and the tests, where the tests that should see it run: those of Triton's
 kernels in its interpreter, those of the CUDA sources on the CPU, those of the C++ sources after a build, those of a
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path("hpcloss/backends/triton")
 PROCESSES = 2
 LIMIT = 300  # seconds; a kernel that never ends is noticed too
@@ -1066,12 +1066,12 @@ def run(folder: Path, tests: str, suite: str) -> tuple[bool, str]:
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     if suite == "native":
         environment["HPCLOSS_LIBRARY"] = str(build(folder))
-        files = [str(folder / f"tests/test_{name}.py") for name in ("partition", "sampling", "native")]
+        files = [str(folder / f"tests/plan/test_{name}.py") for name in ("partition", "sampling", "native")]
     elif suite == "kernels":
         environment["TRITON_INTERPRET"] = "1"
-        files = sorted(str(path) for path in folder.glob("tests/test_kernels*.py"))
+        files = [str(folder / "tests/kernels")]
     else:
-        files = [str(folder / f"tests/{suite}.py")]
+        files = [str(path) for path in folder.glob(f"tests/*/{suite}.py") if path.parent.name != "kernels"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *files, "-k", tests]
     try:
         result = subprocess.run(

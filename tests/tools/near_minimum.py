@@ -1,6 +1,6 @@
 """Losses near their minimum: fp32 beside the same loss in plain PyTorch, both against float64.
 
-    python tests/near_minimum.py NT-Xent 'SupCon, 16 classes'      the table of hpcloss/DESIGN.md
+    python -m tests.tools.near_minimum NT-Xent 'SupCon, 16 classes'      the table of hpcloss/DESIGN.md
 
 The plain form is what a careful user writes: logits of all pairs, `log_softmax`, the mean over the positives. Its
 gradient forms p - w per pair. A loss that subtracts two sums instead returns rounding errors where p is close to w.

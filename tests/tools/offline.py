@@ -1,7 +1,7 @@
 """Kernels compiled for GPUs that are not here: what the backend would launch, and what the compiler makes of it.
 
 Run the backend on CPU tensors with its launcher replaced by a recorder, then compile each recorded launch for a target.
-Needs a process without TRITON_INTERPRET. `python tests/kernel_table.py 90 128` prints what is found.
+Needs a process without TRITON_INTERPRET. `python -m tests.tools.kernel_table 90 128` prints what is found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import triton
-from tools.machine_code import MachineCode, disassembled
+from tests.tools.machine_code import MachineCode, disassembled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver

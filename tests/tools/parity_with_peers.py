@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import assert_same, integers, rows
-from numerics import assert_exact
-from peer_formulas import draw_infonce, draw_pml, draw_two_views, unit
-from test_compat import INDICES, SET, SETTABLE, settable
+from tests.compat.test_compat import INDICES, SET, SETTABLE, settable
+from tests.tools.cases import assert_same, integers, rows
+from tests.tools.numerics import assert_exact
+from tests.tools.peer_formulas import draw_infonce, draw_pml, draw_two_views, unit
 
 from benchmarks.peers import Stubs
 from hpcloss.compat import infonce, lightly, monai, pml

@@ -9,7 +9,7 @@ import random
 from typing import NamedTuple
 
 import torch
-from cases import integers, rows
+from tests.tools.cases import integers, rows
 
 # ---------------------------------------------------------------------------------------------------------- formulas
 

@@ -1,4 +1,4 @@
-"""How many systematic mistakes in compiled kernels the interpreter of PTX notices: `python tests/ptx_mutations.py`.
+"""How many systematic mistakes in compiled kernels the interpreter of PTX notices: `python -m tests.tools.ptx_mutations`.
 
 The kernels over tiles of three losses run as compiled; what each launch was given is kept. Then each kernel runs
 again from the same arguments with one mistake in its PTX. It is noticed by a fault, by a hazard that was not there, or
@@ -18,11 +18,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import test_ptx
 import torch
-from tools.ptx import Fault, Kernel
-from tools.ptx.backend import Machine
-from tools.ptx.mistakes import KINDS, Mistake, mistakes
+from tests.compiled import test_ptx
+from tests.tools.ptx import Fault, Kernel
+from tests.tools.ptx.backend import Machine
+from tests.tools.ptx.mistakes import KINDS, Mistake, mistakes
 
 # The capability and loss of the kernels.
 SOURCES = ((90, "region"), (80, "region"), (80, "supcon"))

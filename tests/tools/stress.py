@@ -1,8 +1,8 @@
 """Every loss at random configurations; then what long runs meet: memory, threads, worker processes, kills.
 
     make stress                                                          all of it
-    python -m pytest tests/stress.py --configurations 1000 --seed 7      fewer, and others
-    python tests/stress.py 1234                                          one configuration, as a failure names it
+    python -m pytest tests/tools/stress.py --configurations 1000 --seed 7      fewer, and others
+    python -m tests.tools.stress 1234                                    one configuration, as a failure names it
 
 Configuration n is the same everywhere and always.
 """
@@ -23,8 +23,8 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import FAST, LABELS, NAMES, ORACLE, choice, draw_region_options, integers, rows
-from numerics import BUDGETS, EXACT, LARGEST_ERROR
+from tests.tools.cases import FAST, LABELS, NAMES, ORACLE, choice, draw_region_options, integers, rows
+from tests.tools.numerics import BUDGETS, EXACT, LARGEST_ERROR
 from torch import Tensor
 
 from hpcloss import partition, sampling
@@ -524,7 +524,7 @@ def failure(number: int) -> str | None:
         text = case.text
         check(case)
     except Exception as error:
-        return f"python tests/stress.py {number}   # {type(error).__name__}: {error} | {text}".replace("\n", " ")
+        return f"python -m tests.tools.stress {number}   # {type(error).__name__}: {error} | {text}".replace("\n", " ")
     return None
 
 
@@ -687,7 +687,7 @@ def train(data: str, out: str) -> None:
 
 def test_training_killed_at_20_moments_ends_with_the_same_weights(tmp_path):
     pytest.importorskip("lightning", reason="the examples need the `examples` extra")
-    from small_folders import write_msd
+    from tests.tools.small_folders import write_msd
 
     data = str(write_msd(tmp_path / "msd", cases=8))
     # Children of a server that has imported everything: each starts training at once.

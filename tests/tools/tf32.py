@@ -1,10 +1,10 @@
 """What tf32 costs: errors of values and gradients, of the kernels beside eager PyTorch, emulated on the CPU.
 
-    python tests/tf32.py            the table of hpcloss/DESIGN.md
+    python -m tests.tools.tf32            the table of hpcloss/DESIGN.md
 
 Operands of matrix products are rounded as each form rounds them; all else is float64, so that what is seen is the
 operands alone. A matrix unit cuts the low 13 bits of fp32 off. PyTorch rounds to the nearest before (cuBLAS, as
-triton-lang/triton#4574 found for an A100). The kernels' products are compared with their PTX in tests/test_ptx.py.
+triton-lang/triton#4574 found for an A100). The kernels' products are compared with their PTX in tests/compiled/test_ptx.py.
 """
 
 from __future__ import annotations
