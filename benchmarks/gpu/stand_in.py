@@ -1,4 +1,4 @@
-"""The stand-in for NVIDIA's driver that the tests keep (tests/tools/launch_path.py), for runs that only launch kernels."""
+"""The tests' stand-in for NVIDIA's driver (tests/tools/launch_path.py), for runs that only launch kernels."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.tools.cases import FAST, ORACLE, choice, integers, rows
+from tests.tools.cases import choice, integers, rows
 from tests.tools.kernels import compile_or_skip
+from tests.tools.losses import FAST, ORACLE
 from tests.tools.numerics import assert_within_budget
 
 compile_or_skip()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from tests.losses.test_memory import filled
-from tests.tools.cases import FAST, ORACLE, choice, rows
+from tests.tools.cases import choice, rows
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools.losses import FAST, ORACLE
 from tests.tools.numerics import assert_within_budget
 
 import hpcloss

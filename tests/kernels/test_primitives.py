@@ -11,8 +11,9 @@ from unittest import mock
 import pytest
 import torch
 from tests.primitives.test_backends import PLANS, LargestTensor, Plan, allowed, cross_plan, long_plan, self_plan
-from tests.tools.cases import FAST, ORACLE, choice, integers, rows, runs
+from tests.tools.cases import choice, integers, rows, runs
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools.losses import FAST, ORACLE
 from tests.tools.numerics import assert_within_budget
 
 import hpcloss

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from tests.tools.cases import FAST, choice, rows
+from tests.tools.cases import choice, rows
+from tests.tools.losses import FAST, LOSSES
 from tests.tools.numerics import assert_within_budget
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -210,11 +211,26 @@ CASES = {
     ),
     **COMPAT,
 }  # fmt: skip
+OF_A_KIND = {
+    "map": lambda name: Case(MAP, of_map(name), per_image=MAP),
+    "rows": lambda name: Case((), FAST[name]),
+    "views": lambda name: Case((2,), of_views(name)),
+}
+# Losses without a case above.
+CASES |= {
+    name: OF_A_KIND[loss.kind](name)._replace(options=loss.required)
+    for name, loss in LOSSES.items()
+    if name not in CASES
+}
 
 # Every loss, every reduction, and what takes another way with keys of other ranks.
 OPTIONS = [
     *((name, {}) for name in CASES),
-    *((name, {"reduction": "sum"}) for name in CASES if name not in ("multiscale_contrast", *COMPAT)),
+    *(
+        (name, {"reduction": "sum"})
+        for name in CASES
+        if name not in COMPAT and "reduction" in LOSSES[name.split()[0]].changed
+    ),
     *(
         (name, {"reduction": "class"})
         for name in ("region_phpc", "supcon", "supcon keys", "pixel_contrast", "local_contrast",

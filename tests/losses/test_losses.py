@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 from tests.tools.cases import (
-    FAST,
     LABELS,
     MAPS,
     NOISE,
-    ORACLE,
     assert_same,
     choice,
     draw_region_options,
@@ -24,6 +22,7 @@ from tests.tools.cases import (
     runs,
     value_and_grads,
 )
+from tests.tools.losses import FAST, ORACLE
 from tests.tools.numerics import assert_exact, assert_within_budget
 from torch.nn import functional as F
 

@@ -9,89 +9,19 @@ import re
 
 import pytest
 import torch
-from tests.tools.cases import FAST, NAMES, ORACLE, ROOT, choice, rows
+from tests.tools.cases import ROOT, choice, rows
+from tests.tools.losses import FAST, LOSSES, NAMES, ORACLE, Sizes
 from torch import nn
 
 import hpcloss
 from hpcloss import functional
 
-MODULES = {
-    "region_phpc": hpcloss.RegionPHPCLoss,
-    "region_supcon": hpcloss.RegionSupConLoss,
-    "supcon": hpcloss.SupConLoss,
-    "ntxent": hpcloss.NTXentLoss,
-    "infonce": hpcloss.InfoNCELoss,
-    "ihpc": hpcloss.IHPCLoss,
-    "hard_negative_nce": hpcloss.HardNegativeNCELoss,
-    "entropy_guided_contrast": hpcloss.EntropyGuidedContrastLoss,
-    "multiscale_contrast": hpcloss.MultiscaleContrastLoss,
-    "pixel_contrast": hpcloss.PixelContrastLoss,
-    "local_contrast": hpcloss.LocalContrastLoss,
-    "prototype_contrast": hpcloss.PrototypeContrastLoss,
-    "prototype_assignment": hpcloss.PrototypeAssignmentLoss,
-}
-X = 1.5 * rows(3, 4, 8, 6)
-LABELS = choice([0, 1, 2, 3, 255], 3, 8, 6)
-PROBS = torch.softmax(rows(3, 4, 8, 6, seed=2), 1)
-VECTORS = 1.5 * rows(24, 4), choice([0, 1, 2, 255], 24)
-VIEWS = 1.5 * rows(24, 4), 1.5 * rows(24, 4, seed=1)
-INPUTS = {
-    "region_phpc": (X, LABELS), "region_supcon": (X, LABELS), "supcon": VECTORS,
-    "ntxent": VIEWS, "infonce": VIEWS, "ihpc": VIEWS, "hard_negative_nce": VIEWS,
-    "entropy_guided_contrast": (X, PROBS, LABELS), "multiscale_contrast": (X, 1.5 * rows(3, 4, 8, 6, seed=1), LABELS),
-    "pixel_contrast": (X, LABELS),
-    "local_contrast": (X, LABELS, torch.tensor([1, 2, 0])),
-    "prototype_contrast": (*VECTORS, torch.softmax(rows(24, 3, seed=2), 1)),
-    "prototype_assignment": (X, LABELS, rows(4, 2, 4, seed=3)),
-}  # fmt: skip
-REQUIRED = {
-    "multiscale_contrast": {"patch_size": 3, "num_classes": 4, "samples_per_class": None},
-    "pixel_contrast": {"num_classes": 4},
-    "local_contrast": {"num_classes": 4, "samples_per_class": None},
-    "prototype_contrast": {"hardness": -4.0},  # a learnt temperature has no hardness of its own
-}  # what the inputs above need
-
-REGION = {
-    "region_size": 4, "temperature": 0.3, "num_classes": 2, "max_regions": 1, "background": None,
-    "ignore_index": (2, 255), "per_image": True, "normalize": False, "reduction": "sum",
-}  # fmt: skip
-CHANGED = {
-    "region_phpc": REGION | {"hardness": 3.0, "local_size": 8, "denominator": "all"},
-    "region_supcon": REGION,
-    "supcon": {"temperature": 0.3, "form": "in", "ignore_index": 1, "normalize": False, "reduction": "class"},
-    "ntxent": {"temperature": 0.3, "normalize": False, "reduction": "sum"},
-    "infonce": {"temperature": 0.3, "symmetric": True, "normalize": False, "reduction": "sum"},
-    "ihpc": {"temperature": 0.3, "hardness": 3.0, "normalize": False, "reduction": "sum"},
-    "hard_negative_nce": {
-        "temperature": 0.3,
-        "beta": 0.5,
-        "tau_plus": 0.2,
-        "normalize": False,
-        "reduction": "sum",
-    },  # fmt: skip
-    "entropy_guided_contrast": {
-        "temperature": 0.3, "threshold": 0.9, "entropy_classes": True, "denominator": "all", "symmetric": True,
-        "ignore_index": 1, "normalize": False, "reduction": "sum",
-    },
-    "multiscale_contrast": {
-        "patch_size": (2, 4), "temperature": 0.3, "patch_positives": "majority", "patch_weight": 0.5,
-        "pixel_weight": 0.5, "num_classes": 2, "ignore_index": (1, 255), "normalize": False,
-    },
-    "pixel_contrast": {
-        "temperature": 0.3, "num_classes": 2, "background": 0, "ignore_index": 1, "normalize": False,
-        "reduction": "sum",
-    },
-    "local_contrast": {
-        "temperature": 0.3, "num_classes": 2, "background": 1, "ignore_index": (1, 255), "normalize": False,
-        "reduction": "sum",
-    },
-    "prototype_contrast": {
-        "temperature": 0.3, "hardness": 3.0, "ignore_index": 1, "normalize": False, "reduction": "sum",
-    },
-    "prototype_assignment": {
-        "temperature": 0.3, "iterations": 1, "epsilon": 0.5, "ignore_index": (1, 255), "reduction": "sum",
-    },
-}  # fmt: skip
+MODULES = {name: loss.module for name, loss in LOSSES.items()}
+INPUTS = {name: tuple(loss.inputs(Sizes()).values()) for name, loss in LOSSES.items()}
+CHANGED = {name: loss.changed for name, loss in LOSSES.items()}
+X, LABELS = INPUTS["region_phpc"]
+PROBS = INPUTS["entropy_guided_contrast"][1]
+VECTORS, VIEWS = INPUTS["supcon"], INPUTS["ntxent"]
 REDUCED = [name for name in MODULES if "reduction" in CHANGED[name]]
 # Seen in tests of their own: they change no value, need another argument, or raise.
 ELSEWHERE = {
@@ -113,12 +43,12 @@ def call(name, **options):
 
 
 def build(name, **options):
-    return MODULES[name](**{**REQUIRED.get(name, {}), **options})
+    return LOSSES[name].build(**options)
 
 
 def function(name, **options):
     torch.manual_seed(0)
-    return FAST[name](*INPUTS[name], **{**REQUIRED.get(name, {}), **options})
+    return FAST[name](*INPUTS[name], **{**LOSSES[name].required, **options})
 
 
 def test_every_public_loss_is_tested():
@@ -299,17 +229,6 @@ def test_bad_hyper_parameters_raise_at_construction(name, options, message):
 
 # ------------------------------------------------------------------------------------------------- the default dtype
 
-DRAWN = {
-    "region_phpc": {"region_size": 2, "max_regions": 3, "num_classes": 4, "samples_per_class": 2},
-    "region_supcon": {"region_size": 2, "max_regions": 3},
-    "infonce": {"learnable": True},
-    "ihpc": {"memory_bank": (50, 4)},
-    "entropy_guided_contrast": {"samples_per_class": 3},
-    "multiscale_contrast": {"num_classes": 4, "samples_per_class": 3},
-    "pixel_contrast": {"num_classes": 4, "samples_per_class": 3},
-    "local_contrast": {"num_classes": 4, "samples_per_class": 2},
-}  # samples, and what a module keeps between calls
-
 
 def under(dtype, function):
     before = torch.get_default_dtype()
@@ -342,7 +261,7 @@ def test_the_default_dtype_changes_no_bit(name, inputs, dtype):
 
     def step():
         results = []
-        for options in ({}, DRAWN.get(name, {})):
+        for options in ({}, LOSSES[name].sampled):
             module = build(name, **options)
             for _ in range(2):
                 x = first.clone().requires_grad_()

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from tests.tools.cases import FAST, LABELS, MAPS, ORACLE, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.losses import FAST, ORACLE
 from tests.tools.numerics import assert_exact
 from torch.nn import functional as F
 

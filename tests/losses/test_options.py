@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from tests.losses.test_modules import INPUTS, MODULES, REQUIRED, build
-from tests.tools.cases import FAST
+from tests.losses.test_modules import INPUTS, MODULES, build
+from tests.tools.losses import FAST, LOSSES
 
 import hpcloss
 from hpcloss.checks import OF_ONE_LOSS, RULES, TOGETHER, check_options
@@ -58,7 +58,7 @@ def test_nonsense_raises_with_its_name_and_value(name, option):
         shown = {repr(value), str(value)} | ({str(tuple(value.shape))} if isinstance(value, torch.Tensor) else set())
         calls = [lambda value=value: build(name, **{option: value})] if (name, option) in OF_MODULES else []
         if (name, option) in OPTIONS:
-            calls.append(lambda value=value: FAST[name](*INPUTS[name], **{**REQUIRED.get(name, {}), option: value}))
+            calls.append(lambda value=value: FAST[name](*INPUTS[name], **{**LOSSES[name].required, option: value}))
         for call in calls:
             with pytest.raises((TypeError, ValueError), match=rf"^{option} must ") as caught:
                 call()
@@ -88,10 +88,10 @@ def test_an_option_is_checked_wherever_it_stands(name):
     place = [one.name for one in parameters].index("temperature")
     if parameters[place].kind is not parameters[place].KEYWORD_ONLY:
         given = {one.name: value for one, value in zip(parameters, INPUTS[name], strict=False)}
-        before = [given.get(one.name, REQUIRED.get(name, {}).get(one.name, one.default)) for one in parameters[:place]]
+        before = [given.get(one.name, LOSSES[name].required.get(one.name, one.default)) for one in parameters[:place]]
         rest = {
             key: value
-            for key, value in REQUIRED.get(name, {}).items()
+            for key, value in LOSSES[name].required.items()
             if key not in [p.name for p in parameters[:place]]
         }
         with pytest.raises(ValueError, match="temperature must be positive, got -1"):
@@ -114,7 +114,7 @@ class Integer:
 
 def test_numbers_of_other_libraries():
     def equal(name, plain, *others):
-        expected = FAST[name](*INPUTS[name], **{**REQUIRED.get(name, {}), **plain})
+        expected = FAST[name](*INPUTS[name], **{**LOSSES[name].required, **plain})
         for options in others:
             assert torch.equal(build(name, **options)(*INPUTS[name]), expected)
 

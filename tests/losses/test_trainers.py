@@ -8,8 +8,7 @@ import copy
 
 import pytest
 import torch
-from tests.losses.test_modules import MODULES, build
-from tests.tools.cases import choice, rows
+from tests.tools.losses import LOSSES, Sizes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,31 +22,16 @@ pytestmark = [
 CUDA = torch.cuda.is_available()
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])
 anywhere = pytest.mark.parametrize("device", ["cpu", GPU])
-LOSSES = {name: {} for name in MODULES} | {
-    "region_phpc, sampled": {"num_classes": 4, "samples_per_class": 3},
-    "pixel_contrast, sampled": {"samples_per_class": 3},
-    "local_contrast, sampled": {"samples_per_class": 3},
+DRAWN = {"num_classes": 4, "samples_per_class": 3}
+CALLS = {name: {} for name in LOSSES} | {
+    f"{name}, sampled": DRAWN for name in ("region_phpc", "pixel_contrast", "local_contrast")
 }
 
 
 def batch(name, size, device="cpu", seed=0):
     """Images, or vectors, of which a network makes embeddings, and what else the loss takes."""
-    x, y = (rows(size, 4, 6, 6, seed=seed + shift, dtype=torch.float32) for shift in (0, 1))
-    labels = choice([0, 1, 2, 3, 255], size, 6, 6, seed=seed)
-    kind = name.split(",")[0]
-    if kind in ("supcon", "prototype_contrast"):
-        rest = (labels[:, 0, 0] % 3, torch.softmax(y[:, :3, 0, 0], 1))[: 2 if kind == "prototype_contrast" else 1]
-    elif kind in ("ntxent", "infonce", "ihpc", "hard_negative_nce"):
-        rest = (y[:, :, 0, 0],)
-    else:
-        rest = {
-            "entropy_guided_contrast": (torch.softmax(y, 1), labels),
-            "multiscale_contrast": (y, labels),
-            "local_contrast": (labels, torch.arange(size).roll(1)),
-            "prototype_assignment": (labels, rows(4, 2, 4, seed=seed + 2, dtype=torch.float32)),
-        }.get(kind, (labels,))
-    inputs = (x if rest[-1].dim() > 2 or kind == "local_contrast" else x[:, :, 0, 0], *rest)
-    return tuple(value.to(device) for value in inputs)
+    sizes = Sizes(images=size, spatial=(6, 6), rows=size, dtype=torch.float32, seed=seed)
+    return tuple(value.to(device) for value in LOSSES[name.split(",")[0]].inputs(sizes).values())
 
 
 class Model(nn.Module):
@@ -57,7 +41,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.1), nn.Linear(8, 4))
-        self.loss = build(name.split(",")[0], **{**LOSSES[name], **options})
+        self.loss = LOSSES[name.split(",")[0]].build(**{**CALLS[name], **options})
         self.to(device)
 
     def network(self, x):
@@ -81,7 +65,7 @@ def step(model, call, inputs):
 
 @anywhere
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CALLS)
 def test_autocast_leaves_the_loss_of_float32_rows_alone(name, dtype, device):
     loss, (x, *rest) = Model(name, device).loss, batch(name, 12, device)
     found = []
@@ -96,7 +80,7 @@ def test_autocast_leaves_the_loss_of_float32_rows_alone(name, dtype, device):
 
 
 @anywhere
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CALLS)
 def test_grad_scaler(name, device):
     """Scaling by a power of two changes no bit; a step that overflows is skipped and costs half of the scale."""
     models = Model(name, device), Model(name, device)
@@ -124,13 +108,13 @@ def test_grad_scaler(name, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_module_moved_to_a_dtype(name, dtype):
     """Learnt temperature and memory bank go with it; the loss stays float32, or becomes float64."""
     extra = {"ihpc": {"memory_bank": (20, 4)}, "infonce": {"learnable": True}}.get(name, {"temperature": 0.25})
-    loss = build(name, **extra).to(dtype)
+    loss = LOSSES[name].build(**extra).to(dtype)
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in batch(name, 12)]
-    exact = build(name, **extra).double()
+    exact = LOSSES[name].build(**extra).double()
     exact.load_state_dict(loss.state_dict())
     for _ in range(2):  # of a bank the second meets what the first has stored
         x = inputs[0].clone().requires_grad_()
@@ -146,7 +130,7 @@ def test_a_module_moved_to_a_dtype(name, dtype):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CALLS)
 def test_activation_checkpointing(name, reentrant):
     """Of the network, of the loss, of both: recomputed in the backward pass, samples too, for the same gradients."""
     model, (x, *rest) = Model(name), batch(name, 12)
@@ -168,7 +152,7 @@ def test_activation_checkpointing(name, reentrant):
 # ---------------------------------------------------------------------------------------------------------- compilers
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_compile_twice_for_all_batch_sizes(name):
     """One graph for the first batch, one for all others: no step of a training recompiles."""
     model, graphs = Model(name), []
@@ -191,7 +175,7 @@ def test_compile_twice_for_all_batch_sizes(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_graph_of_a_training_step_replayed_on_new_data(name):
     """No loss waits for the device, so that a step with it can be captured; replays read the data of the day."""
     torch.use_deterministic_algorithms(False)

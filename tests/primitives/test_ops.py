@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from tests.tools.cases import FAST, choice, integers, rows
+from tests.tools.cases import choice, integers, rows
+from tests.tools.losses import FAST, LOSSES, Sizes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
@@ -266,13 +267,33 @@ class WithConstants(torch.nn.Module):
         return self.loss(*inputs, *[getattr(self, name) for name in self.names])
 
 
+class Named(torch.nn.Module):
+    """The same, with inputs and constants by name."""
+
+    def __init__(self, loss, names, constants):
+        super().__init__()
+        self.loss, self.names, self.constants = loss, names, list(constants)
+        for name, constant in constants.items():
+            self.register_buffer(name, constant)
+
+    def forward(self, *inputs):
+        return self.loss(**dict(zip(self.names, inputs)), **{name: getattr(self, name) for name in self.constants})
+
+
+def call_of(loss, inputs):
+    constants = {name: inputs.pop(name) for name in loss.constants}
+    module = Named(loss.build(), list(inputs), constants) if constants else loss.build()
+    return module, tuple(inputs.values())
+
+
 def modules():
     """Each module with its options that change the graph, and inputs for it: (module, inputs)."""
     labels, x = choice([0, 1, 2, 255], 2, 8, 6), rows(2, 4, 8, 6, dtype=torch.float32)
     a, b, c = (rows(10, 4, seed=seed, dtype=torch.float32) for seed in range(3))
     vector_labels = choice([0, 1, 2, 255], 10)
     sampled = {"num_classes": 3, "samples_per_class": 4}
-    return {
+    sizes = Sizes(2, rows=10, dtype=torch.float32)
+    return {name: call_of(loss, loss.inputs(sizes)) for name, loss in LOSSES.items()} | {
         "phpc": (hpcloss.RegionPHPCLoss(4), (x, labels)),
         "phpc, classes": (
             hpcloss.RegionPHPCLoss(4, num_classes=3, reduction="class", detach_weights=False),

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from tests.tools.cases import FAST, NAMES, integers, rows
+from tests.tools.cases import integers, rows
+from tests.tools.losses import FAST, NAMES
 from tests.tools.stress import equal, every_call, failure
 
 import hpcloss

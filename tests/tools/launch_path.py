@@ -1,8 +1,8 @@
 """Losses through Triton's own launch path, on a machine without a GPU. Run as a program it serves a `Machine`.
 
 Everything between a loss and the driver is the real thing: the backend, Triton's binder, compiler, loader and launcher.
-Below them is tests/tools/cuda_driver.c, which checks launches and runs nothing. Tensors are on the CPU. What torch says of
-its devices is made up: that there is one, which part it is, and that its stream is 0.
+Below them is tests/tools/cuda_driver.c, which checks launches and runs nothing. Tensors are on the CPU. What torch says
+of its devices is made up: that there is one, which part it is, and that its stream is 0.
 
 What this cannot see: what kernels compute (all results are whatever the memory held), memory that they read, tensors on
 another device, the operations of torch and of the native library on a GPU, and a driver's own limits of registers.
@@ -25,13 +25,14 @@ import traceback
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from tests.tools.cases import choice, rows
+from tests.tools.losses import LOSSES, Loss
 
 import hpcloss
 from hpcloss import memory
@@ -247,6 +248,22 @@ CASES = {
         temperature="learnt",
     ),
 }  # fmt: skip
+# Options that decide what torch makes of the kernels' results; `gather` has a test of its own.
+NO_LAUNCH = {"reduction", "ignore_index", "background", "check_labels", "check_finite", "backend", "gather"}
+
+
+def cases_of(name: str, loss: Loss) -> Iterator[tuple[str, Case]]:
+    """Of a loss without a case above: as it is, with a learnt temperature, and with each option that may matter."""
+    inputs, public = {"map": maps, "rows": vectors, "views": views}[loss.kind], loss.module.__name__
+    yield name, case(public, inputs, **loss.required)
+    yield f"{name}, learnt", case(public, inputs, **loss.required, temperature="learnt")
+    for option in loss.changed.keys() - NO_LAUNCH - {"temperature"}:
+        yield f"{name}, {option}", case(public, inputs, **{**loss.required, option: loss.changed[option]})
+
+
+for name, loss in LOSSES.items():
+    if loss.module.__name__ not in {one.loss for one in CASES.values()}:
+        CASES.update(cases_of(name, loss))
 
 
 # ------------------------------------------------------------------------------------------------- in the child process

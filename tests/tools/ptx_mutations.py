@@ -1,4 +1,4 @@
-"""How many systematic mistakes in compiled kernels the interpreter of PTX notices: `python -m tests.tools.ptx_mutations`.
+"""How many systematic mistakes in compiled kernels the PTX interpreter notices: `python -m tests.tools.ptx_mutations`.
 
 The kernels over tiles of three losses run as compiled; what each launch was given is kept. Then each kernel runs
 again from the same arguments with one mistake in its PTX. It is noticed by a fault, by a hazard that was not there, or

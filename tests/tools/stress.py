@@ -7,6 +7,7 @@
 Configuration n is the same everywhere and always.
 """
 
+import inspect
 import math
 import multiprocessing
 import os
@@ -23,7 +24,8 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.tools.cases import FAST, LABELS, NAMES, ORACLE, choice, draw_region_options, integers, rows
+from tests.tools.cases import LABELS, choice, draw_region_options, integers, rows
+from tests.tools.losses import FAST, LOSSES, NAMES, ORACLE, Loss, Sizes
 from tests.tools.numerics import BUDGETS, EXACT, LARGEST_ERROR
 from torch import Tensor
 
@@ -157,7 +159,7 @@ def draw(seed: int) -> Case:
     makers |= {"entropy_guided_contrast": entropy_case, "multiscale_contrast": multiscale_case}
     makers |= {"pixel_contrast": pixel_case, "local_contrast": local_case}
     makers |= {"prototype_contrast": prototype_case, "prototype_assignment": assignment_case}
-    fast, oracle, inputs, constants, options, *sampling = makers[name](at, name)
+    fast, oracle, inputs, constants, options, *sampling = makers.get(name, any_case)(at, name)
     shapes = ", ".join(str(list(x.shape)) for x in [*inputs, *constants])
     everything = options | dict(*sampling)
     text = f"{name} {at.dtype} {shapes} {everything}"
@@ -414,6 +416,18 @@ def assignment_case(at: Draw, name: str):
     return fast, oracle, [x], constants, options
 
 
+def any_case(at: Draw, name: str):
+    """A loss without a maker of its own: small inputs, and some of the options that change its value."""
+    loss = LOSSES[name]
+    sizes = Sizes(at.choice([1, 2, 3]), (at.choice([1, 5, 8]), 6), at.choice([1, 2, 31]), 7, at.dtype, at.number)
+    first, *rest = loss.inputs(sizes).values()
+    known = inspect.signature(ORACLE[name]).parameters
+    some = {option: value for option, value in loss.changed.items() if option in known and at.random() < 0.3}
+    options = {key: value for key, value in loss.required.items() if key in known} | some | at.temperature()
+    fast = lambda x: FAST[name](x, *rest, **{**loss.required, **options})  # noqa: E731
+    return fast, lambda x: ORACLE[name](x, *rest, **options), [first], [], options
+
+
 # ----------------------------------------------------------------------------------------------------- what must hold
 
 
@@ -602,7 +616,18 @@ def every_call(dtype: torch.dtype = torch.float32, scale: float = 1.0, size: int
         "prototype_assignment": ({"features": x, "prototypes": prototypes, "teacher_features": y},
                                  {"features": pixels, "teacher_features": pixels}, {"labels": labels}),
     }  # fmt: skip
-    return {name: Call(FAST[name], *parts) for name, parts in given.items()}
+    sizes = Sizes(2, (size, 5), count, 8, dtype)
+    return {name: Call(FAST[name], *given.get(name) or any_call(LOSSES[name], sizes, scale)) for name in NAMES}
+
+
+def any_call(loss: Loss, sizes: Sizes, scale: float):
+    """Of the parts of a `Call`: where labels are ignored, the first input takes no part."""
+    inputs = loss.inputs(sizes)
+    first = next(iter(inputs))
+    tensors = {key: x for key, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()}
+    tensors[first] = scale * tensors[first]
+    used = {} if loss.kind == "views" else {first: inputs["labels"] != 255}
+    return tensors, used, {key: x for key, x in inputs.items() if key not in tensors} | loss.required
 
 
 # ------------------------------------------------------------------------------------------------------------ long runs

@@ -4,7 +4,7 @@
 
 Operands of matrix products are rounded as each form rounds them; all else is float64, so that what is seen is the
 operands alone. A matrix unit cuts the low 13 bits of fp32 off. PyTorch rounds to the nearest before (cuBLAS, as
-triton-lang/triton#4574 found for an A100). The kernels' products are compared with their PTX in tests/compiled/test_ptx.py.
+triton-lang/triton#4574 found for an A100). tests/compiled/test_ptx.py compares the kernels' products with PTX.
 """
 
 from __future__ import annotations
