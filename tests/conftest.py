@@ -41,8 +41,9 @@ def left_out(config):
     asked = [(config.invocation_params.dir / str(arg).split("::")[0]).resolve() for arg in config.args]
     if "triton" not in sys.modules and all(path.is_relative_to(KERNELS) for path in asked) and can_interpret():
         os.environ["TRITON_INTERPRET"] = "1"
+    ignored = [Path(path).resolve() for path in config.getoption("ignore") or ()]
     found = {}
-    for folder in (KERNELS, COMPILED):
+    for folder in {KERNELS, COMPILED}.difference(ignored):
         if any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in asked):
             if reason := why_not(folder):
                 found[folder] = reason
