@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.tools.kernels import compile_or_skip
 from tests.tools.launch_path import CASES, FIRST_SIZES, NO_LAUNCH, SIZES, Machine
+from tests.tools.losses import LOSSES
 
 from hpcloss import losses
 
@@ -41,8 +42,13 @@ def machine(tmp_path_factory):
         one.stop()
 
 
+FUNCTION = {loss.module.__name__: name for name, loss in LOSSES.items()}
+
+
 def slowly(*values, quick):
-    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
+    """Parameters, the last of which names a case; ids name its loss too."""
+    of_loss = f"{'-'.join(map(str, values))} ({FUNCTION[CASES[values[-1]].loss]})"
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow, id=of_loss)
 
 
 @pytest.mark.parametrize(

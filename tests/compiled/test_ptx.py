@@ -375,7 +375,8 @@ def losses():
         for kind in TYPES:
             for name in LOSSES:
                 quick = name in QUICK.get((capability, kind), ())
-                yield pytest.param(capability, kind, name, marks=[] if quick else pytest.mark.slow)
+                of_loss = f"{capability}-{kind}-{name} ({LOSSES[name][0]})"
+                yield pytest.param(capability, kind, name, marks=[] if quick else pytest.mark.slow, id=of_loss)
 
 
 def evaluate(name, functions, tested, dtype, shift=0, **backend):

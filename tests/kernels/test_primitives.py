@@ -628,7 +628,7 @@ def value_and_grads(call, inputs, dtype, device, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LOSSES, ids=[f"{name} ({case[0]})" for name, case in LOSSES.items()])
 def test_losses(name, dtype):
     """Against blockwise in float64, which other tests prove."""
     loss, make, how, options = LOSSES[name]
