@@ -15,7 +15,9 @@ import pytest
 import torch
 from numerics import assert_exact
 
-from hpcloss import functional, native, reference
+from hpcloss import functional, reference
+from hpcloss.plan import native
+from hpcloss.plan.partition import Pairs
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
@@ -41,6 +43,11 @@ def integers(high, *shape, seed=0):
 
 def choice(values, *shape, seed=0):
     return torch.tensor(values)[integers(len(values), *shape, seed=seed)]
+
+
+def tensors_of(plan):
+    """All tensors of a `Pairs` or of a `ClassRows`."""
+    return [plan.order, *plan.intervals] if isinstance(plan, Pairs) else [plan.order, plan.offsets, plan.outside]
 
 
 def runs(*lengths):

@@ -9,9 +9,8 @@ import torch
 from cases import rows
 from kernels import DEVICE, DTYPES, needs_kernels
 
-from hpcloss.backends import load
-from hpcloss.ops import NORM_EPS
-from hpcloss.pack import pack
+from hpcloss.operators import NORM_EPS, load
+from hpcloss.primitives.rows import pack
 
 pytestmark = needs_kernels
 
