@@ -13,11 +13,11 @@ from fresh import measure
 from measure import Bar, Copies, against, assert_close, busy, in_turns, interleaved, num_threads
 
 import hpcloss
-from hpcloss import native
-from hpcloss.pack import pack
-from hpcloss.partition import class_sort, from_offsets, partition
-from hpcloss.regions import Grid
-from hpcloss.segments import segment_mean
+from hpcloss.plan import native
+from hpcloss.plan.partition import class_sort, partition
+from hpcloss.plan.regions import Grid
+from hpcloss.primitives.rows import pack
+from hpcloss.primitives.segment_mean import segment_mean
 
 LABELS = (12, 256, 256)
 CLASSES, SIZE = 4, 16
@@ -163,10 +163,10 @@ IMAGES, SIDE = 8, 64
 
 @pytest.fixture(scope="module")
 def segments():
-    """32 768 rows of 128 channels, sorted by (image, class): the map, its labels, order and offsets."""
+    """32 768 rows of 128 channels, sorted by (image, class): the map, its labels and the sorted rows."""
     features, labels = cases.region_supcon(IMAGES, SIDE, SIDE).arguments
-    order, offsets, _ = class_sort(labels - 1, Grid(IMAGES, (SIDE, SIDE), (SIDE, SIDE), True), num_classes=CLASSES)
-    return features, labels - 1, order, offsets
+    rows = class_sort(labels - 1, Grid(IMAGES, (SIDE, SIDE), (SIDE, SIDE), True), num_classes=CLASSES)
+    return features, labels - 1, rows
 
 
 def _class_means(features, labels):
@@ -180,11 +180,11 @@ def _class_means(features, labels):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def bench_segment_mean(benchmark, report, copies, segments, direction):
     """Means of the classes of each image from packed rows, against a copy of the rows."""
-    features, labels, order, offsets = segments
-    rows = pack(features, order, offsets[-1:], normalize=False, permutation=True, backend="blockwise")
+    features, labels, plan = segments
+    rows = pack(features, plan.order, plan.live(), normalize=False, permutation=True, backend="blockwise")
 
     def mean():
-        return segment_mean(rows, offsets, backend="blockwise")
+        return segment_mean(rows, plan.offsets)
 
     def scatter():
         return torch.autograd.grad(means, rows.companion, grad, retain_graph=True)[0]
@@ -192,8 +192,8 @@ def bench_segment_mean(benchmark, report, copies, segments, direction):
     means = mean()
     grad = torch.randn(means.shape, generator=torch.Generator().manual_seed(1))
     assert_close("means", means, _class_means(features, labels))
-    share = grad.double() / offsets.diff()[:, None]
-    assert_close("gradient", scatter(), share.repeat_interleave(offsets.diff(), 0))
+    share = grad.double() / plan.offsets.diff()[:, None]
+    assert_close("gradient", scatter(), share.repeat_interleave(plan.offsets.diff(), 0))
     moved = features.numel() * features.element_size()  # read, or written
     seconds, ratio = against(benchmark, mean if direction == "forward" else scatter, copies, moved)
     report(seconds, copy_ratio=ratio)
@@ -243,15 +243,14 @@ def bench_enqueue(benchmark, report, segments, samples):
 @pytest.mark.benchmark(group="plan")
 def bench_sample_positives(benchmark, report, segments):
     """8 other rows of its class and image for each of 32 768 rows."""
-    _, _, order, offsets = segments
-    pairs = from_offsets(order, offsets, CLASSES, False)
+    at = segments[2].pairs().intervals
 
     def draw():
-        return hpcloss.sample_positives(pairs.pos_start, pairs.pos_end, pairs.self_pos, 8)
+        return hpcloss.sample_positives(at.pos_start, at.pos_end, at.self_pos, 8)
 
-    drawn, row = draw(), torch.arange(order.numel())[:, None]
+    drawn, row = draw(), torch.arange(len(at.pos_start))[:, None]
     assert (drawn[:, 1:] > drawn[:, :-1]).all() and (drawn != row).all(), "not 8 others"
-    assert (drawn >= pairs.pos_start[:, None]).all() and (drawn < pairs.pos_end[:, None]).all(), "of another class"
+    assert (drawn >= at.pos_start[:, None]).all() and (drawn < at.pos_end[:, None]).all(), "of another class"
     seconds, _ = in_turns(benchmark, draw, {}, rounds=9)
     report(seconds)
 

@@ -10,9 +10,11 @@ import torch
 from measure import Matmuls, against, assert_close
 
 from hpcloss import reference
-from hpcloss.pack import Rows, pack
-from hpcloss.pairs import pair_lse, pair_lse_both, pair_mean
-from hpcloss.partition import Pairs, one_to_one, partition
+from hpcloss.plan.partition import Pairs, one_to_one, partition
+from hpcloss.primitives.pair_lse import pair_lse, pair_lse_both
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows, pack
+from hpcloss.primitives.scale import Scale
 
 COUNT, DIM, CLASSES, SCALE = 4096, 128, 4, 10.0
 CHECKED = 1024
@@ -82,7 +84,7 @@ def bench_pair_lse(benchmark, report, matmuls, rule, bounded, direction):
     scale = torch.tensor(SCALE)
 
     def run(rows, pairs):
-        return pair_lse(rows, pairs, rule, scale, scale_bound=SCALE if bounded else None)
+        return pair_lse(rows, pairs, rule, Scale(scale, SCALE if bounded else None))
 
     def exact(unit, pairs, masks):
         return reference.pair_lse(unit, unit, masks[rule], SCALE)
@@ -103,7 +105,7 @@ def bench_pair_mean_own(benchmark, report, matmuls, hardness, direction):
         return torch.linspace(2.0, 12.0, pairs.order.numel(), dtype=torch.float32)
 
     def run(rows, pairs):
-        return pair_mean(rows, pairs, "own", scale, stat=stat(pairs), hardness=hardness, scale_bound=SCALE)[0]
+        return pair_mean(rows, pairs, "own", Scale(scale, SCALE), stat=stat(pairs), hardness=hardness)[0]
 
     def exact(unit, pairs, masks):
         return reference.pair_mean(unit, unit, masks["positives"], SCALE, hardness, stat(pairs).double(), "own")[0]
@@ -121,7 +123,7 @@ def bench_pair_mean_logit(benchmark, report, matmuls, hardness, direction):
     scale = torch.tensor(SCALE)
 
     def run(rows, pairs):
-        return pair_mean(rows, pairs, "logit", scale, hardness=hardness, scale_bound=SCALE)[0]
+        return pair_mean(rows, pairs, "logit", Scale(scale, SCALE), hardness=hardness)[0]
 
     def exact(unit, pairs, masks):
         return reference.pair_mean(unit, unit, masks["positives"], SCALE, hardness, None, "logit")[0]
@@ -135,7 +137,7 @@ def bench_pair_mean_logit(benchmark, report, matmuls, hardness, direction):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def bench_pair_lse_both(benchmark, report, matmuls, direction):
     """Rows and columns of one S between two sets of rows: nothing is mirrored, so 2 and 6 products of N x N x D."""
-    scale = torch.tensor(SCALE)
+    scale = Scale(torch.tensor(SCALE), SCALE)
 
     def packed(count, dtype):
         maps = [cases.vectors(count, DIM, CLASSES, seed)[0].detach().to(dtype).requires_grad_() for seed in (0, 1)]
@@ -144,7 +146,7 @@ def bench_pair_lse_both(benchmark, report, matmuls, direction):
 
     found = []
     maps, sides, pairs = packed(CHECKED, torch.float32)
-    out = sum(pair_lse_both(*sides, pairs, "every", scale, scale_bound=SCALE))
+    out = sum(pair_lse_both(*sides, pairs, "every", scale))
     found.append((out, *torch.autograd.grad(out.mean(), maps)))
     maps, _, _ = packed(CHECKED, torch.float64)
     query, key = (torch.nn.functional.normalize(rows, dim=1) for rows in maps)
@@ -155,9 +157,9 @@ def bench_pair_lse_both(benchmark, report, matmuls, direction):
         assert_close(what, actual, wanted)
 
     _, sides, pairs = packed(COUNT, torch.float32)
-    out, grads = pair_lse_both(*sides, pairs, "every", scale, scale_bound=SCALE), [torch.full((COUNT,), 1 / COUNT)] * 2
+    out, grads = pair_lse_both(*sides, pairs, "every", scale), [torch.full((COUNT,), 1 / COUNT)] * 2
     if direction == "forward":
-        step, work = partial(pair_lse_both, *sides, pairs, "every", scale, scale_bound=SCALE), 2.0
+        step, work = partial(pair_lse_both, *sides, pairs, "every", scale), 2.0
     else:
         companions = [side.companion for side in sides]
         step, work = partial(torch.autograd.grad, out, companions, grads, retain_graph=True), 6.0

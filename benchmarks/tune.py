@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from hpcloss.backends import triton as backend  # noqa: E402
 from hpcloss.backends.triton import configs  # noqa: E402
-from hpcloss.partition import partition  # noqa: E402
+from hpcloss.plan.partition import partition  # noqa: E402
 
 WIDTHS = (64, 128, 256, 512)
 PRECISIONS = {"half": (torch.float16, "highest"), "tf32": (torch.float32, "high"), "ieee": (torch.float32, "highest")}
@@ -56,7 +56,7 @@ def work(kernel: str, rows: torch.Tensor) -> Callable[[], object]:
     """One call that runs the kernel, with its statistics where it is a backward pass."""
     count = rows.shape[0]
     labels = torch.arange(count, device=rows.device) * 4 // count
-    at = list(partition(labels).intervals())
+    at = list(partition(labels).intervals)
     scale = torch.full((), 10.0, device=rows.device)
     grad = torch.full((count,), 1 / count, device=rows.device)
     if "cross_entropy" in kernel:

@@ -1,4 +1,4 @@
-"""Draws docs/partition.svg from a small label map, by way of `hpcloss.partition`: python docs/draw.py"""
+"""Draws docs/partition.svg from a small label map, by way of `hpcloss.plan.partition`: python docs/draw.py"""
 
 from collections.abc import Iterator
 from itertools import product
@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpcloss.partition import Pairs, partition
-from hpcloss.regions import Grid
+from hpcloss.plan.partition import Pairs, partition
+from hpcloss.plan.regions import Grid
 
 IGNORED = 255
 LABELS = torch.tensor(
@@ -36,13 +36,13 @@ def plan() -> Pairs:
 
 def relations(pairs: Pairs) -> Tensor:
     """What key row j is to anchor row i, from the intervals alone [N, N]."""
-    rows = pairs.order.numel()
+    rows, at = pairs.order.numel(), pairs.intervals
     found = torch.full((rows, rows), NOTHING)
-    for anchors_from, anchors_to, keys_from, keys_to in zip(*[bound.tolist() for bound in pairs.intervals()[3:]]):
+    for anchors_from, anchors_to, keys_from, keys_to in zip(*[bound.tolist() for bound in at[3:]]):
         for row in range(anchors_from, anchors_to):
             found[row, keys_from:keys_to] = NEGATIVE
-            found[row, pairs.pos_start[row] : pairs.pos_end[row]] = POSITIVE
-            found[row, pairs.self_pos[row]] = SELF
+            found[row, at.pos_start[row] : at.pos_end[row]] = POSITIVE
+            found[row, at.self_pos[row]] = SELF
     return found
 
 
@@ -88,14 +88,17 @@ def strip(pairs: Pairs, x: float, y: float, side: float) -> Iterator[str]:
         yield box(x + start * side + 1, below, (end - start) * side - 2, 3, "#222222")
         yield write(x + start * side + 1, below + 14, words, 11)
 
-    for region in range(pairs.key_end.numel()):
-        keys = int(pairs.key_start[region]), int(pairs.key_end[region])
-        anchors = int(pairs.anchor_start[region]), int(pairs.anchor_end[region])
+    for region in range(pairs.intervals.key_end.numel()):
+        keys = int(pairs.intervals.key_start[region]), int(pairs.intervals.key_end[region])
+        anchors = int(pairs.intervals.anchor_start[region]), int(pairs.intervals.anchor_end[region])
         yield from interval(*keys, 0, f"keys of region {region}: rows {keys[0]} to {keys[1] - 1}")
         yield from interval(*anchors, 1, f"its anchors: {anchors[0]} to {anchors[1] - 1}")
     yield from interval(int(pairs.live()), len(labels), 0, "dead")
     yield from interval(
-        int(pairs.pos_start[ROW]), int(pairs.pos_end[ROW]), 2, f"positives of row {ROW}, itself excepted"
+        int(pairs.intervals.pos_start[ROW]),
+        int(pairs.intervals.pos_end[ROW]),
+        2,
+        f"positives of row {ROW}, itself excepted",
     )
 
 

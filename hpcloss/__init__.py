@@ -33,8 +33,8 @@ from hpcloss.losses import (
     SupConLoss,
 )
 from hpcloss.memory import EmbeddingQueue
+from hpcloss.plan.sampling import sample_anchors, sample_positives
 from hpcloss.prototypes import PrototypeBank, layer_prototypes, sinkhorn
-from hpcloss.sampling import sample_anchors, sample_positives
 
 __version__ = "0.1.0"
 

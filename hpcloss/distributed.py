@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpcloss.ops import differentiable_once
-from hpcloss.pack import Rows
-from hpcloss.partition import Pairs, partition
+from hpcloss.operators import differentiable_once
+from hpcloss.plan.partition import Pairs, partition
+from hpcloss.primitives.rows import Rows
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +74,7 @@ class Gathered(NamedTuple):
         """The rows of all ranks in this order [M], a permutation. A row's gradient is the sum over ranks, in fp32."""
         data = _all_gather(rows.data, self.most, 0).index_select(0, order)
         companion = torch.zeros((), dtype=rows.companion.dtype, device=data.device).expand(data.shape)
-        return Rows(data, _FromAll.apply(rows.companion, companion, order.long(), self.most))
+        return Rows(data, _FromAll.apply(rows.companion, companion, order.long(), self.most), rows.backend)
 
 
 @_uncompiled
@@ -109,11 +109,11 @@ def gather_keys(rows: Rows, pairs: Pairs, labels: Tensor) -> tuple[Pairs, Rows]:
     labels [N]: of the rows. Regions are those of `pairs`, by number; `self_pos` finds the anchors among the keys. Rows
     that `pairs` has as keys only, background, are keys like any other class here.
     """
-    number, num_regions = torch.arange(labels.numel(), device=labels.device), pairs.anchor_end.numel()
-    regions = torch.where(number < pairs.live(), pairs.region(), -1)
+    number, num_regions = torch.arange(labels.numel(), device=labels.device), pairs.intervals.anchor_end.numel()
+    regions = torch.where(number < pairs.live(), pairs.intervals.region(), -1)
     everyone = gather_labels(labels, regions, num_regions)
-    keys = partition(everyone.labels, everyone.regions, num_regions)
-    place = torch.empty_like(keys.order).scatter_(0, keys.order.long(), keys.self_pos)[everyone.own]
+    order, keys = partition(everyone.labels, everyone.regions, num_regions)
+    place = torch.empty_like(order).scatter_(0, order.long(), keys.self_pos)[everyone.own]
     against = pairs.replace(
         pos_start=keys.pos_start[place],
         pos_end=keys.pos_end[place],
@@ -121,7 +121,7 @@ def gather_keys(rows: Rows, pairs: Pairs, labels: Tensor) -> tuple[Pairs, Rows]:
         key_start=keys.key_start,
         key_end=keys.key_end,
     )
-    return against, everyone.keys(rows, keys.order)
+    return against, everyone.keys(rows, order)
 
 
 @_uncompiled

@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpcloss.backends import resolve
-from hpcloss.checks import check_vectors, count, labels_of_map, labels_of_vectors
-from hpcloss.ops import statistics_dtype
-from hpcloss.pack import Rows, pack
-from hpcloss.partition import Pairs, class_sort
-from hpcloss.regions import Grid, region_shape
-from hpcloss.sampling import sample
-from hpcloss.segments import segment_mean
-from hpcloss.sorting import is_ignored
+from hpcloss.checks import boolean, check_vectors, count
+from hpcloss.plan.labels import is_ignored, labels_of_map, labels_of_vectors
+from hpcloss.plan.partition import Pairs, class_sort
+from hpcloss.plan.regions import Grid, region_shape
+from hpcloss.primitives.rows import Rows, pack
+from hpcloss.primitives.segment_mean import segment_mean
+
+NO_GROUP = torch.iinfo(torch.int64).min + 2  # of an embedding that belongs to none
 
 
 class Bank(NamedTuple):
@@ -33,25 +32,27 @@ class Bank(NamedTuple):
 
 
 class EmbeddingQueue(nn.Module):
-    r"""The newest `size` embeddings of each class, as keys without gradient for `PixelContrastLoss`.
+    r"""The newest `size` embeddings of each class, as keys without gradient for `PixelContrastLoss` and `IHPCLoss`.
 
         loss = contrast(features, labels, predictions, queue)
         loss.backward()
         queue.enqueue(features, labels, samples_per_class=10)       # or queue.enqueue_means(features, labels)
 
-    Enqueue after backward: the loss reads the slots in place, without a copy, and backward raises RuntimeError where
-    they have changed since. Class c is the interval [c * size, (c + 1) * size) of the slots; nothing is sorted.
+    Enqueue after backward: `PixelContrastLoss` reads the slots in place, without a copy, and its backward raises
+    RuntimeError where they have changed since. Class c is the interval [c * size, (c + 1) * size) of the slots; nothing
+    is sorted.
 
     The memory of Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021), without the
     defects of the published code: slots wrap around, pixels are those of their class, empty slots are no keys.
 
     Buffers, in `state_dict`: embeddings [C, size, dim], fp32, unit rows in the slots that hold something; filled [C],
-    how many do; next [C], the slot written next. `queue.half()` takes half the memory and needs no conversion for
-    half-precision features on a GPU. Each process of a distributed run keeps its own: leave the queue out of what is
-    wrapped.
+    how many do; next [C], the slot written next; groups [C, size], with `groups=True` alone. `queue.half()` takes half
+    the memory and needs no conversion for half-precision features on a GPU. Each process of a distributed run keeps its
+    own: leave the queue out of what is wrapped.
 
     Args:
         num_classes: C. size: embeddings per class. dim: channels D.
+        groups: also keep the group of each embedding, for `IHPCLoss`.
 
     Raises ValueError for shapes, TypeError for dtypes; never for data.
     """
@@ -59,9 +60,11 @@ class EmbeddingQueue(nn.Module):
     embeddings: Tensor
     filled: Tensor
     next: Tensor
+    groups: Tensor | None
 
-    def __init__(self, num_classes: int, size: int, dim: int):
+    def __init__(self, num_classes: int, size: int, dim: int, *, groups: bool = False):
         super().__init__()
+        boolean("groups", groups)
         self.num_classes, self.size = count("num_classes", num_classes), count("size", size)
         self.dim = count("dim", dim)
         count("num_classes * size", self.num_classes * self.size)
@@ -69,29 +72,47 @@ class EmbeddingQueue(nn.Module):
         self.register_buffer("embeddings", slots)
         self.register_buffer("filled", torch.zeros(self.num_classes, dtype=torch.int64))
         self.register_buffer("next", torch.zeros(self.num_classes, dtype=torch.int64))
+        of_slots = torch.full((self.num_classes, self.size), NO_GROUP, dtype=torch.int64)
+        self.register_buffer("groups", of_slots if groups else None)
 
     @torch.no_grad()
-    def enqueue(self, embeddings: Tensor, labels: Tensor, samples_per_class: int | None = None) -> None:
+    def enqueue(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        samples_per_class: int | None = None,
+        *,
+        groups: Tensor | None = None,
+    ) -> None:
         """Write normalised embeddings over the oldest of their class, in order; of more than `size` the last remain.
 
         embeddings [N, D] with labels [N], or a map [B, D, *S] with labels [B, *S] of any resolution. Labels outside
         [0, num_classes) are skipped, and so are rows that are not finite or have no direction (norm up to 1e-12).
+        A queue of one class needs no labels. groups [N]: integers, where the queue keeps them; by default of no group.
         samples_per_class: of each class draw at most this many, uniformly; None: take all (a map is gathered whole).
         """
+        if labels is None:
+            if self.num_classes > 1:
+                raise ValueError(f"labels are needed by a queue of {self.num_classes} classes, got None")
+            labels = torch.zeros_like(embeddings[:, 0], dtype=torch.int64)
         if embeddings.dim() == 2:
             check_vectors("embeddings", embeddings)
             labels = labels_of_vectors("labels", embeddings, labels)
         else:
             labels = labels_of_map(embeddings, labels).reshape(-1)
         self._check("embeddings", embeddings)
+        if groups is not None and self.groups is None:
+            raise ValueError("groups are not kept by this queue; EmbeddingQueue(..., groups=True) does")
+        if groups is not None:
+            groups = labels_of_vectors("groups", embeddings, groups)
         if labels.numel() == 0:
             return
-        order, offsets, _ = class_sort(labels, num_classes=self.num_classes)
-        if samples_per_class is not None:
-            most = min(count("samples_per_class", samples_per_class), labels.numel())
-            order, offsets = sample(order, offsets, most, num_pixels=labels.numel())
-        rows = pack(embeddings, order, offsets[-1:], normalize=True, backend=resolve("auto", embeddings)).data
-        self._write(rows.to(self.embeddings.dtype), offsets.long())
+        k = None if samples_per_class is None else count("samples_per_class", samples_per_class)
+        drawn = class_sort(labels, num_classes=self.num_classes).sampled(k)
+        rows = pack(embeddings, drawn.order, drawn.live(), normalize=True).data
+        self._write(
+            rows.to(self.embeddings.dtype), drawn.offsets.long(), None if groups is None else groups[drawn.order]
+        )
 
     @torch.no_grad()
     def enqueue_means(self, features: Tensor, labels: Tensor) -> None:
@@ -105,19 +126,19 @@ class EmbeddingQueue(nn.Module):
             return
         spatial = tuple(labels.shape[1:])
         images = Grid(labels.shape[0], spatial, region_shape(None, spatial), per_image=True)
-        order, offsets, _ = class_sort(labels, images, num_classes=self.num_classes)
-        backend = resolve("auto", features)
-        rows = pack(features, order, offsets[-1:], normalize=True, backend=backend)
+        plan = class_sort(labels, images, num_classes=self.num_classes)
+        rows = pack(features, plan.order, plan.live(), normalize=True)
         # The mean of a class that an image does not show is a zero row, which is skipped.
-        means = segment_mean(rows, offsets, backend=backend)
+        means = segment_mean(rows, plan.offsets)
         self.enqueue(means, torch.arange(self.num_classes, device=means.device).repeat(labels.shape[0]))
 
-    def rows(self, dtype: torch.dtype) -> Rows:
-        """The slots as packed keys [C * size, D], without gradient; a view of the buffer if it has this dtype."""
-        data = self.embeddings.view(-1, self.dim).to(dtype)
-        return Rows(data, torch.zeros((), dtype=statistics_dtype(dtype), device=data.device).expand(data.shape))
+    def keys(self, anchors: Rows) -> Rows:
+        """The slots as keys [C * size, D] of these anchors, without gradient; a view of the buffer of one dtype."""
+        data = self.embeddings.view(-1, self.dim).to(anchors.data.dtype)
+        companion = torch.zeros((), dtype=anchors.companion.dtype, device=data.device).expand(data.shape)
+        return Rows(data, companion, anchors.backend)
 
-    def bank(self, pairs: Pairs, classes: Tensor, dtype: torch.dtype, ignore_index: tuple[int, ...] = ()) -> Bank:
+    def bank(self, anchors: Rows, pairs: Pairs, classes: Tensor, ignore_index: tuple[int, ...] = ()) -> Bank:
         """The slots as keys of the anchors of `pairs`, whose rows have `classes` [N]; ignored classes have none.
 
         Of `pairs` only the anchors matter: every region meets all slots.
@@ -125,19 +146,19 @@ class EmbeddingQueue(nn.Module):
         number = torch.arange(self.num_classes, device=self.filled.device)
         held = torch.where(is_ignored(number, ignore_index), 0, self.filled)
         slot = torch.arange(self.size, device=held.device)
-        log_bias = torch.where(slot < held[:, None], 0.0, -torch.inf).reshape(-1).to(statistics_dtype(dtype))
+        log_bias = torch.where(slot < held[:, None], 0.0, -torch.inf).reshape(-1).to(anchors.companion.dtype)
         classes = classes.clamp(0, self.num_classes - 1)  # dead rows have any label
         first = classes * self.size
         against = pairs.replace(
             pos_start=first.to(pairs.order.dtype),
             pos_end=(first + held[classes]).to(pairs.order.dtype),
             self_pos=torch.full_like(pairs.order, -1),
-            key_start=torch.zeros_like(pairs.key_start),
-            key_end=torch.full_like(pairs.key_end, log_bias.numel()),
+            key_start=torch.zeros_like(pairs.intervals.key_start),
+            key_end=torch.full_like(pairs.intervals.key_end, log_bias.numel()),
         )
-        positives, others = against.counts()
+        positives, others = against.intervals.counts()
         empty = log_bias.numel() - held.sum()
-        return Bank(self.rows(dtype), log_bias, against, positives, (others - empty).clamp(min=0))
+        return Bank(self.keys(anchors), log_bias, against, positives, (others - empty).clamp(min=0))
 
     def guard(self, loss: Tensor) -> Tensor:
         """The same loss, whose backward pass says so if the slots are no longer those it was computed from."""
@@ -155,8 +176,9 @@ class EmbeddingQueue(nn.Module):
         if vectors.device != self.embeddings.device:
             raise ValueError(f"{name} must be on {self.embeddings.device}, as the queue, got {vectors.device}")
 
-    def _write(self, rows: Tensor, offsets: Tensor) -> None:
-        """Write unit rows [n, D], those of class c from offsets[c] to offsets[c + 1]; others are zero or not finite."""
+    def _write(self, rows: Tensor, offsets: Tensor, groups: Tensor | None) -> None:
+        """Write unit rows [n, D] and their groups [n], those of class c from offsets[c] to offsets[c + 1]; other rows
+        are zero or not finite."""
         number = torch.arange(rows.shape[0], device=rows.device)
         classes = torch.searchsorted(offsets[1:], number, right=True).clamp_(max=self.num_classes - 1)
         sound = rows.float().square().sum(1) > 0.5  # neither the zero row nor NaN
@@ -167,10 +189,17 @@ class EmbeddingQueue(nn.Module):
         slots = classes * self.size + (self.next[classes] + place) % self.size
         # Shapes are static: a row that is not kept repeats what a kept one writes or, without any, what stands there.
         # Equal values may be written in any order.
-        flat = self.embeddings.view(-1, self.dim)
         one = kept.int().argmax(0, keepdim=True)
-        again = torch.where(kept[one, None], rows[one], flat[slots[one]])
-        flat.index_copy_(0, torch.where(kept, slots, slots[one]), torch.where(kept[:, None], rows, again))
+        targets = torch.where(kept, slots, slots[one])
+
+        def write(flat: Tensor, values: Tensor) -> None:
+            again = torch.where(kept[one, None], values[one], flat[slots[one]])
+            flat.index_copy_(0, targets, torch.where(kept[:, None], values, again))
+
+        write(self.embeddings.view(-1, self.dim), rows)
+        if self.groups is not None:
+            groups = torch.full_like(slots, NO_GROUP) if groups is None else groups
+            write(self.groups.view(-1, 1), groups[:, None])
         self.next.copy_((self.next + arrived) % self.size)
         self.filled.copy_((self.filled + arrived).clamp(max=self.size))
 

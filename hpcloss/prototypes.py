@@ -8,25 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpcloss.backends import resolve
-from hpcloss.checks import (
-    IGNORED,
-    below_one,
-    check_classes_and_ignored,
-    check_probs,
-    check_vectors,
-    count,
-    integers,
-    labels_of_map,
-    labels_of_vectors,
-    positive,
-)
-from hpcloss.ops import NORM_EPS, statistics_dtype
-from hpcloss.pack import pack
-from hpcloss.partition import class_sort
-from hpcloss.regions import Grid, region_shape
-from hpcloss.segments import segment_mean
-from hpcloss.sorting import is_ignored
+from hpcloss.checks import below_one, check_probs, check_vectors, count, integers, positive
+from hpcloss.operators import NORM_EPS, statistics_dtype
+from hpcloss.plan.labels import IGNORED, check_classes_and_ignored, is_ignored, labels_of_map, labels_of_vectors
+from hpcloss.plan.partition import class_sort
+from hpcloss.plan.regions import Grid, region_shape
+from hpcloss.primitives.rows import pack
+from hpcloss.primitives.segment_mean import segment_mean
 
 ABSENT = -1  # label of a prototype without pixels
 
@@ -71,7 +59,6 @@ def layer_prototypes(
     labels, layers = labels_of_map(features, labels), labels_of_map(features, layers, "layers")
     if probs is not None:
         check_probs(features, probs)
-    backend = resolve(backend, features)
     away = is_ignored(labels, ignored, num_classes) | is_ignored(layers, (), num_layers)
     segments = torch.where(away, ABSENT, labels * num_layers + layers)
     spatial = tuple(labels.shape[1:])
@@ -79,9 +66,8 @@ def layer_prototypes(
     rows = class_sort(segments, grid, num_classes=num_classes * num_layers)
 
     def means(of: Tensor) -> Tensor:
-        live = rows.offsets[-1:]
-        packed = pack(of, rows.order, live, normalize=False, permutation=True, backend=backend)
-        return segment_mean(packed, rows.offsets, backend=backend)
+        packed = pack(of, rows.order, rows.live(), normalize=False, permutation=True, backend=backend)
+        return segment_mean(packed, rows.offsets)
 
     # An empty batch still has a grid of one image.
     total = labels.shape[0] * num_classes * num_layers

@@ -12,7 +12,7 @@ from torch import Tensor
 import hpcloss
 from benchmarks.gpu.machine import BACKEND, DEVICE, size
 from hpcloss import reference
-from hpcloss.regions import Grid
+from hpcloss.plan.regions import Grid
 
 HALF, SINGLE = torch.float16, torch.float32
 D = size(128, 16)

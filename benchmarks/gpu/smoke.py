@@ -18,10 +18,11 @@ import hpcloss
 from benchmarks.gpu import cache, machine
 from benchmarks.gpu.check import distance
 from benchmarks.gpu.machine import BACKEND, DEVICE, size
-from hpcloss import native, reference
-from hpcloss.partition import class_sort
-from hpcloss.regions import Grid
-from hpcloss.sampling import sample
+from hpcloss import reference
+from hpcloss.plan import native
+from hpcloss.plan.partition import class_sort
+from hpcloss.plan.regions import Grid
+from hpcloss.plan.sampling import sample
 
 if TYPE_CHECKING:
     from benchmarks.gpu.worker import Worker

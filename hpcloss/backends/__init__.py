@@ -8,7 +8,6 @@ needs it.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -16,17 +15,17 @@ import platform
 import threading
 import warnings
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
-from hpcloss import native
 from hpcloss.backends import evidence
-from hpcloss.checks import RULES
-from hpcloss.sorting import INT32_MAX
+from hpcloss.checks import backend_name
+from hpcloss.operators import load
+from hpcloss.plan import native
+from hpcloss.plan.sorting import INT32_MAX
 
 AUTO = ("triton", "blockwise")  # fastest first
 MAX_CHANNELS = 512  # of a row of the Triton kernels
@@ -35,15 +34,9 @@ WIDTHS = (16, 32, 64, 128, 256)  # and MAX_CHANNELS: of their trials
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-@functools.cache
-def load(name: str) -> ModuleType:
-    """The backend of this name, imported when first asked for."""
-    return importlib.import_module(f"hpcloss.backends.{name}")
-
-
 def resolve(backend: str, tensor: Tensor) -> str:
     """Name of the backend that runs a call on `tensor` [., D, ...]. An explicit request never falls back."""
-    RULES["backend"]("backend", backend)
+    backend_name("backend", backend)
     if backend == "auto" and tensor.device.type == "cpu":
         return "blockwise"
     refusals = []

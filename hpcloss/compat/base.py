@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from hpcloss.losses.options import of_pairs
+from hpcloss.losses.options import temperature as rule_of_temperature
 
 
 class PeerLoss(nn.Module):
@@ -16,3 +19,14 @@ class PeerLoss(nn.Module):
         if name in self.lacks:
             raise AttributeError(f"{name} has no effect on this {type(self).__name__} and cannot be set, got {value!r}")
         super().__setattr__(name, value)
+
+
+def check_vector_options(temperature: float | Tensor, reduction: str = "mean") -> None:
+    """Raise TypeError or ValueError for an invalid temperature or reduction."""
+    rule_of_temperature("temperature", temperature)
+    of_pairs("reduction", reduction)
+
+
+def times(loss: Tensor, factor: float | Tensor) -> Tensor:
+    """loss * factor, of the loss's dtype and shape."""
+    return loss * (factor.to(loss).reshape(()) if isinstance(factor, Tensor) else factor)

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcloss.backends import resolve
-from hpcloss.checks import check_vector_options, count, labels_of_map
-from hpcloss.functional.arithmetic import inverse_temperature, reduce, times
-from hpcloss.functional.contrast import Contrast
-from hpcloss.ops import statistics_dtype
-from hpcloss.pack import pack
-from hpcloss.partition import class_sort, partition, partition_against
-from hpcloss.regions import Grid, region_shape
-from hpcloss.sampling import sample
+from hpcloss.checks import count
+from hpcloss.compat.base import check_vector_options, times
+from hpcloss.losses.contrast import contrast
+from hpcloss.losses.reduction import reduce
+from hpcloss.operators import statistics_dtype
+from hpcloss.plan.labels import labels_of_map
+from hpcloss.plan.partition import class_sort, partition, partition_against
+from hpcloss.plan.regions import Grid, region_shape
+from hpcloss.primitives.rows import pack
+from hpcloss.primitives.scale import Scale
 
 MOST_CLASSES = 1 << 16  # where nobody says how many there are
 
@@ -62,7 +63,7 @@ class PixelContrastLoss(nn.Module):
                 ignore_label = configer.get("loss", "params").get("ce_ignore_index", ignore_label)
             if configer.exists("data", "num_classes"):
                 num_classes = configer.get("data", "num_classes")
-        check_vector_options(temperature, "mean")
+        check_vector_options(temperature)
         self.configer = configer
         self.temperature = temperature
         self.base_temperature = base_temperature
@@ -84,7 +85,7 @@ class PixelContrastLoss(nn.Module):
         queue [C, K, D]: embeddings of past pixels of each class, which are then the only keys, without gradient.
         Without labels: 0, joined to the graph.
         """
-        check_vector_options(self.temperature, "mean")  # a script may have set another
+        check_vector_options(self.temperature)  # a script may have set another
         if labels is None:
             return feats.reshape(-1)[:0].sum().to(statistics_dtype(feats.dtype))
         labels = labels_of_map(feats, labels)
@@ -101,7 +102,7 @@ class PixelContrastLoss(nn.Module):
                     " pass num_classes, and larger ones are left out"
                 )
         pixels, classes = self._draw(labels, wrong, count("num_classes", num_classes))
-        backend, key_order, keys = resolve("auto", feats), None, None
+        key_order, keys = None, None
         if queue is None:
             pairs = partition(classes, ignore_index=(-1,))
         else:
@@ -111,12 +112,11 @@ class PixelContrastLoss(nn.Module):
             pairs, key_order = partition_against(classes, key_classes, ignore_index=(-1,))
         # All that is drawn stands in front, and it is no more than this.
         pairs = pairs.head(max(self.max_samples, len(labels) * num_classes))
-        rows = pack(feats, pixels[pairs.order], pairs.live(), normalize=False, backend=backend)
+        rows = pack(feats, pixels[pairs.order], pairs.live(), normalize=False)
         if queue is not None and key_order is not None:
             old = queue.detach().to(rows.data).flatten(0, 1)
-            keys = pack(old, key_order, normalize=False, backend=backend)
-        scale, bound = inverse_temperature(self.temperature, rows, False)
-        loss, counted = Contrast(rows, "own", 0.0, 0.0, scale, bound, True, backend)(pairs, keys)
+            keys = pack(old, key_order, normalize=False, backend=rows.backend)
+        loss, counted = contrast(rows, pairs, keys=keys, scale=Scale.of(self.temperature, rows, False))
         return times(reduce(loss, counted, "mean"), self.temperature / self.base_temperature)
 
     def _draw(self, labels: Tensor, wrong: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -127,8 +127,8 @@ class PixelContrastLoss(nn.Module):
             return flat, flat
         kinds = torch.where(flat == self.ignore_label, -1, 2 * flat + ~wrong.reshape(-1))
         images = Grid(len(labels), spatial, region_shape(None, spatial), per_image=True)
-        order, offsets, _ = class_sort(kinds, images, num_classes=2 * num_classes)
-        hard, easy = offsets.long().diff().view(-1, 2).unbind(1)
+        rows = class_sort(kinds, images, num_classes=2 * num_classes)
+        hard, easy = rows.offsets.long().diff().view(-1, 2).unbind(1)
         present = hard + easy > (max_views if self.legacy_sampling else 0)
         each = (max_samples // present.sum().clamp(min=1)).clamp(1, max_views)
         each = torch.where(present, torch.minimum(hard + easy, each), 0)
@@ -136,7 +136,8 @@ class PixelContrastLoss(nn.Module):
         from_hard = torch.minimum(hard, torch.maximum(each // 2, each - easy))
         wanted = torch.stack([from_hard, each - from_hard], 1).reshape(-1)
         # How many are wanted depends on the data, so as many as may be are drawn and the rest is left out by lot.
-        drawn, ends = sample(order, offsets, min(max_views, flat.numel()), num_pixels=flat.numel())
+        sampled = rows.sampled(max_views)
+        drawn, ends = sampled.order, sampled.offsets
         place = torch.arange(drawn.numel(), device=drawn.device)
         kind = torch.searchsorted(ends[1:].contiguous(), place, right=True)
         lot = torch.sort(kind + torch.rand(kind.shape, dtype=torch.float32, device=kind.device).double()).indices

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hpcloss.checks import check_vector_options, check_vectors
-from hpcloss.functional.arithmetic import reduce, softplus
-from hpcloss.functional.supcon import infonce_loss
-from hpcloss.ops import NORM_EPS, plain, statistics_dtype
+from hpcloss.checks import check_vectors
+from hpcloss.compat.base import check_vector_options
+from hpcloss.losses.arithmetic import softplus
+from hpcloss.losses.reduction import reduce
+from hpcloss.losses.vectors import infonce_loss
+from hpcloss.operators import NORM_EPS, plain, statistics_dtype
 
 
 class InfoNCE(nn.Module):

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpcloss.checks import check_vector_options, check_vectors
-from hpcloss.compat.base import PeerLoss
+from hpcloss.checks import check_vectors
+from hpcloss.compat.base import PeerLoss, check_vector_options
 from hpcloss.distributed import gather_vectors, has_peers
-from hpcloss.functional.arithmetic import reduce
-from hpcloss.functional.supcon import infonce_loss, ntxent_loss
+from hpcloss.losses.reduction import reduce
+from hpcloss.losses.vectors import infonce_loss, ntxent_loss
 from hpcloss.memory import EmbeddingQueue
-from hpcloss.ops import statistics_dtype
+from hpcloss.operators import statistics_dtype
 
 
 class NTXentLoss(PeerLoss):
@@ -45,7 +45,7 @@ class NTXentLoss(PeerLoss):
         gather_distributed: bool = False,
     ):
         super().__init__()
-        check_vector_options(temperature, "mean")
+        check_vector_options(temperature)
         if not isinstance(temperature, Tensor) and temperature < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         if gather_distributed and not dist.is_available():

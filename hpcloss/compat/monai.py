@@ -7,8 +7,8 @@ import warnings
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from hpcloss.checks import check_vector_options
-from hpcloss.functional.supcon import ntxent_loss
+from hpcloss.compat.base import check_vector_options
+from hpcloss.losses.vectors import ntxent_loss
 
 
 class ContrastiveLoss(_Loss):
@@ -21,7 +21,7 @@ class ContrastiveLoss(_Loss):
 
     def __init__(self, temperature: float | Tensor = 0.5, batch_size: int = -1):
         super().__init__()
-        check_vector_options(temperature, "mean")
+        check_vector_options(temperature)
         self.temperature = temperature
         if batch_size != -1:
             warnings.warn(f"batch_size={batch_size} has no effect, the batch says its size itself", stacklevel=2)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hpcloss.compat.base import PeerLoss
 from hpcloss.distributed import world_size as ranks
-from hpcloss.functional.supcon import infonce_loss
-from hpcloss.ops import statistics_dtype
+from hpcloss.losses.vectors import infonce_loss
+from hpcloss.operators import statistics_dtype
 
 
 class ClipLoss(PeerLoss):

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpcloss.backends import resolve
-from hpcloss.checks import check_vector_options, check_vectors, labels_of_vectors
-from hpcloss.compat.base import PeerLoss
-from hpcloss.functional.arithmetic import inverse_temperature, softplus
-from hpcloss.ops import differentiable_once, statistics_dtype
-from hpcloss.pack import Rows, pack
-from hpcloss.pairs import pair_cross_entropy, pair_lse, pair_mean
-from hpcloss.partition import Pairs, partition, partition_against
-from hpcloss.sorting import changes
+from hpcloss.checks import check_vectors
+from hpcloss.compat.base import PeerLoss, check_vector_options
+from hpcloss.losses.arithmetic import softplus
+from hpcloss.operators import differentiable_once, statistics_dtype
+from hpcloss.plan.labels import labels_of_vectors
+from hpcloss.plan.partition import Pairs, partition, partition_against
+from hpcloss.plan.sorting import changes
+from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
+from hpcloss.primitives.pair_lse import pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows, pack
+from hpcloss.primitives.scale import Scale
 
 CHUNK = 1 << 20  # numbers of each side that are in memory at once where pairs are named one by one
 
@@ -58,7 +61,7 @@ class PairLoss(PeerLoss):
         collect_stats: bool | None = None,
     ):
         super().__init__()
-        check_vector_options(temperature, "mean")
+        check_vector_options(temperature)
         self.temperature = temperature
         self.distance = distance
         whole = type(reducer).__name__ in ("MultipleReducers", "DoNothingReducer")
@@ -87,7 +90,7 @@ class PairLoss(PeerLoss):
         Positives and negatives are rows of ref_emb [M, D] with ref_labels [M], by default of the embeddings. A row is
         not its own key then, nor where ref_labels are the object `labels` or not given.
         """
-        check_vector_options(self.temperature, "mean")  # a script may have set another
+        check_vector_options(self.temperature)  # a script may have set another
         check_vectors("embeddings", embeddings)
         if ref_emb is not None:
             check_vectors("ref_emb", ref_emb, like=embeddings)
@@ -140,7 +143,8 @@ class PairLoss(PeerLoss):
         else:
             ref_labels = labels_of_vectors("ref_labels", ref_emb, torch.as_tensor(ref_labels))
             pairs, key_order = partition_against(labels, ref_labels)
-        return self._pack(embeddings, pairs.order), self._pack(ref_emb, key_order), pairs
+        rows = self._pack(embeddings, pairs.order)
+        return rows, self._pack(ref_emb, key_order, rows), pairs
 
     def _named(self, embeddings: Tensor, indices: Sequence[Tensor], ref_emb: Tensor | None) -> tuple[Named, Named, int]:
         """The positive pairs, the negative ones, and the number of keys."""
@@ -150,19 +154,20 @@ class PairLoss(PeerLoss):
         of_negative, negative = rest if len(rest) == 2 else (of_positive, *rest)
         rows = self._pack(embeddings, torch.arange(len(embeddings), device=embeddings.device))
         if ref_emb is None:
-            # Views, as compilers want no tensor twice among the arguments.
-            keys = Rows(rows.data.view_as(rows.data), rows.companion.view_as(rows.companion))
+            keys = rows.view()
         else:
-            keys = self._pack(ref_emb, torch.arange(len(ref_emb), device=ref_emb.device))
-        scale, _ = inverse_temperature(self.temperature, rows, self.normalize)
+            keys = self._pack(ref_emb, torch.arange(len(ref_emb), device=ref_emb.device), rows)
+        scale = Scale.of(self.temperature, rows, self.normalize).value
         both = [
             Named(a, k, scale * _PairDots.apply(rows.data, rows.companion, keys.data, keys.companion, a, k))
             for a, k in ((of_positive, positive), (of_negative, negative))
         ]
         return both[0], both[1], len(keys.data)
 
-    def _pack(self, vectors: Tensor, order: Tensor) -> Rows:
-        return pack(vectors, order, normalize=self.normalize, permutation=True, backend=resolve("auto", vectors))
+    def _pack(self, vectors: Tensor, order: Tensor, anchors: Rows | None = None) -> Rows:
+        """Packed vectors; with anchors, as their keys, which may be of another dtype."""
+        rows = pack(vectors, order, normalize=self.normalize, permutation=True)
+        return rows if anchors is None else Rows(rows.data, rows.companion, anchors.backend)
 
     # Losses and what each belongs to, or one number where they are not kept one by one.
 
@@ -191,10 +196,8 @@ class SupConLoss(PairLoss):
         super().__init__(temperature, **options)
 
     def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
-        scale, bound = inverse_temperature(self.temperature, rows, self.normalize)
-        backend = resolve("auto", rows.data)
-        loss, _, _ = pair_cross_entropy(rows, pairs, scale, keys=keys, scale_bound=bound, backend=backend)
-        positives, negatives = pairs.counts()
+        loss, _, _ = pair_cross_entropy(rows, pairs, Scale.of(self.temperature, rows, self.normalize), keys=keys)
+        positives, negatives = pairs.intervals.counts()
         loss = torch.where(_is_contrast(positives.sum(), negatives.sum()), loss, 0.0)
         return torch.zeros_like(loss).index_add(0, pairs.order, loss), torch.arange(len(loss), device=loss.device)
 
@@ -239,11 +242,10 @@ class NTXentLoss(PairLoss):
                 f"reducer {name} needs the loss of each pair, which labels do not give; use MeanReducer without"
                 " collect_stats, or an indices_tuple"
             )
-        scale, bound = inverse_temperature(self.temperature, rows, self.normalize)
-        backend = resolve("auto", rows.data)
-        stat = pair_lse(rows, pairs, "negatives", scale, keys=keys, scale_bound=bound, backend=backend)
-        mean, _ = pair_mean(rows, pairs, "own", scale, keys=keys, stat=stat, scale_bound=bound, backend=backend)
-        positives, negatives = [count.to(mean.dtype) for count in pairs.counts()]
+        scale = Scale.of(self.temperature, rows, self.normalize)
+        stat = pair_lse(rows, pairs, "negatives", scale, keys=keys)
+        mean, _ = pair_mean(rows, pairs, "own", scale, keys=keys, stat=stat)
+        positives, negatives = [count.to(mean.dtype) for count in pairs.intervals.counts()]
         share = positives / positives.sum().clamp(min=1)
         return torch.where(_is_contrast(positives.sum(), negatives.sum()), (share * mean).sum(), 0.0), None
 

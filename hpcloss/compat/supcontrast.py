@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hpcloss.backends import resolve
-from hpcloss.checks import check_vector_options
-from hpcloss.functional.arithmetic import inverse_temperature, times
-from hpcloss.functional.supcon import supcon_loss
-from hpcloss.ops import plain, statistics_dtype
-from hpcloss.pack import pack
-from hpcloss.pairs import pair_lse
-from hpcloss.partition import partition
+from hpcloss.compat.base import check_vector_options, times
+from hpcloss.losses.vectors import supcon_loss
+from hpcloss.operators import plain, statistics_dtype
+from hpcloss.plan.partition import partition
+from hpcloss.primitives.pair_lse import pair_lse
+from hpcloss.primitives.rows import pack
+from hpcloss.primitives.scale import Scale
 
 
 class SupConLoss(nn.Module):
@@ -29,7 +28,7 @@ class SupConLoss(nn.Module):
 
     def __init__(self, temperature: float | Tensor = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07):
         super().__init__()
-        check_vector_options(temperature, "mean")
+        check_vector_options(temperature)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
@@ -37,7 +36,7 @@ class SupConLoss(nn.Module):
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """features [N, views, ...]; labels [N], or mask [N, N] whose entry (i, j) is how much image j is a positive of
         i, symmetric or not; with neither, the views of an image are each other's positives (SimCLR)."""
-        check_vector_options(self.temperature, "mean")  # a script may have set another
+        check_vector_options(self.temperature)  # a script may have set another
         if features.dim() < 3:
             raise ValueError(f"features must have shape [N, views, ...], got {tuple(features.shape)}")
         if labels is not None and mask is not None:
@@ -64,11 +63,10 @@ class SupConLoss(nn.Module):
         """Loss of each row: the sum over positives is linear, so that it needs the mask of images alone."""
         if mask.shape != (images, images):
             raise ValueError(f"mask must have shape {(images, images)}, got {tuple(mask.shape)}")
-        backend = resolve("auto", rows)
         pairs = partition(torch.zeros(len(rows), dtype=torch.int64, device=rows.device))  # leaves the order as it is
-        packed = pack(rows, pairs.order, normalize=False, permutation=True, backend=backend)
-        scale, _ = inverse_temperature(self.temperature, packed, False)
-        lse = pair_lse(packed, pairs, "others", scale, backend=backend)
+        packed = pack(rows, pairs.order, normalize=False, permutation=True)
+        scale = Scale.of(self.temperature, packed, False)
+        lse = pair_lse(packed, pairs, "others", scale)
         with torch.autocast(rows.device.type, enabled=False):
             x = rows.to(statistics_dtype(rows.dtype)).view(views, images, -1)
             mask = mask.to(x)
@@ -77,5 +75,5 @@ class SupConLoss(nn.Module):
             summed = (mask.double() @ x.sum(0).double()).to(x)
             positive = (x * summed).sum(2) - own * x.square().sum(2)
             weight = (views * mask.sum(1) - own).repeat(views)
-        logit = scale * positive.reshape(-1) - torch.where(weight == 0, 0.0, lse) * weight
+        logit = scale.value * positive.reshape(-1) - torch.where(weight == 0, 0.0, lse) * weight
         return -logit / torch.where(weight < 1e-6, 1.0, weight)

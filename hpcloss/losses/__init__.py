@@ -7,7 +7,7 @@ from hpcloss.losses.multiscale import MultiscaleContrastLoss
 from hpcloss.losses.pixel import PixelContrastLoss
 from hpcloss.losses.prototype import PrototypeAssignmentLoss, PrototypeContrastLoss
 from hpcloss.losses.region import RegionPHPCLoss, RegionSupConLoss
-from hpcloss.losses.supcon import HardNegativeNCELoss, InfoNCELoss, NTXentLoss, SupConLoss
+from hpcloss.losses.vectors import HardNegativeNCELoss, InfoNCELoss, NTXentLoss, SupConLoss
 
 __all__ = [
     "EntropyGuidedContrastLoss",

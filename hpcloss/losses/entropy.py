@@ -1,14 +1,98 @@
-"""Contrast of uncertain pixels with certain ones: entropy-guided (EGCL-Net)."""
+"""Contrast of uncertain pixels with certain ones: entropy-guided."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import cast
 
+import torch
 from torch import Tensor
 
-from hpcloss.checks import IGNORED
-from hpcloss.functional.entropy import entropy_guided_contrast_loss
-from hpcloss.losses.base import Loss
+from hpcloss.checks import check_probs, check_used
+from hpcloss.distributed import gather_keys, gather_labels, has_peers
+from hpcloss.losses.contrast import contrast
+from hpcloss.losses.module import Loss
+from hpcloss.losses.options import checked, unchecked
+from hpcloss.losses.reduction import reduce
+from hpcloss.operators import plain, statistics_dtype
+from hpcloss.plan.labels import IGNORED, check_classes_and_ignored, is_ignored, labels_of_map
+from hpcloss.plan.partition import Pairs, class_sort
+from hpcloss.primitives.rows import Rows, pack
+from hpcloss.primitives.scale import Scale
+
+
+@checked
+def entropy_guided_contrast_loss(
+    features: Tensor,
+    probs: Tensor,
+    labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    threshold: float | str = "mean",
+    entropy_classes: bool = False,
+    denominator: str = "own",
+    symmetric: bool = False,
+    detach_keys: bool = True,
+    samples_per_class: int | None = None,
+    ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
+    reduction: str = "mean",
+    gather: bool = False,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of high-entropy pixels with low-entropy ones; equations and arguments in `EntropyGuidedContrastLoss`."""
+    check_probs(features, probs)
+    probs = plain(probs)
+    known = labels is not None
+    labels = labels_of_map(features, labels if labels is not None else probs.argmax(1))
+    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    num_classes, flat = probs.shape[1], labels.reshape(-1)
+    check_classes_and_ignored(num_classes, ignored)
+    gather = has_peers(gather)
+    valid = ~is_ignored(labels, ignored, num_classes)
+    entropy = torch.special.entr(probs.detach().to(statistics_dtype(probs.dtype))).sum(1)
+    high = _is_high(entropy, valid, threshold, num_classes)
+    # Comparisons with NaN are False: without this factor such a pixel would pass for a certain one, and its image too.
+    unknown = ~entropy.isfinite() & (valid if known else True)
+    visible = torch.where(unknown.any(), math.nan, entropy.new_ones(()))
+    # Sorted by (entropy, class): the low-entropy pixels are the first C segments, the others the last C.
+    by_entropy = class_sort(flat, high.long(), 2, ignore_index=ignored, num_classes=num_classes)
+    if check_finite:
+        check_used(by_entropy.order, by_entropy.live(), probs=probs)
+    by_entropy = by_entropy.sampled(samples_per_class)
+    order, live = by_entropy.order, by_entropy.live()
+    if check_finite:
+        check_used(temperature=temperature)
+        check_used(order, live, features=features)
+    whole = samples_per_class is None
+    rows = pack(features, order, live, normalize=normalize, permutation=whole, backend=backend)
+    scale = Scale.of(temperature, rows, normalize)
+
+    def reduced(pairs: Pairs, keys: Rows | None) -> Tensor:
+        loss, counted = contrast(rows, pairs, keys=keys, scale=scale, denominator=denominator)
+        return reduce(loss * visible.to(loss.dtype), counted, reduction, order, labels, gather=gather)
+
+    keys = rows.detach() if detach_keys else rows.view()
+    # Every pair of a class and a side of the threshold as one class of a single region.
+    joint = by_entropy.replace(num_classes=2 * num_classes)
+    if gather:  # the segment of each row, 2 C for the dead
+        number = torch.arange(order.numel(), device=order.device)
+        segment = torch.searchsorted(by_entropy.offsets[1:], number, right=True)
+    if entropy_classes:
+        if gather:
+            return reduced(*gather_keys(keys, joint.pairs(), segment))
+        return reduced(joint.pairs(), keys if detach_keys else None)
+    of_keys = by_entropy
+    if gather:
+        everyone = gather_labels(segment)
+        sorted_keys = class_sort(everyone.labels, num_classes=2 * num_classes)
+        keys, of_keys = everyone.keys(keys, sorted_keys.order), sorted_keys.replace(num_classes=num_classes)
+    loss = reduced(by_entropy.region(1).against(of_keys.region(0)), keys)
+    if not symmetric:
+        return loss
+    return (loss + reduced(by_entropy.region(0).against(of_keys.region(1)), keys)) / 2
 
 
 class EntropyGuidedContrastLoss(Loss):
@@ -77,4 +161,13 @@ class EntropyGuidedContrastLoss(Loss):
     def forward(self, features: Tensor, probs: Tensor, labels: Tensor | None = None) -> Tensor:
         """features [B, D, *S]; probs [B, C, *S], not differentiated; labels [B, *S] or [B, 1, *S], resized by nearest
         neighbour; by default the most probable class."""
-        return entropy_guided_contrast_loss(features, probs, labels, **self.options)
+        return unchecked(entropy_guided_contrast_loss)(features, probs, labels, **self.options)
+
+
+def _is_high(entropy: Tensor, valid: Tensor, threshold: float | str, num_classes: int) -> Tensor:
+    """Pixels whose entropy [B, *S] is above the mean of their image's valid pixels, or above a share of ln C."""
+    if not isinstance(threshold, str):
+        return entropy > threshold * math.log(num_classes)
+    axes = tuple(range(1, entropy.dim()))
+    total = torch.where(valid, entropy, 0.0).sum(axes, keepdim=True)
+    return entropy > total / valid.sum(axes, keepdim=True).clamp(min=1)

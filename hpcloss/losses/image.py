@@ -7,9 +7,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.checks import below_one, check_options
-from hpcloss.functional.image import NO_GROUP, UNFILLED, ihpc_loss
-from hpcloss.losses.base import Loss
+from hpcloss.checks import below_one, check_used, check_vectors
+from hpcloss.distributed import has_peers
+from hpcloss.losses.arithmetic import merge, softplus
+from hpcloss.losses.module import Loss
+from hpcloss.losses.options import checked, unchecked
+from hpcloss.losses.reduction import reduce, softmax, sum_of
+from hpcloss.losses.vectors import images, two_views
+from hpcloss.memory import NO_GROUP, EmbeddingQueue
+from hpcloss.plan.labels import labels_of_vectors
+from hpcloss.plan.partition import partition_against
+from hpcloss.primitives.pair_lse import pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import pack
+from hpcloss.primitives.scale import Scale
+
+# The group of a row of the bank that does not exist yet.
+UNFILLED = torch.iinfo(torch.int64).min + 1
+
+
+@checked
+def ihpc_loss(
+    view1: Tensor,
+    view2: Tensor,
+    groups: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    hardness: float = 1.0,
+    *,
+    beta: float | None = None,
+    bank: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    gather: bool = False,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Image-level hard-positive contrast of two views; equations and arguments in `IHPCLoss`.
+
+    beta: the published form instead of the reweighted one; hardness then has no part. bank [M, D]: further negatives,
+    not differentiated;
+    bank_groups [M]: their groups, of which those equal to `UNFILLED` mark rows that do not exist yet.
+    """
+    check_vectors("view1", view1)
+    if check_finite:
+        check_used(temperature=temperature, view1=view1, view2=view2)
+    gather = has_peers(gather)
+    owner = images(view1, gather) if groups is None else labels_of_vectors("groups", view1, groups)
+    rows, keys, by_group, own = two_views(view1, view2, owner, normalize, backend, gather)
+    scale = Scale.of(temperature, rows, normalize)
+    negative = pair_lse(rows, by_group, "negatives", scale, keys=keys)
+    _, negatives = by_group.intervals.counts()
+    if bank is not None:
+        check_vectors("bank", bank, like=view1)
+        if bank_groups is None:
+            bank_groups = torch.full_like(bank[:, 0], NO_GROUP, dtype=torch.int64)
+        if groups is None:  # no image of the batch is in the bank, whatever its number
+            bank_groups = torch.where(bank_groups == UNFILLED, UNFILLED, NO_GROUP)
+        # Anchors in the order of `rows`: both partitions sort the same groups stably.
+        bank_pairs, bank_order = partition_against(owner.repeat(2), bank_groups, ignore_index=(UNFILLED,))
+        filled = bank_pairs.intervals.key_end
+        if check_finite:
+            check_used(bank_order, filled, bank=bank)
+        bank_rows = pack(bank.detach(), bank_order, filled, normalize=normalize, backend=rows.backend)
+        negative = merge(negative, pair_lse(rows, bank_pairs, "negatives", scale, keys=bank_rows))
+        negatives = negatives + bank_pairs.intervals.counts()[1]
+    positive, _ = pair_mean(rows, own, "logit", scale.unbounded(), keys=keys)
+    counted = negatives > 0
+    factor = 1.0 if beta is None else 1 - beta
+    loss = softplus(negative - factor * positive)
+    if beta is None and hardness:
+        exponent = -hardness * positive.detach() / scale.value.detach()
+        loss = loss * (softmax(exponent, counted, gather) * sum_of(counted, gather))
+    loss = torch.where(counted, loss, 0.0)
+    return reduce(loss, counted, reduction, own.order, gather=gather)
 
 
 class IHPCLoss(Loss):
@@ -26,10 +97,6 @@ class IHPCLoss(Loss):
     Args:
         temperature: positive number, or a 0-dim tensor (learnable).
         hardness: 0 weighs all images alike; larger weighs images with dissimilar views more.
-        memory_bank: (rows, D) of a queue of past `view2` embeddings that serve as further negatives without gradient;
-            kept in `state_dict`, in fp32. None: the batch alone. Each process of a distributed run keeps its own:
-            exclude the loss from what is wrapped, or pass broadcast_buffers=False. A call writes it: put the network
-            inside an activation checkpoint, not the loss, which would meet its own rows when it is computed again.
         normalize: L2-normalise the rows.
         reduction: "mean", "sum" or "none" ([2N], view1 first; the mean of them is the loss).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
@@ -38,16 +105,12 @@ class IHPCLoss(Loss):
     """
 
     beta: float | None  # of the published form, else None
-    bank: Tensor
-    bank_groups: Tensor
-    bank_next: Tensor
 
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
         hardness: float = 1.0,
         *,
-        memory_bank: tuple[int, int] | None = None,
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
@@ -65,13 +128,6 @@ class IHPCLoss(Loss):
             check_finite=check_finite,
             backend=backend,
         )
-        check_options(ihpc_loss, {"memory_bank": memory_bank})
-        self.memory_bank = memory_bank
-        if memory_bank is not None:
-            rows, dim = memory_bank
-            self.register_buffer("bank", torch.zeros(rows, dim, dtype=torch.float32))
-            self.register_buffer("bank_groups", torch.full((rows,), UNFILLED, dtype=torch.int64))
-            self.register_buffer("bank_next", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def published(cls, beta: float = 0.1, **options: Any) -> IHPCLoss:
@@ -88,36 +144,48 @@ class IHPCLoss(Loss):
         loss.beta = float(beta)
         return loss
 
-    def forward(self, view1: Tensor, view2: Tensor, groups: Tensor | None = None) -> Tensor:
+    def forward(
+        self, view1: Tensor, view2: Tensor, groups: Tensor | None = None, queue: EmbeddingQueue | None = None
+    ) -> Tensor:
         """view1, view2 [N, D]: row i of both shows image i.
 
         groups [N]: pairs of one group but different images are neither positive nor negative (slices of one plane of
         different patients look alike: as negatives they would be false).
+
+        queue: embeddings of past batches as further negatives, without gradient; of one class, and with groups the
+        queue must keep those of its embeddings. The loss reads it and never writes it:
+
+            queue = EmbeddingQueue(1, size=4096, dim=128, groups=True)
+            loss = contrast(view1, view2, groups, queue)
+            loss.backward()
+            queue.enqueue(view2, groups=groups)
         """
-        if self.memory_bank is None:
-            return ihpc_loss(view1, view2, groups, **self.options)
-        # Packing copies what it reads, so the rows may be replaced before the backward pass.
-        loss = ihpc_loss(view1, view2, groups, **self.options, bank=self.bank, bank_groups=self.bank_groups)
-        if self.training:
-            self._enqueue(view2, groups)
-        return loss
+        loss = unchecked(ihpc_loss)
+        if queue is None:
+            return loss(view1, view2, groups, **self.options)
+        bank, bank_groups = _rows_of(queue, groups)
+        return loss(view1, view2, groups, **self.options, bank=bank, bank_groups=bank_groups)
 
-    @torch.no_grad()
-    def _enqueue(self, view: Tensor, groups: Tensor | None) -> None:
-        """Write the newest rows over the oldest."""
-        rows = self.bank.shape[0]
-        view = view[-rows:].to(self.bank.dtype)
-        if self.normalize:
-            view = torch.nn.functional.normalize(view, dim=1)
-        slots = (self.bank_next + torch.arange(view.shape[0], device=view.device)) % rows
-        newest = torch.full_like(slots, NO_GROUP) if groups is None else groups.reshape(-1)[-rows:].to(slots)
-        # A step that overflowed in half precision is skipped by the scaler; its rows must not stay as keys.
-        sound = view.isfinite().all(1)
-        newest = torch.where(sound, newest, UNFILLED)
-        view = torch.where(sound[:, None], view, 0.0)
-        self.bank.index_copy_(0, slots, view)
-        self.bank_groups.index_copy_(0, slots, newest)
-        self.bank_next.copy_((self.bank_next + view.shape[0]) % rows)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A checkpoint of a loss that kept a memory bank of its own is refused with the remedy."""
+        strict, _, _, errors = rest[-4:]
+        if strict and f"{prefix}bank" in state_dict:
+            names = ", ".join(f"{prefix}{name}" for name in ("bank", "bank_groups", "bank_next"))
+            errors.append(
+                f"IHPCLoss keeps no memory bank any more; leave {names} out of the state_dict (or pass strict=False),"
+                " and give the loss an EmbeddingQueue, which starts empty"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, memory_bank={self.memory_bank}"
+
+def _rows_of(queue: EmbeddingQueue, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The slots of a queue [K, D] and their groups [K], `UNFILLED` for a slot that holds nothing."""
+    if not isinstance(queue, EmbeddingQueue):
+        raise TypeError(f"queue must be an EmbeddingQueue, got {type(queue).__name__}")
+    if queue.num_classes != 1:
+        raise ValueError(f"queue must have one class, got num_classes={queue.num_classes}")
+    if groups is not None and queue.groups is None:
+        raise ValueError("queue must keep groups, as groups are given: EmbeddingQueue(..., groups=True)")
+    slot = torch.arange(queue.size, device=queue.filled.device)
+    of_slots = torch.full_like(slot, NO_GROUP) if queue.groups is None else queue.groups[0]
+    return queue.embeddings[0], torch.where(slot < queue.filled, of_slots, UNFILLED)

@@ -3,12 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
+import torch
 from torch import Tensor
 
-from hpcloss.checks import IGNORED
-from hpcloss.functional.multiscale import multiscale_contrast_loss
-from hpcloss.losses.base import Loss
+from hpcloss.checks import check_same_maps, check_used
+from hpcloss.distributed import gather_keys, has_peers
+from hpcloss.losses.contrast import contrast
+from hpcloss.losses.module import Loss
+from hpcloss.losses.options import checked, unchecked
+from hpcloss.losses.reduction import reduce
+from hpcloss.plan.labels import IGNORED, is_ignored, labels_of_map
+from hpcloss.plan.partition import Pairs, class_sort, paired
+from hpcloss.plan.regions import Grid
+from hpcloss.primitives.rows import Rows, pack
+from hpcloss.primitives.scale import Scale
+from hpcloss.primitives.segment_mean import segment_mean
+
+
+@checked
+def multiscale_contrast_loss(
+    features1: Tensor,
+    features2: Tensor,
+    labels: Tensor | None = None,
+    patch_size: int | Sequence[int] = 8,
+    temperature: float | Tensor = 0.1,
+    *,
+    patch_positives: str = "instance",
+    patch_weight: float = 1.0,
+    pixel_weight: float = 1.0,
+    num_classes: int | None = None,
+    samples_per_class: int | None = 64,
+    ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
+    gather: bool = False,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Patch-level and pixel-level contrast of two branches; equations and arguments in `MultiscaleContrastLoss`."""
+    check_same_maps("features2", features2, "features1", features1)
+    if labels is None:
+        if patch_positives == "majority":
+            raise ValueError("patch_positives='majority' needs labels, got None")
+        classes, pixels = 1, labels_of_map(features1, torch.zeros_like(features1[:, 0], dtype=torch.int64))
+    else:
+        if num_classes is None:
+            raise ValueError("labels need num_classes, got None")
+        classes, pixels = num_classes, labels_of_map(features1, labels)
+    ignored = cast(tuple[int, ...], ignore_index) if labels is not None else ()
+    gather = has_peers(gather)
+    if check_finite:
+        check_used(temperature=temperature)
+        used = (~is_ignored(pixels, ignored, classes)).reshape(-1).nonzero().view(-1)
+        check_used(used, features1=features1, features2=features2)
+    features, pixels = torch.cat([features1, features2]), torch.cat([pixels, pixels])
+
+    def mean_loss(rows: Rows, pairs: Pairs, keys: Rows | None = None, labels: Tensor | None = None) -> Tensor:
+        if labels is not None and gather:
+            pairs, keys = gather_keys(rows, pairs, labels.reshape(-1)[pairs.order])
+        loss, counted = contrast(rows, pairs, keys=keys, scale=Scale.of(temperature, rows, normalize))
+        return reduce(loss, counted, "mean", gather=gather)
+
+    scales = []
+    for size in cast(tuple[int, ...], patch_size):
+        patches, votes = _patches(features, pixels, size, classes, ignored, backend)
+        present = votes.sum(1) > 0
+        if patch_positives == "majority":
+            majority = torch.where(present, votes.argmax(1), -1)
+            plan = class_sort(majority, num_classes=classes)
+            rows = pack(patches, plan.order, plan.live(), normalize=normalize, permutation=True, backend=backend)
+            scales.append(mean_loss(rows, plan.pairs(), labels=majority))
+            continue
+        pairs = _same_patch(present[: len(present) // 2], max(features1.shape[0], 1))
+        branch1, branch2 = [
+            pack(half, pairs.order, pairs.live(), normalize=normalize, permutation=True, backend=backend)
+            for half in patches[: 2 * pairs.order.numel()].chunk(2)
+        ]
+        scales.append((mean_loss(branch1, pairs, branch2.detach()) + mean_loss(branch2, pairs, branch1.detach())) / 2)
+    loss = patch_weight * torch.stack(scales).mean()
+    if labels is None:
+        return loss
+    plan = class_sort(pixels, ignore_index=ignored, num_classes=classes).sampled(samples_per_class)
+    whole = samples_per_class is None
+    rows = pack(features, plan.order, plan.live(), normalize=normalize, permutation=whole, backend=backend)
+    return loss + pixel_weight * mean_loss(rows, plan.pairs(), labels=pixels)
 
 
 class MultiscaleContrastLoss(Loss):
@@ -71,4 +150,24 @@ class MultiscaleContrastLoss(Loss):
     def forward(self, features1: Tensor, features2: Tensor, labels: Tensor | None = None) -> Tensor:
         """features1, features2 [B, D, *S], the two branches; labels [B, *S] or [B, 1, *S], of the images or agreed on
         by the branches, resized by nearest neighbour. Without labels there is the patch level alone."""
-        return multiscale_contrast_loss(features1, features2, labels, **self.options)
+        return unchecked(multiscale_contrast_loss)(features1, features2, labels, **self.options)
+
+
+def _patches(
+    features: Tensor, labels: Tensor, size: int, num_classes: int, ignored: tuple[int, ...], backend: str
+) -> tuple[Tensor, Tensor]:
+    """Mean feature of the pixels of each patch [P, D] that take part, image by image, and how many of each class."""
+    dims = features.dim() - 2
+    grid = Grid(features.shape[0], tuple(features.shape[2:]), (size,) * dims, True)
+    plan = class_sort(labels, grid, ignore_index=ignored, num_classes=num_classes)
+    rows = pack(features, plan.order, plan.live(), normalize=False, permutation=True, backend=backend)
+    means = segment_mean(rows, plan.offsets[::num_classes].contiguous())
+    return means, plan.offsets.diff().view(-1, num_classes)
+
+
+def _same_patch(present: Tensor, images: int) -> Pairs:
+    """Each patch of one branch with the patches of its image in the other; its positive is the patch itself."""
+    number = torch.arange(present.numel(), device=present.device)
+    image = number // max(present.numel() // images, 1)
+    rows = class_sort(torch.where(present, 0, -1), image, images, num_classes=1)
+    return paired(rows.against(rows), number)

@@ -3,13 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
+import torch
 from torch import Tensor
 
-from hpcloss.checks import IGNORED
-from hpcloss.functional.pixel import pixel_contrast_loss
-from hpcloss.losses.base import Loss
+from hpcloss.checks import check_used
+from hpcloss.distributed import gather_keys, has_peers
+from hpcloss.losses.arithmetic import merge
+from hpcloss.losses.module import Loss
+from hpcloss.losses.options import checked, unchecked
+from hpcloss.losses.reduction import reduce
 from hpcloss.memory import EmbeddingQueue
+from hpcloss.plan.labels import IGNORED, check_label_values, labels_of_map
+from hpcloss.plan.partition import Pairs, class_sort
+from hpcloss.plan.sampling import sample_anchors
+from hpcloss.primitives.pair_lse import pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import pack
+from hpcloss.primitives.scale import Scale
+
+
+@checked
+def pixel_contrast_loss(
+    features: Tensor,
+    labels: Tensor,
+    predictions: Tensor | None = None,
+    queue: EmbeddingQueue | None = None,
+    temperature: float | Tensor = 0.07,
+    *,
+    num_classes: int,
+    samples_per_class: int | None = 100,
+    background: int | None = None,
+    ignore_index: int | Sequence[int] = IGNORED,
+    normalize: bool = True,
+    reduction: str = "mean",
+    gather: bool = False,
+    check_labels: bool = False,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of sampled pixels of the whole batch; equation and arguments in `PixelContrastLoss`."""
+    labels = labels_of_map(features, labels)
+    wrong = None if predictions is None else labels_of_map(features, predictions, "predictions") != labels
+    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    if check_labels:
+        check_label_values(labels, ignored, num_classes)
+    flat = labels.reshape(-1)
+    pairs = _plan(labels, wrong, num_classes, samples_per_class, background, ignored)
+    if check_finite:
+        check_used(temperature=temperature)
+        check_used(pairs.order, pairs.live(), features=features)
+    whole = samples_per_class is None
+    rows = pack(features, pairs.order, pairs.live(), normalize=normalize, permutation=whole, backend=backend)
+    scale, keys, gather = Scale.of(temperature, rows, normalize), None, has_peers(gather)
+    if gather:
+        pairs, keys = gather_keys(rows, pairs, flat[pairs.order])
+    positives, negatives = pairs.intervals.counts()
+    lse = pair_lse(rows, pairs, "negatives", scale, keys=keys)
+    if queue is None:
+        loss, _ = pair_mean(rows, pairs, "own", scale, keys=keys, stat=lse)
+    else:
+        _check_queue(queue, features, num_classes)
+        bank = queue.bank(rows, pairs, flat[pairs.order], ignored)
+        if check_finite:
+            check_used((bank.log_bias == 0).nonzero().view(-1), queue=bank.keys.data)
+        lse = merge(lse, pair_lse(rows, bank.pairs, "negatives", scale, keys=bank.keys, bias=bank.log_bias))
+        scale = scale.unbounded()  # the sum over both may be larger than one over the keys of either
+        loss, _ = pair_mean(rows, pairs, "own", scale, keys=keys, stat=lse)
+        mean_of_old, _ = pair_mean(rows, bank.pairs, "own", scale, keys=bank.keys, stat=lse)
+        # Masses of uniform weights are logarithms of counts.
+        share = bank.positives.to(loss.dtype) / (positives + bank.positives).clamp(min=1)
+        loss = queue.guard((1 - share) * loss + share * mean_of_old)
+        positives, negatives = positives + bank.positives, negatives + bank.negatives
+    counted = torch.minimum(positives, negatives) > 0  # others are 0: no mean, or log(1 + 0)
+    return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
 class PixelContrastLoss(Loss):
@@ -83,4 +151,39 @@ class PixelContrastLoss(Loss):
         predictions: class indices like the labels (logits.argmax(1)); pixels where they differ from the label are hard.
         queue: embeddings of past batches as further keys, without gradient; enqueue after backward.
         """
-        return pixel_contrast_loss(features, labels, predictions, queue, **self.options)
+        return unchecked(pixel_contrast_loss)(features, labels, predictions, queue, **self.options)
+
+
+def _plan(
+    labels: Tensor,
+    wrong: Tensor | None,
+    num_classes: int,
+    samples_per_class: int | None,
+    background: int | None,
+    ignored: tuple[int, ...],
+) -> Pairs:
+    """The pixels of a label map [B, *S], or those drawn from each class of each image, as one region."""
+    flat = labels.reshape(-1)
+    if samples_per_class is None or flat.numel() == 0:
+        rows = class_sort(flat, background=background, ignore_index=ignored, num_classes=num_classes)
+    else:
+        most = min(samples_per_class, labels[0].numel())
+        drawn, ends = sample_anchors(labels, most, num_classes=num_classes, ignore_index=ignored, wrong=wrong)
+        filled = torch.arange(drawn.numel(), device=drawn.device) < ends[-1]
+        classes = torch.where(filled, flat[drawn], -1)
+        rows = class_sort(classes, background=background, num_classes=num_classes)
+        rows = rows.replace(order=drawn[rows.order])
+    return rows.pairs().head(flat.numel())
+
+
+def _check_queue(queue: EmbeddingQueue, features: Tensor, num_classes: int) -> None:
+    if not isinstance(queue, EmbeddingQueue):
+        raise TypeError(
+            f"queue must be an EmbeddingQueue, got {type(queue).__name__}; a tensor [C, K, D] is taken by"
+            " hpcloss.compat.contrastiveseg.PixelContrastLoss"
+        )
+    expected, got = (num_classes, features.shape[1]), (queue.num_classes, queue.dim)
+    if got != expected:
+        raise ValueError(f"queue must have (num_classes, dim) = {expected}, got {got}")
+    if queue.embeddings.device != features.device:
+        raise ValueError(f"queue must be on {features.device}, as features, got {queue.embeddings.device}")

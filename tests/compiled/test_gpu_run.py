@@ -289,7 +289,7 @@ def test_the_native_library_is_built(tmp_path, monkeypatch):
 BUILT = """
 import json, sys
 from benchmarks.gpu import smoke
-from hpcloss import native
+from hpcloss.plan import native
 class Worker:
     rows = []
     def say(self, **answer):

@@ -14,11 +14,11 @@ from tests.tools.kernels import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpcloss
-from hpcloss import ops
-from hpcloss.functional import region, supcon
-from hpcloss.pack import pack
-from hpcloss.partition import partition
-from hpcloss.regions import Grid
+from hpcloss import operators
+from hpcloss.plan.partition import partition
+from hpcloss.plan.regions import Grid
+from hpcloss.primitives import rows as row_primitives
+from hpcloss.primitives.rows import pack
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
@@ -69,9 +69,8 @@ def counting():
                 yield
 
         with pytest.MonkeyPatch.context() as patch:
-            for module in (region, supcon):
-                patch.setattr(module, "resolve", lambda name, tensor: "triton")
-            patch.setattr(ops.torch, "autocast", seen)
+            patch.setattr(row_primitives, "resolve", lambda name, tensor: "triton")
+            patch.setattr(operators.torch, "autocast", seen)
             library = cuda_on_cpu()
             before = library.hpcloss_emulator_launches()
             with offline.recorded(90) as kernels, mode:

@@ -26,7 +26,7 @@ from tests.tools.ptx.backend import Machine  # noqa: E402
 from hpcloss import backends  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
 from hpcloss.backends.triton.trial import failure  # noqa: E402
-from hpcloss.partition import one_to_one  # noqa: E402
+from hpcloss.plan.partition import one_to_one  # noqa: E402
 
 THREADS = 64
 # Up to Triton 3.7.0 the compiler leaves out the fence between cp.async and wgmma (DESIGN.md).
@@ -525,7 +525,7 @@ def test_the_trial_finds_wrong_kernels(kernel):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_mean_over_positives_of_blocks_that_have_none(capability):
     """A loop that loads ahead starts at a row that is there, also where it makes no trip."""
-    intervals = [x.clone() for x in one_to_one(200, torch.device("cpu")).intervals()]
+    intervals = [x.clone() for x in one_to_one(200, torch.device("cpu")).intervals]
     intervals[0][:160] = intervals[1][:160] = 0
     x, keys = (torch.nn.functional.normalize(rows(200, 64, seed=seed), dim=1).half() for seed in (0, 1))
     options = (torch.zeros(200), None, torch.tensor(10.0), 10.0, 1.0, 0.0, intervals)

@@ -19,12 +19,15 @@ from tests.tools.kernels import INTERPRETED
 from tests.tools.numerics import assert_within_budget
 
 import hpcloss
-from hpcloss import native, reference, sample_anchors
+from hpcloss import reference, sample_anchors
 from hpcloss.backends import resolve
-from hpcloss.pack import Rows, pack
-from hpcloss.pairs import RULES, pair_lse, pair_mean
-from hpcloss.partition import Pairs, class_sort, from_offsets, partition, partition_against
-from hpcloss.regions import Grid
+from hpcloss.plan import native
+from hpcloss.plan.partition import Intervals, Pairs, class_sort, partition, partition_against
+from hpcloss.plan.regions import Grid
+from hpcloss.primitives.pair_lse import RULES, pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows, pack
+from hpcloss.primitives.scale import Scale
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the dense forms are asked to be deterministic
 
@@ -105,10 +108,14 @@ def distance(actual, exact):
 
 def mask_of(pairs, rule, num_keys):
     """The pairs of a rule as a boolean matrix."""
-    region, key = pairs.region(), torch.arange(num_keys, device=pairs.order.device)
-    inside = (key >= pairs.key_start[region, None]) & (key < pairs.key_end[region, None]) & pairs.is_anchor()[:, None]
-    positive = (key >= pairs.pos_start[:, None]) & (key < pairs.pos_end[:, None])
-    other = key != pairs.self_pos[:, None]
+    region, key = pairs.intervals.region(), torch.arange(num_keys, device=pairs.order.device)
+    inside = (
+        (key >= pairs.intervals.key_start[region, None])
+        & (key < pairs.intervals.key_end[region, None])
+        & pairs.intervals.is_anchor()[:, None]
+    )
+    positive = (key >= pairs.intervals.pos_start[:, None]) & (key < pairs.intervals.pos_end[:, None])
+    other = key != pairs.intervals.self_pos[:, None]
     return {
         "positives": inside & positive & other, "negatives": inside & ~positive & other, "others": inside & other,
         "every": inside,
@@ -138,7 +145,7 @@ def check_primitive(device, dtype, cross, kind, run, dense, bound, dim):
     companions = [torch.zeros(z.shape, device=device, requires_grad=True) for z in ((x, y) if cross else (x,))]
     # A fixed temperature has a bound; a learnable one has none and wants its gradient.
     scale = torch.tensor(8.0, device=device, requires_grad=bound is None)
-    actual = run(Rows(x, companions[0]), Rows(y, companions[1]) if cross else None, scale, pairs)
+    actual = run(Rows(x, companions[0], "triton"), Rows(y, companions[1], "triton") if cross else None, scale, pairs)
     leaves = [*companions, *([scale] if scale.requires_grad else [])]
     gradients = torch.autograd.grad(finite(actual), leaves, upstream.float())
     results = []
@@ -185,7 +192,7 @@ def test_pair_lse(device, rule, dtype, bound, cross):
     dtype, dim = dims(device, dtype)
 
     def run(rows, keys, scale, pairs):
-        return pair_lse(rows, pairs, rule, scale, keys=keys, scale_bound=bound, backend="triton")
+        return pair_lse(rows, pairs, rule, Scale(scale, bound), keys=keys)
 
     def dense(x, y, scale, pairs):
         return reference.pair_lse(x, y, mask_of(pairs, rule, len(y)), scale)
@@ -206,9 +213,7 @@ def test_pair_mean(device, term, dtype, hardness, bound, cross):
         return 9 * random(device, pairs.order.numel(), seed=4) if term == "own" else None
 
     def run(rows, keys, scale, pairs):
-        return pair_mean(
-            rows, pairs, scale=scale, keys=keys, stat=stat_of(pairs), scale_bound=bound, backend="triton", **options
-        )[0]
+        return pair_mean(rows, pairs, scale=Scale(scale, bound), keys=keys, stat=stat_of(pairs), **options)[0]
 
     def dense(x, y, scale, pairs):
         stat = stat_of(pairs)
@@ -399,10 +404,11 @@ def test_large_rows_beyond_two_to_the_31_elements(device):
     first = rows < few
     # Anchors at the start meet the keys at the end, and the other way round; half of those keys are positives.
     start = torch.where(first, n - few, 0).int()
-    at = Pairs(rows, start, start + few // 2, torch.full_like(rows, -1), *bounds.unbind())
-    scale = torch.tensor(8.0, device=device)
-    companion = torch.zeros((), device=device).expand(n, dim).requires_grad_()
-    anchors, keys = Rows(data, companion), Rows(data, torch.zeros((), device=device).expand(n, dim).requires_grad_())
+    at = Pairs(rows, Intervals(start, start + few // 2, torch.full_like(rows, -1), *bounds.unbind()))
+    scale = Scale(torch.tensor(8.0, device=device), 8.0)
+    anchors, keys = (
+        Rows(data, torch.zeros((), device=device).expand(n, dim).requires_grad_(), "triton") for _ in range(2)
+    )
     exact = data[ends].double()
     x, y = exact[:few].clone().requires_grad_(), exact[few:].clone().requires_grad_()
     half = torch.arange(few, device=device).expand(few, few) < few // 2
@@ -418,16 +424,15 @@ def test_large_rows_beyond_two_to_the_31_elements(device):
             middle = gradient[few : n - few]
             assert not bool(middle[:: max(len(middle) // 4096, 1)].any()) and not bool(middle[-64:].any())
 
-    options = {"keys": keys, "scale_bound": 8.0, "backend": "triton"}
-    check(pair_lse(anchors, at, "negatives", scale, **options), lambda a, b: reference.pair_lse(a, b, ~half, 8.0))
+    check(pair_lse(anchors, at, "negatives", scale, keys=keys), lambda a, b: reference.pair_lse(a, b, ~half, 8.0))
     stat = torch.ones(n, device=device)
     for hardness in (0.0, 1.0):
         check(
-            pair_mean(anchors, at, "own", scale, stat=stat, hardness=hardness, **options)[0],
+            pair_mean(anchors, at, "own", scale, stat=stat, hardness=hardness, keys=keys)[0],
             lambda a, b, h=hardness: reference.pair_mean(a, b, half, 8.0, h, torch.ones_like(a[:, 0]), "own")[0],
         )
         check(
-            pair_mean(anchors, at, "logit", scale, hardness=hardness, **options)[0],
+            pair_mean(anchors, at, "logit", scale, hardness=hardness, keys=keys)[0],
             lambda a, b, h=hardness: reference.pair_mean(a, b, half, 8.0, h, None, "logit")[0],
         )
 
@@ -648,8 +653,9 @@ def drawn(device, labels, values, k, kind, seed=7, **grid):
     seed = torch.tensor(seed, device=device)
     on_device = None if values is None else values.to(device)
     sample = torch.ops.hpcloss.sample(rows.order, rows.offsets, k, kind, on_device, labels.numel(), seed)
-    pairs = from_offsets(rows.order, rows.offsets, 5, True)
-    return [*rows, *sample, *pairs, *pairs.counts()]
+    pairs = rows.pairs()
+    sort = [rows.order, rows.offsets, rows.outside]
+    return [*sort, *sample, pairs.order, *pairs.intervals, *pairs.intervals.counts()]
 
 
 @alone

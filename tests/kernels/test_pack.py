@@ -9,9 +9,8 @@ from tests.tools import tf32
 from tests.tools.cases import rows
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 
-from hpcloss.backends import load
-from hpcloss.ops import NORM_EPS
-from hpcloss.pack import pack
+from hpcloss.operators import NORM_EPS, load
+from hpcloss.primitives.rows import pack
 
 pytestmark = needs_kernels
 

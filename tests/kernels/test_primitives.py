@@ -10,7 +10,16 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.primitives.test_backends import PLANS, LargestTensor, Plan, allowed, cross_plan, long_plan, self_plan
+from tests.primitives.test_backends import (
+    PLANS,
+    LargestTensor,
+    Plan,
+    allowed,
+    as_rows,
+    cross_plan,
+    long_plan,
+    self_plan,
+)
 from tests.tools.cases import choice, integers, rows, runs
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 from tests.tools.losses import FAST, ORACLE
@@ -18,11 +27,14 @@ from tests.tools.numerics import assert_within_budget
 
 import hpcloss
 from hpcloss import reference
-from hpcloss.backends import load
-from hpcloss.functional.image import UNFILLED
-from hpcloss.pack import Rows
-from hpcloss.pairs import RULES, pair_cross_entropy, pair_lse, pair_lse_both, pair_mean
-from hpcloss.partition import Pairs, partition
+from hpcloss.losses.image import UNFILLED
+from hpcloss.operators import load
+from hpcloss.plan.partition import Intervals, Pairs, partition
+from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
+from hpcloss.primitives.pair_lse import RULES, pair_lse, pair_lse_both
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows
+from hpcloss.primitives.scale import Scale
 
 pytestmark = [
     needs_kernels,
@@ -42,7 +54,7 @@ class Problem:
 
     def __init__(self, plan, dtype, dim=7, length=1.0, seed=0):
         self.plan, self.dtype = make_plan(plan) if isinstance(plan, str) else plan, dtype
-        self.pairs = Pairs(*[bound.to(DEVICE) for bound in self.plan.pairs])
+        self.pairs = self.plan.pairs.to(DEVICE)
         self.count = self.pairs.order.numel()
         self.num_keys = self.count if self.plan.num_keys is None else self.plan.num_keys
         self.cross = self.plan.num_keys is not None
@@ -60,10 +72,10 @@ class Problem:
         some = (self.anchors, self.keys) if self.cross else (self.anchors,)
         return [x.to(device, dtype).requires_grad_() for x in some]
 
-    def packed(self, companions):
+    def packed(self, companions, backend="triton"):
         """What the primitives take: rows of the tested dtype with companions in fp32."""
         data = (self.anchors, self.keys) if self.cross else (self.anchors,)
-        some = [Rows(x.to(DEVICE), companion) for x, companion in zip(data, companions, strict=True)]
+        some = [Rows(x.to(DEVICE), companion, backend) for x, companion in zip(data, companions, strict=True)]
         return some[0], some[1] if self.cross else None
 
     def rolled(self, leaves, shift):
@@ -79,10 +91,10 @@ class Problem:
         """Check values and gradients; `bound` says that rows and scale keep to it. Returns the gradients."""
         bias = self.bias if biased else None
         companions = self.leaves(torch.float32, DEVICE)
-        anchors, keys = self.packed(companions)
+        anchors, keys = self.packed(companions, backend)
         scale = torch.tensor(value, device=DEVICE, requires_grad=True)
         lse = pair_lse(
-            anchors, self.pairs, rule, scale, keys=keys, scale_bound=bound, backend=backend,
+            anchors, self.pairs, rule, Scale(scale, bound), keys=keys,
             bias=None if bias is None else bias.float().to(DEVICE),
         )  # fmt: skip
 
@@ -99,12 +111,12 @@ class Problem:
         """Check values, masses and gradients. `learnt`: whether the scale wants a gradient."""
         log_weight = self.bias if weighted else None
         companions = self.leaves(torch.float32, DEVICE)
-        anchors, keys = self.packed(companions)
+        anchors, keys = self.packed(companions, backend)
         scale = torch.tensor(value, device=DEVICE, requires_grad=learnt)
         stat = self.stat.to(DEVICE, torch.float32).requires_grad_() if term == "own" else None
         options = {"hardness": hardness, "discount": discount, "detach_weights": detach, "term": term}
         out, mass = pair_mean(
-            anchors, self.pairs, scale=scale, keys=keys, stat=stat, scale_bound=bound, backend=backend,
+            anchors, self.pairs, scale=Scale(scale, bound), keys=keys, stat=stat,
             log_weight=None if log_weight is None else log_weight.float().to(DEVICE), **options,
         )  # fmt: skip
 
@@ -127,11 +139,9 @@ class Problem:
     def pair_cross_entropy(self, value, hardness=0.0, upstream=None, of_lse=False, backend="triton"):
         """Check losses, masses and gradients; of_lse: of both results together."""
         companions = self.leaves(torch.float32, DEVICE)
-        anchors, keys = self.packed(companions)
+        anchors, keys = self.packed(companions, backend)
         scale = torch.tensor(value, device=DEVICE, requires_grad=True)
-        loss, lse, mass = pair_cross_entropy(
-            anchors, self.pairs, scale, keys=keys, hardness=hardness, scale_bound=None, backend=backend
-        )
+        loss, lse, mass = pair_cross_entropy(anchors, self.pairs, Scale(scale), keys=keys, hardness=hardness)
 
         def dense(dtype, shift, what=0):
             leaves = [*self.leaves(dtype), _scale_of_rows(self.count, value, dtype)]
@@ -302,7 +312,7 @@ def test_pair_lse_both(plan, rule, dtype):
         companions = problem.leaves(torch.float32, DEVICE)
         anchors, keys = problem.packed(companions)
         scale = torch.tensor(value, device=DEVICE, requires_grad=True)
-        both = pair_lse_both(anchors, keys, problem.pairs, rule, scale, scale_bound=bound, backend="triton")
+        both = pair_lse_both(anchors, keys, problem.pairs, rule, Scale(scale, bound))
 
         def dense(cast, shift, value=value):
             leaves = [*problem.leaves(cast), torch.tensor(value, dtype=cast, requires_grad=True)]
@@ -326,7 +336,7 @@ def regions_plan(sizes, labels, background=0):
 
 def keys_on_both_sides_plan():
     pairs, _ = long_plan(20, 16, 17, 11, background=0)
-    return Plan(pairs._replace(anchor_end=torch.tensor([50], dtype=torch.int32)), None)
+    return Plan(pairs.replace(anchor_end=torch.tensor([50], dtype=torch.int32)), None)
 
 
 def intervals_plan():
@@ -342,7 +352,7 @@ def intervals_plan():
     own = torch.arange(len(spans), dtype=torch.int32) % 50
     own[::3] = -1
     at = (torch.tensor(bound, dtype=torch.int32) for interval in (anchors, keys) for bound in zip(*interval))
-    return Plan(Pairs(torch.arange(len(spans), dtype=torch.int32), start, end, own, *at), 50)
+    return Plan(Pairs(torch.arange(len(spans), dtype=torch.int32), Intervals(start, end, own, *at)), 50)
 
 
 EDGES = {
@@ -402,7 +412,7 @@ def calls(plan, dtype):
     problem = Problem(plan, dtype)
     x, keys = problem.anchors.to(DEVICE), problem.keys.to(DEVICE) if problem.cross else None
     bias, stat, grad = (v.float().to(DEVICE) for v in (problem.bias, problem.stat, problem.upstream))
-    scale, at = torch.tensor(2.0, device=DEVICE), list(problem.pairs.intervals())
+    scale, at = torch.tensor(2.0, device=DEVICE), list(problem.pairs.intervals)
     for rule, some_bias, bound in (("others", None, 2.0), ("negatives", bias, None), ("positives", None, None)):
         arguments = (x, keys, some_bias, scale, bound, at, rule)
         yield OPS.pair_lse, arguments
@@ -454,7 +464,7 @@ def test_gradients_at_the_weights_of_a_large_mean(name, plan):
 @pytest.mark.parametrize("name", PASSES)
 def test_incoming_gradients(name, dtype):
     problem = Problem("self", dtype)
-    anchor = int(problem.plan.pairs.is_anchor().nonzero()[3])
+    anchor = int(problem.plan.pairs.intervals.is_anchor().nonzero()[3])
     some = problem.upstream.float().clone()
     some[anchor] = 0.0
     PASSES[name](problem, upstream=some)
@@ -526,7 +536,7 @@ def test_schemas_and_fakes(plan, dtype):
 def test_schemas_and_fakes_of_both_directions():
     problem = Problem("one to one", torch.float16)
     sides, scale = (problem.anchors.to(DEVICE), problem.keys.to(DEVICE)), torch.tensor(2.0, device=DEVICE)
-    arguments = (*sides, scale, 2.0, list(problem.pairs.intervals()), "negatives")
+    arguments = (*sides, scale, 2.0, list(problem.pairs.intervals), "negatives")
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(OPS.pair_lse_both.default, (*arguments, "triton"), **tests)
     both = OPS.pair_lse_both(*arguments, "triton")
@@ -548,9 +558,9 @@ def test_empty_sets():
     for name in ("no keys", "no row", "only singletons"):
         problem = Problem(name, torch.float32)
         out, mass = pair_mean(
-            Rows(problem.anchors.to(DEVICE), problem.anchors.to(DEVICE)), problem.pairs, "logit",
-            torch.tensor(2.0, device=DEVICE), backend="triton",
-            keys=Rows(problem.keys.to(DEVICE), problem.keys.to(DEVICE)) if problem.cross else None,
+            as_rows(problem.anchors.to(DEVICE), "triton"), problem.pairs, "logit",
+            Scale(torch.tensor(2.0, device=DEVICE)),
+            keys=as_rows(problem.keys.to(DEVICE), "triton") if problem.cross else None,
         )  # fmt: skip
         assert (out == 0).all() and (mass == -math.inf).all()
 
@@ -741,7 +751,7 @@ def test_two_dtypes(dtypes):
 
 def test_vectors_of_any_stride_and_dtype():
     problem = Problem("self", torch.float32)
-    x, at = problem.anchors.to(DEVICE), list(problem.pairs.intervals())
+    x, at = problem.anchors.to(DEVICE), list(problem.pairs.intervals)
     scale, n = torch.tensor(2.0, device=DEVICE), problem.count
     for vector in (rows(n, 2, dtype=torch.float32)[:, 0], rows(1, dtype=torch.float32).expand(n), rows(n)):
         vector = vector.to(DEVICE)
@@ -757,8 +767,8 @@ def test_vectors_of_any_stride_and_dtype():
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e4])
 def test_the_gradient_of_a_row_without_pairs_means_nothing(value):
     problem = Problem("self", torch.float16)
-    x, at = problem.anchors.to(DEVICE), list(problem.pairs.intervals())
-    scale, dead = torch.tensor(2.0, device=DEVICE), ~problem.pairs.is_anchor()
+    x, at = problem.anchors.to(DEVICE), list(problem.pairs.intervals)
+    scale, dead = torch.tensor(2.0, device=DEVICE), ~problem.pairs.intervals.is_anchor()
     grads = [torch.full((problem.count,), 1e-9, device=DEVICE).masked_fill(dead, some) for some in (0.0, value)]
     lse = OPS.pair_lse(x, None, None, scale, None, at, "every", "triton")
     out, mass, _ = OPS.pair_mean(x, None, lse, None, scale, None, 1.0, 0.0, at, "triton")
@@ -779,7 +789,7 @@ def test_the_largest_gradient_lifts_all_slopes(monkeypatch):
 
     monkeypatch.setattr(backend, "ROWS", 16)
     problem = Problem("self", torch.float16)
-    x, at, n = problem.anchors.to(DEVICE), list(problem.pairs.intervals()), problem.count
+    x, at, n = problem.anchors.to(DEVICE), list(problem.pairs.intervals), problem.count
     scale = torch.tensor(2.0, device=DEVICE)
     lse = OPS.pair_lse(x, None, None, scale, None, at, "every", "triton")
     out, mass, _ = OPS.pair_mean(x, None, lse, None, scale, None, 1.0, 0.0, at, "triton")

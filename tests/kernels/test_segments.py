@@ -7,18 +7,20 @@ import math
 
 import pytest
 import torch
-from tests.primitives.test_backends import PLANS, Plan, allowed
+from tests.primitives.test_backends import PLANS, Plan, allowed, as_rows
 from tests.primitives.test_segments import OFFSETS, plain
 from tests.tools.cases import choice, integers, rows, runs
 from tests.tools.kernels import DEVICE, needs_kernels
 from tests.tools.numerics import assert_within_budget
 
 from hpcloss import reference
-from hpcloss.backends import load
-from hpcloss.pack import Rows, pack
-from hpcloss.pairs import pair_lse, pair_mean
-from hpcloss.partition import Pairs, paired, partition
-from hpcloss.segments import segment_mean
+from hpcloss.operators import load
+from hpcloss.plan.partition import Intervals, Pairs, paired, partition
+from hpcloss.primitives.pair_lse import pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows, pack
+from hpcloss.primitives.scale import Scale
+from hpcloss.primitives.segment_mean import segment_mean
 
 pytestmark = [
     needs_kernels,
@@ -73,14 +75,15 @@ SIZED = {
 
 
 def on_device(pairs):
-    return Pairs(*[bound.to(DEVICE) for bound in pairs])
+    return pairs.to(DEVICE)
 
 
 def linear(x, pairs, scale, upstream, backend="triton"):
     """out, mass, d rows, d scale of the primitive."""
     companion = x.to(DEVICE, torch.float32, copy=True).requires_grad_()
     scale = torch.tensor(scale, device=DEVICE, requires_grad=True)
-    out, mass = pair_mean(Rows(x.to(DEVICE), companion), on_device(pairs), "logit", scale, backend=backend)
+    rows_of_x = Rows(x.to(DEVICE), companion, backend)
+    out, mass = pair_mean(rows_of_x, on_device(pairs), "logit", Scale(scale))
     return out.detach(), mass, *torch.autograd.grad(out, (companion, scale), upstream.to(DEVICE, torch.float32))
 
 
@@ -162,7 +165,7 @@ def test_rows_of_any_length(blocks):
 def test_only_what_is_wanted():
     kernels, pairs = load("triton.segments"), on_device(partition(runs(9, 20)))
     x, scale = rows(29, 5, dtype=torch.float32).to(DEVICE), torch.tensor(2.0, device=DEVICE)
-    at, upstream = list(pairs.intervals()), rows(29, seed=1, dtype=torch.float32).to(DEVICE)
+    at, upstream = list(pairs.intervals), rows(29, seed=1, dtype=torch.float32).to(DEVICE)
     out, mass, slope = kernels.linear_mean(x, scale, at)
     assert torch.equal(slope, torch.zeros_like(slope))
     both = kernels.linear_mean_backward(upstream, out, mass, x, scale, at, True, True)
@@ -177,12 +180,16 @@ def test_other_means_keep_their_pairs(options, monkeypatch):
     """The closed form is for the linear term with uniform weights in self-contrast alone."""
     monkeypatch.setattr(load("triton.segments"), "linear_mean", None)
     x = rows(12, 4, dtype=torch.float32).to(DEVICE)
-    pairs, scale = on_device(partition(runs(5, 7))), torch.tensor(2.0, device=DEVICE)
-    given = {"log_weight": torch.zeros(12, device=DEVICE), "keys": Rows(x, x), "stat": torch.zeros(12, device=DEVICE)}
+    pairs, scale = on_device(partition(runs(5, 7))), Scale(torch.tensor(2.0, device=DEVICE))
+    given = {
+        "log_weight": torch.zeros(12, device=DEVICE),
+        "keys": as_rows(x, "triton"),
+        "stat": torch.zeros(12, device=DEVICE),
+    }
     options = {name: given.get(name, value) for name, value in options.items()}
-    pair_mean(Rows(x, x), pairs, "own" if "stat" in options else "logit", scale, backend="triton", **options)
+    pair_mean(as_rows(x, "triton"), pairs, "own" if "stat" in options else "logit", scale, **options)
     with pytest.raises(TypeError):
-        pair_mean(Rows(x, x), pairs, "logit", scale, backend="triton")
+        pair_mean(as_rows(x, "triton"), pairs, "logit", scale)
 
 
 # ---------------------------------------------------------------------------------------------------- segment_mean
@@ -204,7 +211,7 @@ def test_segment_mean(name, dtype, index, blocks):
     for dim in (1, 100) if dtype == torch.float32 else (7,):
         x = rows(600 if name in LONG else 12, dim, dtype=dtype)
         companion = x.to(DEVICE, torch.float32).requires_grad_()
-        actual = segment_mean(Rows(x.to(DEVICE), companion), offsets.to(DEVICE), backend="triton")
+        actual = segment_mean(Rows(x.to(DEVICE), companion, "triton"), offsets.to(DEVICE))
         upstream = rows(*actual.shape, seed=3, dtype=torch.float32)
         (grad,) = torch.autograd.grad(actual, companion, upstream.to(DEVICE))
         results = []
@@ -218,8 +225,8 @@ def test_segment_mean(name, dtype, index, blocks):
 
 
 def test_segment_mean_of_no_rows():
-    means = segment_mean(Rows(*[torch.zeros(0, 5, device=DEVICE)] * 2), torch.zeros(3, device=DEVICE).int(),
-                         backend="triton")  # fmt: skip
+    none = torch.zeros(0, 5, device=DEVICE)
+    means = segment_mean(as_rows(none, "triton"), torch.zeros(3, device=DEVICE).int())
     assert torch.equal(means.cpu(), torch.zeros(2, 5))
 
 
@@ -227,7 +234,7 @@ def test_rows_outside_segments_reach_nothing(blocks):
     x = rows(600, 5, dtype=torch.float32)
     offsets = torch.tensor([10, 200, 590])
     x[:10], x[590:] = math.nan, math.inf
-    means = segment_mean(Rows(x.to(DEVICE), x.to(DEVICE)), offsets.to(DEVICE), backend="triton")
+    means = segment_mean(as_rows(x.to(DEVICE), "triton"), offsets.to(DEVICE))
     torch.testing.assert_close(means.cpu(), plain(x, offsets), rtol=1e-4, atol=1e-6)
 
 
@@ -235,7 +242,7 @@ def test_deterministic_to_the_bit(blocks):
     x, pairs = rows(200, 7, dtype=torch.float32), SIZED["mixed"](200)
     offsets = torch.tensor([0, 1, 150, 190], device=DEVICE)
     results = [
-        (*linear(x, pairs, 3.0, rows(200, seed=1)), segment_mean(Rows(*[x.to(DEVICE)] * 2), offsets, backend="triton"))
+        (*linear(x, pairs, 3.0, rows(200, seed=1)), segment_mean(as_rows(x.to(DEVICE), "triton"), offsets))
         for _ in range(2)
     ]
     for first, second in zip(*results, strict=True):
@@ -245,7 +252,7 @@ def test_deterministic_to_the_bit(blocks):
 @pytest.mark.parametrize("op", ["pair_mean", "segment_mean"])
 def test_opcheck(op):
     x, pairs = rows(29, 5, dtype=torch.float32).to(DEVICE), on_device(partition(runs(9, 20)))
-    scale, at = torch.tensor(2.0, device=DEVICE), list(pairs.intervals())
+    scale, at = torch.tensor(2.0, device=DEVICE), list(pairs.intervals)
     calls = {
         "pair_mean": (x, None, None, None, scale, None, 0.0, 0.0, at, "triton"),
         "segment_mean": (x, torch.tensor([0, 9, 29], device=DEVICE), "triton"),
@@ -269,16 +276,17 @@ def prototype_loss(features, labels, backend):
     # Ignored pixels sort last.
     ranked = torch.where(labels.reshape(-1) == 255, 6, labels.reshape(-1))[pairs.order.long()]
     offsets = torch.searchsorted(ranked, torch.arange(7, device=ranked.device)).int()
-    means = segment_mean(anchors, offsets, backend=backend)
+    means = segment_mean(anchors, offsets)
     order = torch.arange(6, dtype=torch.int32, device=ranked.device)
     prototypes = pack(means, order, normalize=True, permutation=True, backend=backend)
-    prototypes = Rows(prototypes.data.to(anchors.data.dtype), prototypes.companion)
+    prototypes = Rows(prototypes.data.to(anchors.data.dtype), prototypes.companion, backend)
     own = ranked.clamp(max=5).int()
     ends = torch.zeros(1, dtype=torch.int32, device=own.device), torch.full_like(live, 6)
-    to_keys = Pairs(pairs.order, own, own + 1, torch.full_like(own, -1), pairs.anchor_start[:1], live, *ends)
-    scale = torch.tensor(10.0, device=own.device)
-    lse = pair_lse(anchors, to_keys, "every", scale, keys=prototypes, scale_bound=10.0, backend=backend)
-    pull, _ = pair_mean(anchors, to_keys, "logit", scale, keys=prototypes, scale_bound=10.0, backend=backend)
+    bounds = (own, own + 1, torch.full_like(own, -1), pairs.intervals.anchor_start[:1], live, *ends)
+    to_keys = Pairs(pairs.order, Intervals(*bounds))
+    scale = Scale(torch.tensor(10.0, device=own.device), 10.0)
+    lse = pair_lse(anchors, to_keys, "every", scale, keys=prototypes)
+    pull, _ = pair_mean(anchors, to_keys, "logit", scale, keys=prototypes)
     counted = torch.arange(own.numel(), device=own.device) < live
     return torch.where(counted, lse - pull, 0.0).sum() / live
 

@@ -27,8 +27,10 @@ from tests.tools.numerics import assert_exact, assert_within_budget
 from torch.nn import functional as F
 
 import hpcloss
-from hpcloss.functional import region as region_losses
-from hpcloss.functional.image import UNFILLED
+from hpcloss.losses import region as region_losses
+from hpcloss.losses.image import UNFILLED
+from hpcloss.memory import NO_GROUP
+from hpcloss.plan import partition
 
 phpc, ref_phpc = FAST["region_phpc"], ORACLE["region_phpc"]
 IGNORED = (-100, -1, 255)
@@ -498,15 +500,15 @@ def test_labels_beyond_num_classes_are_ignored(options):
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
-def recorded(monkeypatch, name):
-    """The results of every later call of `<name>` by the region losses."""
-    results, original = [], getattr(region_losses, name)
+def recorded(monkeypatch, name, module=region_losses):
+    """The results of every later call of `<name>` by a module, by default the region losses."""
+    results, original = [], getattr(module, name)
 
     def call(*args, **kwargs):
         results.append(original(*args, **kwargs))
         return results[-1]
 
-    monkeypatch.setattr(region_losses, name, call)
+    monkeypatch.setattr(module, name, call)
     return results
 
 
@@ -514,10 +516,10 @@ def recorded(monkeypatch, name):
 @pytest.mark.parametrize("k", [1, 2, 3, 1000])
 def test_sampling_is_ignoring_the_other_pixels(monkeypatch, options, k):
     labels, features = choice([0, 1, 2, 2, 255], 2, 7, 6), rows(2, 5, 7, 6)
-    samples = recorded(monkeypatch, "sample")
+    samples = recorded(monkeypatch, "draw", partition)
     value, (grad,) = value_and_grads(lambda x: phpc(x, labels, num_classes=3, samples_per_class=k, **options), features)
-    (chosen,) = samples
-    taken = chosen.order[: chosen.offsets[-1]].long()
+    ((order, offsets),) = samples
+    taken = order[: offsets[-1]].long()
     assert taken.unique().numel() == taken.numel()
     kept = torch.full_like(labels, 255).view(-1).index_copy(0, taken, labels.view(-1)[taken]).view_as(labels)
     expected_value, (expected_grad,) = value_and_grads(lambda x: ref_phpc(x, kept, **options), features)
@@ -526,10 +528,11 @@ def test_sampling_is_ignoring_the_other_pixels(monkeypatch, options, k):
 
 
 def test_samples_per_region_and_class(monkeypatch):
-    samples = recorded(monkeypatch, "sample")
+    samples = recorded(monkeypatch, "draw", partition)
     labels = choice([0, 1, 2, 255], 2, 8, 8)
     phpc(rows(2, 5, 8, 8), labels, 4, num_classes=3, samples_per_class=3)
-    taken = samples[0].order[: samples[0].offsets[-1]].long()
+    order, offsets = samples[0]
+    taken = order[: offsets[-1]].long()
     row, column = taken // 8 % 8, taken % 8
     for region in range(4):
         for label in range(3):
@@ -575,7 +578,8 @@ def test_max_regions_together_with_samples(monkeypatch):
     samples, choices = recorded(monkeypatch, "sample"), recorded(monkeypatch, "choose_regions")
     options = {"region_size": 4, "local_size": 2, "reduction": "region"}
     value = phpc(features, labels, max_regions=2, num_classes=3, samples_per_class=3, **options)
-    taken = samples[0].order[: samples[0].offsets[-1]].long()
+    order, offsets = samples[0]
+    taken = order[: offsets[-1]].long()
     assert (choices[0][0][taken] < 2).all()
     kept = torch.full_like(labels, 255).view(-1).index_copy(0, taken, labels.view(-1)[taken]).view_as(labels)
     assert_exact(value, ref_phpc(features, kept, **options))
@@ -628,90 +632,137 @@ def test_stats_without_any_counted_anchor(labels):
     assert all(value == 0 for value in stats.values())
 
 
-# ------------------------------------------------------------------------------------------------------- memory bank
+# ----------------------------------------------------------------------------------------------------- queue of IHPC
 
 
-def test_memory_bank_wraps_around_and_holds_the_newest():
-    loss = hpcloss.IHPCLoss(0.5, memory_bank=(7, 4))
-    seen = []
+def ihpc_queue(size, **options):
+    return hpcloss.EmbeddingQueue(1, size, 4, **options)
+
+
+def oldest_first(queue):
+    """The slots of a full queue of one class, the oldest first."""
+    return queue.embeddings[0][(torch.arange(queue.size) + int(queue.next)) % queue.size]
+
+
+def test_queue_of_ihpc_wraps_around_and_holds_the_newest():
+    loss, queue, seen = hpcloss.IHPCLoss(0.5), ihpc_queue(7), []
     for step in range(5):
         a, b = rows(3, 4, seed=2 * step), rows(3, 4, seed=2 * step + 1)
-        value, grads = value_and_grads(loss, a, b)
+        value, grads = value_and_grads(partial(loss, queue=queue), a, b)
         bank = torch.cat(seen).float().double()[-7:] if seen else None
         expected, expected_grads = value_and_grads(partial(ORACLE["ihpc"], bank=bank), a, b)
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-8)
+        queue.enqueue(b)
         seen.append(F.normalize(b, dim=1))
-    stored = loss.bank[(torch.arange(7) + int(loss.bank_next)) % 7]
-    torch.testing.assert_close(stored, torch.cat(seen)[-7:].float())
-    assert int(loss.bank_next) == 15 % 7 and not loss.bank.requires_grad
+    torch.testing.assert_close(oldest_first(queue), torch.cat(seen)[-7:].float())
+    assert int(queue.next) == 15 % 7 and not queue.embeddings.requires_grad
 
 
-def test_memory_bank_smaller_than_the_batch():
-    loss = hpcloss.IHPCLoss(memory_bank=(2, 4))
+def test_queue_of_ihpc_smaller_than_the_batch():
+    queue = ihpc_queue(2)
     for step in range(2):
         b = rows(5, 4, seed=step)
-        loss(rows(5, 4, seed=9), b)
-        stored = loss.bank[(torch.arange(2) + int(loss.bank_next)) % 2]
-        torch.testing.assert_close(stored, F.normalize(b, dim=1)[-2:].float())
+        queue.enqueue(b)
+        torch.testing.assert_close(oldest_first(queue), F.normalize(b, dim=1)[-2:].float())
 
 
-def test_memory_bank_of_groups():
-    loss = hpcloss.IHPCLoss(0.5, memory_bank=(8, 4))
+def test_queue_of_ihpc_with_groups():
+    loss, queue = hpcloss.IHPCLoss(0.5), ihpc_queue(8, groups=True)
     a, b, groups = rows(3, 4), rows(3, 4, seed=1), torch.tensor([5, 6, 5])
-    loss(a, b, groups)
-    assert loss.bank_groups[:3].tolist() == [5, 6, 5] and (loss.bank_groups[3:] == UNFILLED).all()
+    queue.enqueue(b, groups=groups)
+    assert queue.groups[0, :3].tolist() == [5, 6, 5] and (queue.groups[0, 3:] == NO_GROUP).all()
     bank = F.normalize(b, dim=1).float().double()
     for later in (torch.tensor([5, 7, 6]), torch.tensor([5, 5, 5])):
         expected = ORACLE["ihpc"](a.flip(0), b, later, bank=bank, bank_groups=groups)
-        torch.testing.assert_close(copy.deepcopy(loss).eval()(a.flip(0), b, later), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss(a.flip(0), b, later, queue), expected, rtol=1e-6, atol=0)
 
 
-def test_memory_bank_without_groups_never_matches_a_group():
+def test_groups_in_a_queue_go_with_their_embeddings():
+    """Over a wrap, rows that are skipped and rows that are too many."""
+    queue = ihpc_queue(4, groups=True)
+    broken = rows(3, 4)
+    broken[1] = math.nan
+    queue.enqueue(broken, groups=torch.tensor([1, 2, 3]))
+    queue.enqueue(rows(3, 4, seed=1), groups=torch.tensor([4, 5, 6]))
+    assert queue.groups[0].tolist() == [6, 3, 4, 5] and int(queue.filled) == 4
+    queue.enqueue(rows(1, 4, seed=2))
+    assert queue.groups[0].tolist() == [6, NO_GROUP, 4, 5]
+    queue.enqueue(rows(6, 4, seed=3), groups=torch.arange(6))
+    assert sorted(queue.groups[0].tolist()) == [2, 3, 4, 5]
+
+
+def test_queue_without_groups_never_matches_a_group():
     """Rows enqueued without groups belong to no group, whatever numbers are given later."""
-    loss = hpcloss.IHPCLoss(0.5, memory_bank=(8, 4))
+    loss, queue = hpcloss.IHPCLoss(0.5), ihpc_queue(8, groups=True)
     a, b = rows(3, 4), rows(3, 4, seed=1)
-    loss(a, b)
+    queue.enqueue(b)
     bank = F.normalize(b, dim=1).float().double()
     groups = torch.tensor([0, 1, 1])
     expected = ORACLE["ihpc"](a, b, groups, bank=bank)
-    torch.testing.assert_close(loss.eval()(a, b, groups), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss(a, b, groups, queue), expected, rtol=1e-6, atol=0)
 
 
-def test_memory_bank_keeps_groups_of_any_number():
-    """A group id, also a negative one, that stands in the bank is a group like any other."""
-    loss = hpcloss.IHPCLoss(0.5, memory_bank=(8, 4))
+def test_queue_keeps_groups_of_any_number():
+    """A group id, also a negative one, that stands in the queue is a group like any other."""
+    loss, queue = hpcloss.IHPCLoss(0.5), ihpc_queue(8, groups=True)
     a, b, groups = rows(3, 4), rows(3, 4, seed=1), torch.tensor([-100, -2, 255])
-    loss(a, b, groups)
+    queue.enqueue(b, groups=groups)
     bank = F.normalize(b, dim=1).float().double()
     expected = ORACLE["ihpc"](b, a, groups, bank=bank, bank_groups=groups)
-    torch.testing.assert_close(loss.eval()(b, a, groups), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss(b, a, groups, queue), expected, rtol=1e-6, atol=0)
 
 
-def test_memory_bank_in_eval_and_state_dict():
-    loss = hpcloss.IHPCLoss(memory_bank=(6, 4))
+def test_queue_of_ihpc_is_read_and_never_written():
+    loss, queue = hpcloss.IHPCLoss(), ihpc_queue(6, groups=True)
     a, b = rows(4, 4, dtype=torch.float32), rows(4, 4, seed=1, dtype=torch.float32)
-    loss(a, b, torch.arange(4))
-    frozen = copy.deepcopy(loss.state_dict())
-    loss.eval()
-    loss(a, b)
-    assert all(torch.equal(value, frozen[name]) for name, value in loss.state_dict().items())
-    other = hpcloss.IHPCLoss(memory_bank=(6, 4)).eval()
+    queue.enqueue(a, groups=torch.arange(4))
+    frozen = copy.deepcopy(queue.state_dict())
+    assert set(frozen) == {"embeddings", "filled", "next", "groups"} and not loss.state_dict()
+    value = loss(a, b, torch.arange(4), queue)
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in queue.state_dict().items())
+    other = ihpc_queue(6, groups=True)
     other.load_state_dict(frozen)
-    assert torch.equal(other(a, b), loss(a, b))
-    assert not torch.equal(hpcloss.IHPCLoss(memory_bank=(6, 4)).eval()(a, b), loss(a, b))
-    loss.train()
-    loss(b, a)
-    assert not torch.equal(loss.bank, frozen["bank"])
+    assert torch.equal(loss(a, b, torch.arange(4), other), value)
+    assert not torch.equal(loss(a, b, torch.arange(4), ihpc_queue(6, groups=True)), value)
 
 
-def test_memory_bank_backward_after_the_enqueue():
-    loss = hpcloss.IHPCLoss(memory_bank=(6, 4))
+def test_backward_of_ihpc_after_the_queue_has_moved_on():
+    loss, queue = hpcloss.IHPCLoss(), ihpc_queue(6)
     a, b = rows(4, 4).requires_grad_(), rows(4, 4, seed=1).requires_grad_()
-    values = [loss(a, b), loss(a, b)]
-    (values[0] + values[1]).backward()
-    assert a.grad.isfinite().all() and b.grad.abs().sum() > 0
+    queue.enqueue(rows(6, 4, seed=2))
+    expected = torch.autograd.grad(loss(a, b, queue=queue), (a, b))
+    value = loss(a, b, queue=queue)
+    queue.enqueue(b)
+    for grad, right in zip(torch.autograd.grad(value, (a, b)), expected, strict=True):
+        assert torch.equal(grad, right)
+
+
+def test_queues_that_do_not_suit_ihpc():
+    loss, a, groups = hpcloss.IHPCLoss(), rows(3, 4), torch.arange(3)
+    with pytest.raises(TypeError, match="queue must be an EmbeddingQueue, got Tensor"):
+        loss(a, a, None, a)
+    with pytest.raises(ValueError, match="queue must have one class, got num_classes=3"):
+        loss(a, a, queue=hpcloss.EmbeddingQueue(3, 5, 4))
+    with pytest.raises(ValueError, match=r"queue must keep groups, .*EmbeddingQueue\(..., groups=True\)"):
+        loss(a, a, groups, ihpc_queue(5))
+    with pytest.raises(ValueError, match="bank must have shape .*4.*got .*5, 6"):
+        loss(a, a, queue=hpcloss.EmbeddingQueue(1, 5, 6))
+    with pytest.raises(ValueError, match=r"groups are not kept by this queue; EmbeddingQueue\(..., groups=True\)"):
+        ihpc_queue(5).enqueue(a, groups=groups)
+    with pytest.raises(ValueError, match="labels are needed by a queue of 3 classes, got None"):
+        hpcloss.EmbeddingQueue(3, 5, 4).enqueue(a)
+    with pytest.raises(TypeError, match="groups must be True or False, got 1"):
+        hpcloss.EmbeddingQueue(3, 5, 4, groups=1)
+
+
+def test_a_checkpoint_with_a_memory_bank_is_refused_with_the_remedy():
+    old = {"bank": torch.zeros(6, 4), "bank_groups": torch.zeros(6).long(), "bank_next": torch.tensor(2)}
+    model = torch.nn.ModuleDict({"loss": hpcloss.IHPCLoss()})
+    with pytest.raises(RuntimeError, match="leave loss.bank, loss.bank_groups, loss.bank_next out.*EmbeddingQueue"):
+        model.load_state_dict({f"loss.{name}": value for name, value in old.items()})
+    hpcloss.IHPCLoss().load_state_dict(old, strict=False)
 
 
 # --------------------------------------------------------------------------------------------------------- precision

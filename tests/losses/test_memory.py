@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import hpcloss
-from hpcloss.functional.arithmetic import merge
-from hpcloss.ops import statistics_dtype
-from hpcloss.pack import pack
-from hpcloss.pairs import pair_lse
-from hpcloss.partition import partition
+from hpcloss.losses.arithmetic import merge
+from hpcloss.operators import statistics_dtype
+from hpcloss.plan.partition import partition
+from hpcloss.primitives.pair_lse import pair_lse
+from hpcloss.primitives.rows import pack
+from hpcloss.primitives.scale import Scale
 
 
 def contents(queue):
@@ -166,12 +167,16 @@ def test_opposite_means_cancel_and_are_skipped():
 def test_rows_are_the_slots(dtype):
     queue = hpcloss.EmbeddingQueue(3, 4, 5).to(dtype)
     queue.enqueue(rows(20, 5), integers(3, 20))
-    packed = queue.rows(dtype)
+
+    def keys(kind):
+        return queue.keys(pack(rows(1, 5, dtype=kind), torch.zeros(1).int(), normalize=True, backend="blockwise"))
+
+    packed = keys(dtype)
     assert packed.data.data_ptr() == queue.embeddings.data_ptr() and packed.data.shape == (12, 5)
     other = torch.float64 if dtype == torch.float32 else torch.float32
-    torch.testing.assert_close(queue.rows(other).data, queue.embeddings.view(-1, 5).to(other))
+    torch.testing.assert_close(keys(other).data, queue.embeddings.view(-1, 5).to(other))
     for kind in (dtype, other, torch.float16):
-        companion = queue.rows(kind).companion
+        companion = keys(kind).companion
         assert companion.dtype == statistics_dtype(kind) and companion.untyped_storage().nbytes() <= 8
         assert companion.shape == (12, 5) and not companion.requires_grad
 
@@ -184,13 +189,13 @@ def test_bank_counts_filled_slots_alone(ignored, background):
     labels = choice([0, 1, 2, 255, -1], 14)
     dead = tuple({255, -1, *ignored})
     pairs = partition(labels, background=background, ignore_index=dead)
-    bank = queue.bank(pairs, labels[pairs.order], torch.float64, ignored)
+    x = pack(rows(14, 5, seed=1), pairs.order, normalize=True, backend="blockwise")
+    bank = queue.bank(x, pairs, labels[pairs.order], ignored)
     held = [0 if label in ignored else filled for label, filled in enumerate([1, 2, 4])]
-    anchors = pairs.is_anchor().tolist()
+    anchors = pairs.intervals.is_anchor().tolist()
     live = bank.log_bias.view(3, 4) == 0
     assert live.sum(1).tolist() == held and (bank.log_bias[~live.view(-1)] == -torch.inf).all()
-    x = pack(rows(14, 5, seed=1), pairs.order, normalize=True, backend="blockwise")
-    scale = torch.tensor(3.0).double()
+    scale = Scale(torch.tensor(3.0).double())
     negative = pair_lse(x, bank.pairs, "negatives", scale, keys=bank.keys, bias=bank.log_bias)
     positive = pair_lse(x, bank.pairs, "positives", scale, keys=bank.keys)
     for row, label in enumerate(labels[pairs.order].tolist()):
@@ -200,7 +205,7 @@ def test_bank_counts_filled_slots_alone(ignored, background):
         if not anchors[row]:
             assert negative[row] == positive[row] == -torch.inf
             continue
-        logits = scale * (queue.embeddings @ x.data[row])
+        logits = scale.value * (queue.embeddings @ x.data[row])
         other = torch.cat([logits[c, : held[c]] for c in range(3) if c != label])
         torch.testing.assert_close(negative[row], torch.logsumexp(other, 0))
         torch.testing.assert_close(positive[row], torch.logsumexp(logits[label, : held[label]], 0))

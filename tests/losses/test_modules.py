@@ -31,7 +31,6 @@ ELSEWHERE = {
     "check_labels",
     "backend",
     "learnable",
-    "memory_bank",
     "gather",
     "check_finite",
 }
@@ -73,7 +72,7 @@ def test_every_hyper_parameter_is_tested(name):
     arguments = set(parameters) - {"self"}
     assert arguments == set(CHANGED[name]) | (ELSEWHERE & arguments)
     own = inspect.signature(FAST[name]).parameters
-    for argument in arguments - {"learnable", "memory_bank"}:
+    for argument in arguments - {"learnable"}:
         assert own[argument].default == parameters[argument].default, argument
     words = MODULES[name].__doc__ + (hpcloss.RegionPHPCLoss.__doc__ if name == "region_supcon" else "")
     assert all(argument in words for argument in arguments - {"return_stats"})
@@ -172,8 +171,8 @@ def test_published_region_phpc():
 def test_published_ihpc():
     published = hpcloss.IHPCLoss.published()
     assert published.beta == 0.1 and torch.equal(published(*VIEWS), FAST["ihpc"](*VIEWS, beta=0.1))
-    changed = hpcloss.IHPCLoss.published(0.6, temperature=0.2, reduction="sum", memory_bank=(8, 4))
-    assert torch.equal(changed.eval()(*VIEWS), FAST["ihpc"](*VIEWS, beta=0.6, temperature=0.2, reduction="sum"))
+    changed = hpcloss.IHPCLoss.published(0.6, temperature=0.2, reduction="sum")
+    assert torch.equal(changed(*VIEWS), FAST["ihpc"](*VIEWS, beta=0.6, temperature=0.2, reduction="sum"))
     assert not torch.isclose(published(*VIEWS), hpcloss.IHPCLoss(hardness=0.0)(*VIEWS), rtol=1e-6)
     for beta in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"beta must be in \[0, 1\), got"):
@@ -200,7 +199,6 @@ def test_published_ihpc():
     *((name, {"hardness": value}, f"hardness must be a finite number, got {value}")
       for name in ("region_phpc", "ihpc") for value in (float("inf"), float("nan"))),
     ("supcon", {"form": "both"}, "form must be one of 'out', 'in', got 'both'"),
-    ("ihpc", {"memory_bank": (0, 4)}, r"memory_bank must be \(rows, dim\), both at least 1, got \(0, 4\)"),
     *((name, options, message) for name in ("region_phpc", "region_supcon") for options, message in (
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"max_regions": 0}, "max_regions must be at least 1, got 0"),
@@ -222,9 +220,8 @@ def test_published_ihpc():
 def test_bad_hyper_parameters_raise_at_construction(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, **options)
-    if "memory_bank" not in options:
-        with pytest.raises(ValueError, match=message):
-            function(name, **options)
+    with pytest.raises(ValueError, match=message):
+        function(name, **options)
 
 
 # ------------------------------------------------------------------------------------------------- the default dtype
@@ -308,7 +305,7 @@ def test_the_default_dtype_changes_no_bit_of_what_goes_with_the_losses(inputs, d
 
 def make(name):
     """Each module away from its defaults."""
-    extra = {"ihpc": {"memory_bank": (50, 4)}, "infonce": {"learnable": True}}.get(name, {})
+    extra = {"learnable": True} if name == "infonce" else {}
     return build(name, temperature=0.25, **({"reduction": "sum"} if name in REDUCED else {}), **extra)
 
 
@@ -341,8 +338,7 @@ def test_state_dict_round_trip(name):
     buffer.seek(0)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(module(*INPUTS[name]), other(*INPUTS[name]))
-    expected = {"ihpc": {"bank", "bank_groups", "bank_next"}, "infonce": {"log_scale"}}.get(name, set())
-    assert set(module.state_dict()) == expected
+    assert set(module.state_dict()) == ({"log_scale"} if name == "infonce" else set())
 
 
 @pytest.mark.parametrize("name", MODULES)

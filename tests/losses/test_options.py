@@ -11,7 +11,7 @@ from tests.losses.test_modules import INPUTS, MODULES, build
 from tests.tools.losses import FAST, LOSSES
 
 import hpcloss
-from hpcloss.checks import OF_ONE_LOSS, RULES, TOGETHER, check_options
+from hpcloss.losses.options import OF_ONE_LOSS, RULES, TOGETHER, check_each
 
 
 def options_of(function):
@@ -83,7 +83,7 @@ def test_every_rule_is_that_of_an_option():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_an_option_is_checked_wherever_it_stands(name):
-    """By position and by name; and an attribute that was changed, at the next call."""
+    """By position and by name; and an attribute of the module, when it is set."""
     parameters = list(inspect.signature(FAST[name]).parameters.values())
     place = [one.name for one in parameters].index("temperature")
     if parameters[place].kind is not parameters[place].KEYWORD_ONLY:
@@ -97,9 +97,9 @@ def test_an_option_is_checked_wherever_it_stands(name):
         with pytest.raises(ValueError, match="temperature must be positive, got -1"):
             FAST[name](*before, -1, **rest)
     module = build(name)
-    module.gather = "nonsense"
     with pytest.raises(TypeError, match="gather must be True or False, got 'nonsense'"):
-        module(*INPUTS[name])
+        module.gather = "nonsense"
+    module(*INPUTS[name])  # with the value it had
 
 
 class Integer:
@@ -150,4 +150,4 @@ def test_options_of_a_published_form():
 
 
 def test_an_input_has_no_rule():
-    check_options(hpcloss.supcon_loss, {"embeddings": "anything"})
+    check_each("supcon_loss", {"embeddings": "anything"})

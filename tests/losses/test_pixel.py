@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import hpcloss
-from hpcloss.functional import pixel as pixel_losses
+from hpcloss.losses import pixel as pixel_losses
 
 fast, oracle = FAST["pixel_contrast"], ORACLE["pixel_contrast"]
 EVERY = {"samples_per_class": None}

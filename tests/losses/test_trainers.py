@@ -12,6 +12,8 @@ from tests.tools.losses import LOSSES, Sizes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import hpcloss
+
 # What torch's own compiler does and torch itself warns of.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -110,16 +112,21 @@ def test_grad_scaler(name, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_module_moved_to_a_dtype(name, dtype):
-    """Learnt temperature and memory bank go with it; the loss stays float32, or becomes float64."""
-    extra = {"ihpc": {"memory_bank": (20, 4)}, "infonce": {"learnable": True}}.get(name, {"temperature": 0.25})
+    """A learnt temperature goes with it, and so does a queue; the loss stays float32, or becomes float64."""
+    extra = {"learnable": True} if name == "infonce" else {"temperature": 0.25}
     loss = LOSSES[name].build(**extra).to(dtype)
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in batch(name, 12)]
     exact = LOSSES[name].build(**extra).double()
     exact.load_state_dict(loss.state_dict())
-    for _ in range(2):  # of a bank the second meets what the first has stored
+    queues = [{}, {}]
+    if name == "ihpc":
+        queue = hpcloss.EmbeddingQueue(1, 20, 4).to(dtype)
+        queue.enqueue(inputs[1].flip(0))
+        queues = [{"queue": queue}, {"queue": copy.deepcopy(queue).double()}]
+    for _ in range(2):
         x = inputs[0].clone().requires_grad_()
-        value = loss(x, *inputs[1:])
-        expected = exact(*[x.double() if x.is_floating_point() else x for x in inputs])
+        value = loss(x, *inputs[1:], **queues[0])
+        expected = exact(*[x.double() if x.is_floating_point() else x for x in inputs], **queues[1])
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(value.detach().double(), expected.detach(), rtol=2 * torch.finfo(dtype).eps, atol=0)
         value.backward()

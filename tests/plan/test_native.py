@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.tools.cases import ROOT, choice, cuda_on_cpu, integers
+from tests.tools.cases import ROOT, choice, cuda_on_cpu, integers, tensors_of
 
 import hpcloss
-from hpcloss import native, partition, sampling, sorting
-from hpcloss.regions import Grid
-from hpcloss.sampling import sample, sample_anchors, sample_hard_easy
+from hpcloss.plan import draw, native, partition, sorting
+from hpcloss.plan.regions import Grid
+from hpcloss.plan.sampling import sample, sample_anchors, sample_hard_easy
 
 needs_library = pytest.mark.skipif(bool(native.why_not("cpu")), reason=native.why_not("cpu"))
 needs_gnu = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux")
@@ -73,15 +73,15 @@ def test_partitions(case, background, ignore_index):
     options = {"background": background, "ignore_index": ignore_index}
     rows = partition.class_sort(labels, regions, number, num_classes=num_classes, **options)
     flat, ignored = labels.reshape(-1), list(ignore_index)
-    same(rows, sorting._class_sort_in_torch(flat, ids, number, num_classes, background, ignored))
+    same(tensors_of(rows), sorting._class_sort_in_torch(flat, ids, number, num_classes, background, ignored))
     pairs = partition.partition(labels, regions, number, **options)
-    same(pairs, sorting._label_sort_in_torch(flat, ids, number, background, ignored))
-    first = sorting.is_class(background, num_classes)
-    pairs = partition.from_offsets(rows.order, rows.offsets, num_classes, first)
-    same(pairs.intervals(), sorting._class_intervals_in_torch(rows.offsets, len(rows.order), num_classes, first))
-    counts = pairs.counts()
-    same(counts, sorting._pair_counts_in_torch(*pairs.intervals()))
-    same([pairs.counted(), pairs.counted(need_negatives=True)], [counts[0] > 0, torch.minimum(*counts) > 0])
+    same(tensors_of(pairs), sorting._label_sort_in_torch(flat, ids, number, background, ignored))
+    first, pairs = rows.background_first, rows.pairs()
+    same(pairs.intervals, sorting._class_intervals_in_torch(rows.offsets, len(rows.order), num_classes, first))
+    counts = pairs.intervals.counts()
+    same(counts, sorting._pair_counts_in_torch(*pairs.intervals))
+    counted = [pairs.intervals.counted(), pairs.intervals.counted(need_negatives=True)]
+    same(counted, [counts[0] > 0, torch.minimum(*counts) > 0])
 
 
 @st.composite
@@ -109,7 +109,7 @@ def test_samples(plan, k, seed, kind, ties):
         "hard_easy": torch.rand(n) < 0.3,
     }[kind]
     found = torch.ops.hpcloss.sample(order, offsets, k, kind, values, n, seed)
-    same(found, sampling._sample_in_torch(order, offsets, k, kind, values, n, seed))
+    same(found, draw._sample_in_torch(order, offsets, k, kind, values, n, seed))
 
 
 @needs_library
@@ -119,7 +119,7 @@ def test_positives(n, k, seed, dtype):
     start = torch.randint(0, 50, (n,)).to(dtype)
     bounds = (start, start + torch.randint(-1, 30, (n,)).to(dtype), torch.randint(-1, 80, (n,)).to(dtype))
     seed = torch.tensor(seed)
-    same(torch.ops.hpcloss.sample_positives(*bounds, k, seed), sampling._sample_positives_in_torch(*bounds, k, seed))
+    same(torch.ops.hpcloss.sample_positives(*bounds, k, seed), draw._sample_positives_in_torch(*bounds, k, seed))
 
 
 @needs_library
@@ -131,7 +131,7 @@ def test_a_guess_that_was_too_low(threads, monkeypatch):
         order, offsets = torch.full((n,), 17, dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32)
         for seed in range(3):
             arguments = (order, offsets, 6, "uniform", None, n, torch.tensor(seed))
-            same(torch.ops.hpcloss.sample(*arguments), sampling._sample_in_torch(*arguments))
+            same(torch.ops.hpcloss.sample(*arguments), draw._sample_in_torch(*arguments))
 
 
 @needs_library
@@ -145,9 +145,9 @@ def test_samples_of_a_size_that_is_cut_into_parts(kind, monkeypatch):
     results = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        same(partition.class_sort(labels, num_classes=5), rows)
+        same(tensors_of(partition.class_sort(labels, num_classes=5)), tensors_of(rows))
         results.append(torch.ops.hpcloss.sample(rows.order, rows.offsets, 300, kind, values, n, torch.tensor(5)))
-    same(results[0], sampling._sample_in_torch(rows.order, rows.offsets, 300, kind, values, n, torch.tensor(5)))
+    same(results[0], draw._sample_in_torch(rows.order, rows.offsets, 300, kind, values, n, torch.tensor(5)))
     same(results[1], results[0])
     same(results[2], results[0])
 
@@ -186,7 +186,7 @@ def test_samples_of_several_parts_on_the_emulated_gpu(emulated, kind, k):
         emulated.hpcloss_emulator_seed(ctypes.c_ulonglong(seed))
         values = {"uniform": None, "hard_easy": values < 0.2 * values.max()}.get(kind, values)
         found = native.sample(order, offsets.int(), k, kind, values, n, torch.tensor(seed))
-        same(found, sampling._sample_in_torch(order, offsets.int(), k, kind, values, n, torch.tensor(seed)))
+        same(found, draw._sample_in_torch(order, offsets.int(), k, kind, values, n, torch.tensor(seed)))
 
 
 @needs_library
@@ -529,7 +529,7 @@ def test_forked_children_can_call_it(monkeypatch):
 
 OVERRUN = """
 import ctypes, torch
-from hpcloss import native
+from hpcloss.plan import native
 labels = (ctypes.c_int64 * 1000)()
 lying = torch.zeros(0, dtype=torch.int64)
 lying.data_ptr, lying.numel = lambda: ctypes.addressof(labels), lambda: 5000

@@ -8,21 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tools.cases import choice, implementations, integers
+from tests.tools.cases import choice, implementations, integers, tensors_of
 
-from hpcloss.partition import (
-    Pairs,
-    against_cells,
+from hpcloss.losses.cells import against_cells, cells_of_regions
+from hpcloss.plan.labels import is_ignored
+from hpcloss.plan.partition import (
+    Intervals,
     class_sort,
-    from_offsets,
-    from_offsets_against,
     one_to_one,
     paired,
     partition,
     partition_against,
 )
-from hpcloss.regions import Grid, cells_of_regions, grid_regions, grid_shape, region_shape
-from hpcloss.sorting import INT32_MAX, index_dtype, is_ignored, segment_bounds
+from hpcloss.plan.regions import Grid, grid_regions, grid_shape, region_shape
+from hpcloss.plan.sorting import INT32_MAX, index_dtype, segment_bounds
 
 FAST = settings(max_examples=80, deadline=None, database=None, derandomize=True)
 pixel_labels = st.lists(st.tuples(st.sampled_from([0, 1, 2, 3, 7, -4, 255, 2**40]), st.integers(-1, 4)), max_size=40)
@@ -63,14 +62,14 @@ def plain_plan(labels, regions, num_regions, background, ignore_index, num_class
 def assert_plan(pairs, plan):
     live = len(plan["order"])
     assert pairs.live().tolist() == [live]
-    for name in Pairs._fields:
-        values = getattr(pairs, name)
+    found = {"order": pairs.order, **pairs.intervals._asdict()}
+    for name, values in found.items():
         assert values.dtype == torch.int32, name
         assert values[: len(plan[name])].tolist() == plan[name], name
-    assert all(len(getattr(pairs, name)) == len(plan[name]) for name in Pairs._fields[4:])
+    assert all(len(found[name]) == len(plan[name]) for name in Intervals._fields[3:])
     # The dead tail holds every other pixel once and no positive.
     assert sorted(pairs.order.tolist()) == list(range(len(pairs.order)))
-    assert (pairs.pos_start[live:] == pairs.pos_end[live:]).all()
+    assert (pairs.intervals.pos_start[live:] == pairs.intervals.pos_end[live:]).all()
 
 
 @FAST
@@ -102,7 +101,7 @@ def test_the_two_sorts_give_the_same_plan_to_the_bit(background):
     labels, regions = integers(4, 500), integers(7, 500)
     one = partition(labels, regions, 7, background=background, num_classes=4)
     two = partition(labels, regions, 7, background=background)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(two), strict=True))
 
 
 @pytest.mark.parametrize("background", [None, 1])
@@ -116,9 +115,9 @@ def test_class_sort(background):
         expected = ((labels == rank[position]) & (regions == region)).nonzero().view(-1).tolist()
         assert rows.order[own].tolist() == expected
     assert int(rows.outside) == int((labels == 3).sum()) > 0
-    pairs = from_offsets(rows.order, rows.offsets, 3, background is not None)
+    assert (rows.num_classes, rows.background_first) == (3, background is not None)
     expected = partition(labels, regions, 4, background=background, ignore_index=(255, -1), num_classes=3)
-    assert all(torch.equal(a, b) for a, b in zip(pairs, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(rows.pairs()), tensors_of(expected), strict=True))
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])
@@ -134,14 +133,14 @@ def test_a_grid_is_its_ids(spatial, size, per_image, num_classes):
     assert grid.num_regions() == number and torch.equal(grid.ids(labels.device), ids)
     options = {"background": 0, "ignore_index": (255,), "num_classes": num_classes}
     by_grid, by_ids = partition(labels, grid, **options), partition(labels, ids, number, **options)
-    assert all(torch.equal(a, b) for a, b in zip(by_grid, by_ids, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(by_grid), tensors_of(by_ids), strict=True))
 
 
 @pytest.mark.parametrize("background", [None, 0])
 def test_counts_anchors_and_regions(background):
     labels, regions = choice([0, 1, 1, 2, 255], 50), integers(6, 50)
     pairs = partition(labels, regions, 5, background=background, ignore_index=(255,))
-    positives, negatives = pairs.counts()
+    positives, negatives = pairs.intervals.counts()
     alive = (labels != 255) & (regions < 5)
     together = (regions[:, None] == regions) & alive[:, None] & alive & ~torch.eye(50, dtype=torch.bool)
     anchor = alive & (labels != background if background is not None else True)
@@ -149,11 +148,13 @@ def test_counts_anchors_and_regions(background):
     order = pairs.order.long()
     assert torch.equal(positives.long(), ((together & same).sum(1) * anchor)[order])
     assert torch.equal(negatives.long(), ((together & ~same).sum(1) * anchor)[order])
-    assert torch.equal(pairs.counted(), positives > 0) and bool(pairs.counted().any())
-    assert torch.equal(pairs.counted(need_negatives=True), (positives > 0) & (negatives > 0))
-    assert torch.equal(pairs.is_anchor(), anchor[order])
-    assert torch.equal(pairs.region()[pairs.is_anchor()].long(), regions[order][pairs.is_anchor()])
-    assert len(pairs.intervals()) == 7 and pairs.intervals()[0] is pairs.pos_start
+    assert torch.equal(pairs.intervals.counted(), positives > 0) and bool(pairs.intervals.counted().any())
+    assert torch.equal(pairs.intervals.counted(need_negatives=True), (positives > 0) & (negatives > 0))
+    assert torch.equal(pairs.intervals.is_anchor(), anchor[order])
+    assert torch.equal(
+        pairs.intervals.region()[pairs.intervals.is_anchor()].long(), regions[order][pairs.intervals.is_anchor()]
+    )
+    assert len(pairs.intervals) == 7 and pairs.intervals[0] is pairs.intervals.pos_start
 
 
 def test_head_drops_the_dead_tail_only():
@@ -161,13 +162,23 @@ def test_head_drops_the_dead_tail_only():
     pairs = partition(labels, ignore_index=(255,))
     live = int(pairs.live())
     short = pairs.head(live)
-    assert len(short.order) == len(short.pos_start) == len(short.pos_end) == len(short.self_pos) == live < 30
-    assert torch.equal(short.order, pairs.order[:live]) and torch.equal(short.key_end, pairs.key_end)
+    assert (
+        len(short.order)
+        == len(short.intervals.pos_start)
+        == len(short.intervals.pos_end)
+        == len(short.intervals.self_pos)
+        == live
+        < 30
+    )
+    assert torch.equal(short.order, pairs.order[:live]) and torch.equal(
+        short.intervals.key_end, pairs.intervals.key_end
+    )
 
 
 def test_one_region_is_the_default():
     labels = integers(3, 20)
-    assert all(torch.equal(a, b) for a, b in zip(partition(labels), partition(labels, torch.zeros(20), 1), strict=True))
+    default, named = partition(labels), partition(labels, torch.zeros(20), 1)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(default), tensors_of(named), strict=True))
 
 
 def test_any_integer_is_a_label():
@@ -179,7 +190,7 @@ def test_any_integer_is_a_label():
         for background in (None, *values):
             rank = None if background is None else values.index(background)
             found, right = partition(labels, background=background), partition(small, background=rank)
-            assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(tensors_of(found), tensors_of(right), strict=True))
 
 
 def test_every_map_of_four_pixels():
@@ -201,17 +212,18 @@ def assert_sorted(labels, regions, num_regions, background=None, ignore_index=()
     dead = np.isin(label, ignore_index) | (region < 0) | (region >= num_regions)
     order = np.lexsort((np.where(dead, 0, label), (label != background) & ~dead, np.where(dead, num_regions, region)))
     live, rows = int((~dead).sum()), np.arange(len(label))
-    assert (pairs.order.numpy() == order).all() and (pairs.self_pos.numpy() == rows).all()
+    assert (pairs.order.numpy() == order).all() and (pairs.intervals.self_pos.numpy() == rows).all()
     named = np.stack([region, label])[:, order[:live]]
     starts = np.flatnonzero(np.r_[True, (named[:, 1:] != named[:, :-1]).any(0)]) if live else rows[:0]
     lengths = np.diff(np.r_[starts, live])
-    assert (pairs.pos_start.numpy() == np.r_[np.repeat(starts, lengths), 0 * rows[live:]]).all()
-    assert (pairs.pos_end.numpy() == np.r_[np.repeat(starts + lengths, lengths), 0 * rows[live:]]).all()
+    at = Intervals(*[bound.numpy() for bound in pairs.intervals])
+    assert (at.pos_start == np.r_[np.repeat(starts, lengths), 0 * rows[live:]]).all()
+    assert (at.pos_end == np.r_[np.repeat(starts + lengths, lengths), 0 * rows[live:]]).all()
     ends = np.searchsorted(region[order[:live]], np.arange(num_regions), side="right")
     key_starts = np.r_[0, ends[:-1]]
     of_background = np.bincount(region[~dead & (label == background)], minlength=num_regions)
-    assert (pairs.key_start.numpy() == key_starts).all() and (pairs.key_end.numpy() == ends).all()
-    assert (pairs.anchor_start.numpy() == key_starts + of_background).all() and (pairs.anchor_end.numpy() == ends).all()
+    assert (at.key_start == key_starts).all() and (at.key_end == ends).all()
+    assert (at.anchor_start == key_starts + of_background).all() and (at.anchor_end == ends).all()
     return pairs
 
 
@@ -250,7 +262,7 @@ def test_names_of_classes_do_not_matter():
 
     def members(labels):
         pairs = partition(labels, regions, 4)
-        starts, ends, order = pairs.pos_start.tolist(), pairs.pos_end.tolist(), pairs.order.tolist()
+        starts, ends, order = pairs.intervals.pos_start.tolist(), pairs.intervals.pos_end.tolist(), pairs.order.tolist()
         # Those of one class stand in the order of their pixels.
         return sorted((pixel, tuple(order[starts[row] : ends[row]])) for row, pixel in enumerate(order))
 
@@ -278,8 +290,8 @@ def test_regions_that_do_not_fit(regions, number, message):
 @pytest.mark.parametrize("num_classes", [None, 3])
 def test_no_pixels(num_classes):
     pairs = partition(torch.zeros(0, dtype=torch.int64), torch.zeros(0), 2, background=0, num_classes=num_classes)
-    assert len(pairs.order) == 0 and pairs.key_end.tolist() == [0, 0] and pairs.live().tolist() == [0]
-    assert all(len(values) == 0 for values in pairs.counts())
+    assert len(pairs.order) == 0 and pairs.intervals.key_end.tolist() == [0, 0] and pairs.live().tolist() == [0]
+    assert all(len(values) == 0 for values in pairs.intervals.counts())
 
 
 @FAST
@@ -295,18 +307,18 @@ def test_against_other_keys(labels, key_labels):
     ranked = [key_labels[j] for j in key_order.tolist()]
     assert sorted(key_order.tolist()) == list(range(len(key_labels))) and 255 not in ranked[:live]
     anchors = sum(label != 255 for label in labels)
-    assert pairs.live().tolist() == [anchors] and pairs.anchor_start.tolist() == [0]
-    assert (pairs.key_start.tolist(), pairs.key_end.tolist()) == ([0], [live])
-    assert (pairs.self_pos == -1).all()
-    positives, negatives = pairs.counts()
+    assert pairs.live().tolist() == [anchors] and pairs.intervals.anchor_start.tolist() == [0]
+    assert (pairs.intervals.key_start.tolist(), pairs.intervals.key_end.tolist()) == ([0], [live])
+    assert (pairs.intervals.self_pos == -1).all()
+    positives, negatives = pairs.intervals.counts()
     for row, pixel in enumerate(pairs.order.tolist()):
-        mine = range(int(pairs.pos_start[row]), int(pairs.pos_end[row]))
+        mine = range(int(pairs.intervals.pos_start[row]), int(pairs.intervals.pos_end[row]))
         if row < anchors:
             assert list(mine) == [j for j in range(live) if ranked[j] == labels[pixel]]
             assert (int(positives[row]), int(negatives[row])) == (len(mine), live - len(mine))
         else:
             assert labels[pixel] == 255 and positives[row] == negatives[row] == 0
-    assert all(bound.dtype == torch.int32 for bound in pairs)
+    assert all(bound.dtype == torch.int32 for bound in tensors_of(pairs))
 
 
 sorted_labels = st.lists(st.tuples(st.sampled_from([0, 1, 2, 255]), st.integers(0, 2)), max_size=20)
@@ -320,28 +332,29 @@ def test_against_other_keys_by_region_and_class(anchors, keys, background):
         return class_sort(labels, regions, 3, background=background, ignore_index=(255,), num_classes=3)
 
     mine, other = sort(anchors), sort(keys)
-    pairs = from_offsets_against(mine.order, mine.offsets, other.offsets, 3, background_ranked=background is not None)
-    positives, negatives = pairs.counts()
-    is_anchor = pairs.is_anchor().tolist()
+    pairs = mine.against(other)
+    positives, negatives = pairs.intervals.counts()
+    is_anchor = pairs.intervals.is_anchor().tolist()
     met = [keys[j] for j in other.order.tolist()]
     for row, pixel in enumerate(pairs.order.tolist()):
         label, region = anchors[pixel]
         assert is_anchor[row] == (label not in (255, background))
         if is_anchor[row]:
             same = [j for j, key in enumerate(met) if key == (label, region)]
-            assert list(range(int(pairs.pos_start[row]), int(pairs.pos_end[row]))) == same
+            assert list(range(int(pairs.intervals.pos_start[row]), int(pairs.intervals.pos_end[row]))) == same
             inside = [j for j, key in enumerate(met) if key[1] == region and key[0] != 255]
-            assert list(range(int(pairs.key_start[region]), int(pairs.key_end[region]))) == inside
+            assert list(range(int(pairs.intervals.key_start[region]), int(pairs.intervals.key_end[region]))) == inside
             assert (int(positives[row]), int(negatives[row])) == (len(same), len(inside) - len(same))
-    assert (pairs.self_pos == -1).all() and all(bound.dtype == torch.int32 for bound in pairs)
+    assert (pairs.intervals.self_pos == -1).all() and all(bound.dtype == torch.int32 for bound in tensors_of(pairs))
 
 
 def test_explicit_positives():
     pairs = one_to_one(4, torch.device("cpu"))
-    assert pairs.order.tolist() == pairs.pos_start.tolist() == [0, 1, 2, 3] and pairs.pos_end.tolist() == [1, 2, 3, 4]
-    positives, negatives = pairs.counts()
+    assert pairs.order.tolist() == pairs.intervals.pos_start.tolist() == [0, 1, 2, 3]
+    assert pairs.intervals.pos_end.tolist() == [1, 2, 3, 4]
+    positives, negatives = pairs.intervals.counts()
     assert positives.tolist() == [1] * 4 and negatives.tolist() == [3] * 4
-    own = paired(partition(torch.tensor([0, 1, 0, 1])), torch.tensor([1, 0, 3, 2]))
+    own = paired(partition(torch.tensor([0, 1, 0, 1])), torch.tensor([1, 0, 3, 2])).intervals
     assert own.pos_start.tolist() == [1, 0, 3, 2] and own.pos_end.tolist() == [2, 1, 4, 3]
     positives, negatives = own.counts()
     assert positives.tolist() == [1] * 4 and negatives.tolist() == [2] * 4
@@ -357,11 +370,12 @@ def test_against_cells(per_image, background):
     pairs = partition(labels, region, number, background=background, ignore_index=(255,))
     keys = partition(labels, cell, cells, background=background, ignore_index=(255,))
     met = torch.zeros(len(labels), dtype=torch.int64)
-    for of_region in cells_of_regions(torch.arange(number), batch, spatial, size, local, per_image=per_image):
-        at = against_cells(pairs, keys, of_region, labels, background)
+    grids = [Grid(batch, spatial, cell_size, per_image) for cell_size in (size, local)]
+    for of_region in cells_of_regions(torch.arange(number), *grids):
+        order, at = against_cells(pairs, keys, of_region, labels, background)
         positives, negatives = at.counts()
         for row in at.is_anchor().nonzero().view(-1).tolist():
-            pixel, met_cell = int(at.order[row]), int(of_region[region[at.order[row]]])
+            pixel, met_cell = int(order[row]), int(of_region[region[order[row]]])
             here = [j for j in keys.order.tolist() if cell[j] == met_cell and labels[j] != 255]
             inside = range(int(at.key_start[region[pixel]]), int(at.key_end[region[pixel]]))
             assert [int(keys.order[j]) for j in inside] == here
@@ -371,7 +385,7 @@ def test_against_cells(per_image, background):
             assert int(positives[row]) == len(set(same) - {pixel})
             assert int(negatives[row]) == len(here) - len(same)
             met[pixel] += len(here)
-    anchors = pairs.order[pairs.is_anchor()].long()
+    anchors = pairs.order[pairs.intervals.is_anchor()].long()
     together = (region[:, None] == region) & (labels != 255)
     assert torch.equal(met[anchors], together.sum(1)[anchors])  # the cells of a region make it up
 

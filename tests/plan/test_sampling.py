@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.tools.cases import choice, implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpcloss import sampling
-from hpcloss.sampling import (
+from hpcloss.plan import draw
+from hpcloss.plan import philox as philox_words
+from hpcloss.plan.sampling import (
     Sample,
     choose_regions,
     philox,
@@ -151,7 +152,7 @@ def positives(first, last, own, k, seed, row):
     ],
 )
 def test_philox_known_answers(counter, key, words):
-    got = sampling._philox_block(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor(k) for k in key))
+    got = philox_words.philox_block(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor(k) for k in key))
     assert [int(w) for w in got] == words
     assert list(philox_block(counter, key)) == words
 
@@ -171,14 +172,16 @@ def test_philox_matches_definition(seed, counter):
 
 
 def test_words_by_block_and_by_pixel_agree():
-    n = 3 * sampling._CHUNK // 2 + 3  # several cache-sized pieces and a partial block
-    assert torch.equal(sampling._dense_words(sampling._key_words(torch.tensor(-7)), n), philox(-7, torch.arange(n)))
+    n = 3 * philox_words._CHUNK // 2 + 3  # several cache-sized pieces and a partial block
+    assert torch.equal(
+        philox_words.dense_words(philox_words.key_words(torch.tensor(-7)), n), philox(-7, torch.arange(n))
+    )
 
 
 @settings(deadline=None)
 @given(st.integers(0, MASK) | st.integers(0, 32).map(lambda b: (1 << b) - 1) | st.integers(0, 31).map(lambda b: 1 << b))
 def test_negative_log2(word):
-    got = sampling._negative_log2(torch.tensor([word])).item()
+    got = draw._negative_log2(torch.tensor([word])).item()
     assert got == negative_log2(word)
     x = 2 * word + 1
     exact = -math.log1p((x - 2**33) / 2**33) / math.log(2)
@@ -190,14 +193,14 @@ def test_keys_match_definition():
     generator = torch.Generator().manual_seed(2)
     words = torch.randint(0, 1 << 32, (4000,), generator=generator)
     weights = torch.randn(4000, generator=generator).mul(30).exp()  # over the whole range of float32 and beyond
-    assert sampling._weighted_keys(words, weights).tolist() == [
+    assert draw._weighted_keys(words, weights).tolist() == [
         1 << 32 if (key := weighted_key(r, w)) is None else key
         for r, w in zip(words.tolist(), weights.tolist(), strict=True)
     ]
     scores = torch.cat(
         [torch.randn(100, generator=generator), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])]
     )
-    assert sampling._hardest_keys(scores).tolist() == [score_key(score) for score in scores.tolist()]
+    assert draw._hardest_keys(scores).tolist() == [score_key(score) for score in scores.tolist()]
 
 
 # ---- samples against the definition ----
@@ -294,11 +297,11 @@ def test_sample_matches_definition_at_size():
     order = torch.sort(groups, stable=True).indices
     offsets = torch.nn.functional.pad(torch.bincount(groups, minlength=5).cumsum(0), (1, 0))
     weights = torch.rand(groups.shape, generator=generator)
-    chunk, sampling._CHUNK = sampling._CHUNK, 1000  # pieces must not show
+    chunk, philox_words._CHUNK = philox_words._CHUNK, 1000  # pieces must not show
     try:
         uniform, weighted = sample(order, offsets, 64, seed=3), sample(order, offsets, 64, seed=3, weights=weights)
     finally:
-        sampling._CHUNK = chunk
+        philox_words._CHUNK = chunk
     words = [pixel_word(3, p) for p in order.tolist()]
     assert list(map(torch.Tensor.tolist, uniform)) == list(
         compact(order.tolist(), offsets.tolist(), 64, lambda rows: smallest(rows, words, 64))
@@ -478,10 +481,10 @@ def test_seed_decides():
         lambda seed: sample_hard_easy(order, offsets, 20, wrong, seed=seed).order,
         lambda seed: sample_positives(start, start + 50, torch.arange(50), 4, seed=seed),
     ]
-    for draw in draws:
+    for drawn in draws:
         for other in (1, -1, 1 << 32):  # both words of the seed count
-            assert torch.equal(draw(torch.tensor(0)), draw(0))
-            assert not torch.equal(draw(0), draw(other))
+            assert torch.equal(drawn(torch.tensor(0)), drawn(0))
+            assert not torch.equal(drawn(0), drawn(other))
 
 
 # ---- static shapes, no host reads ----

@@ -15,10 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpcloss import reference
 from hpcloss.backends import blockwise, resolve
 from hpcloss.backends.blockwise import tiles
-from hpcloss.pack import Rows
-from hpcloss.pairs import RULES, pair_cross_entropy, pair_lse, pair_lse_both, pair_mean
-from hpcloss.partition import Pairs, against_cells, one_to_one, paired, partition, partition_against
-from hpcloss.regions import cells_of_regions, grid_regions
+from hpcloss.losses.cells import against_cells, cells_of_regions
+from hpcloss.plan.partition import Intervals, Pairs, one_to_one, paired, partition, partition_against
+from hpcloss.plan.regions import Grid, grid_regions
+from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
+from hpcloss.primitives.pair_lse import RULES, pair_lse, pair_lse_both
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows
+from hpcloss.primitives.scale import Scale
 
 NOISE = 1e-13
 
@@ -56,8 +60,9 @@ def near_and_far_pairs_plan():
 def whole_region_plan():
     """All keys of the region are positives."""
     pairs, _ = self_plan(seed=5)
-    region, alive = pairs.region(), torch.arange(40) < pairs.live()
-    return Plan(pairs._replace(pos_start=pairs.key_start[region] * alive, pos_end=pairs.key_end[region] * alive), None)
+    region, alive = pairs.intervals.region(), torch.arange(40) < pairs.live()
+    start, end = pairs.intervals.key_start[region] * alive, pairs.intervals.key_end[region] * alive
+    return Plan(pairs.replace(pos_start=start, pos_end=end), None)
 
 
 def cross_plan(n=30, m=50, regions=3, seed=0, with_self=False):
@@ -75,7 +80,7 @@ def cross_plan(n=30, m=50, regions=3, seed=0, with_self=False):
     self_pos = integers(m, n, seed=seed + 2).int() if with_self else torch.full((n,), -1, dtype=torch.int32)
     self_pos[::4] = -1
     order = torch.arange(n, dtype=torch.int32)
-    return Plan(Pairs(order, pos_start, pos_end, self_pos, anchor_start, anchor_end, key[0], key[1]), m)
+    return Plan(Pairs(order, Intervals(pos_start, pos_end, self_pos, anchor_start, anchor_end, key[0], key[1])), m)
 
 
 def labelled_keys_plan():
@@ -91,7 +96,7 @@ def cells_plan():
     cell, cells = grid_regions(2, (6, 7), (2, 2))
     pairs = partition(labels, region, number, background=0, ignore_index=(255,))
     keys = partition(labels, cell, cells, background=0, ignore_index=(255,))
-    of_region = cells_of_regions(torch.arange(number), 2, (6, 7), (4, 4), (2, 2), per_image=False)
+    of_region = cells_of_regions(torch.arange(number), Grid(2, (6, 7), (4, 4)), Grid(2, (6, 7), (2, 2)))
     return Plan(against_cells(pairs, keys, of_region[1], labels, 0), 2 * 6 * 7)
 
 
@@ -103,22 +108,22 @@ def keys_in_any_order_plan():
                  for a, b, low, high in spans for i in range(a, b)]  # fmt: skip
     bounds = [torch.tensor(values, dtype=torch.int32) for values in (*zip(*positives), *anchors, *keys)]
     order = torch.arange(len(positives), dtype=torch.int32)
-    return Plan(Pairs(order, *bounds[:2], torch.full_like(order, -1), *bounds[2:]), 50)
+    return Plan(Pairs(order, Intervals(*bounds[:2], torch.full_like(order, -1), *bounds[2:])), 50)
 
 
 def gathered_plan(labels, more):
     """Anchors among keys of which others are more, as of other ranks."""
     pairs = partition(labels, ignore_index=(255,))
-    keys = partition(torch.cat([more, labels]), ignore_index=(255,))
-    place = torch.empty_like(keys.order).scatter_(0, keys.order.long(), keys.self_pos)[len(more) :][pairs.order.long()]
+    order, keys = partition(torch.cat([more, labels]), ignore_index=(255,))
+    place = torch.empty_like(order).scatter_(0, order.long(), keys.self_pos)[len(more) :][pairs.order.long()]
     positives = {"pos_start": keys.pos_start[place.long()], "pos_end": keys.pos_end[place.long()], "self_pos": place}
-    return Plan(pairs._replace(**positives, key_start=keys.key_start, key_end=keys.key_end), keys.order.numel())
+    return Plan(pairs.replace(**positives, key_start=keys.key_start, key_end=keys.key_end), order.numel())
 
 
 def keys_around_plan():
     """Anchors in the middle of their region, keys alone before and after them."""
     pairs, _ = long_plan(6, 10, 9, 7, background=0)
-    return Plan(pairs._replace(anchor_end=torch.tensor([25], dtype=torch.int32)), None)
+    return Plan(pairs.replace(anchor_end=torch.tensor([25], dtype=torch.int32)), None)
 
 
 PLANS = {
@@ -149,7 +154,7 @@ PLANS = {
     "gathered, many classes": lambda: gathered_plan(integers(20, 60), integers(25, 30, seed=1)),
     "gathered, two a class": lambda: gathered_plan(torch.arange(12), torch.arange(15).flip(0)),
     "gathered, one or two a class": lambda: gathered_plan(torch.arange(12), torch.arange(6)),
-    "no keys": lambda: Plan(one_to_one(3, torch.device("cpu"))._replace(
+    "no keys": lambda: Plan(one_to_one(3, torch.device("cpu")).replace(
         pos_start=torch.zeros(3).int(), pos_end=torch.zeros(3).int(), key_end=torch.zeros(1).int()), 0),
 }  # fmt: skip
 
@@ -159,10 +164,10 @@ def allowed(plan, rule):
     pairs, num_keys = plan
     count = pairs.order.numel()
     mask = torch.zeros(count, count if num_keys is None else num_keys, dtype=torch.bool)
-    bounds = (bound.tolist() for bound in pairs[4:])
+    bounds = (bound.tolist() for bound in pairs.intervals[3:])
     for a0, a1, k0, k1 in zip(*bounds, strict=True):
         for i in range(a0, a1):
-            p0, p1, own = int(pairs.pos_start[i]), int(pairs.pos_end[i]), int(pairs.self_pos[i])
+            p0, p1, own = (int(bound[i]) for bound in pairs.intervals[:3])
             if rule != "positives":
                 mask[i, k0:k1] = True
             if rule != "others" and rule != "every":
@@ -194,8 +199,9 @@ def inputs(plan, dim=5, length=1.0, seed=0):
     return anchors, keys
 
 
-def as_rows(x):
-    return None if x is None else Rows(x.detach(), x)
+def as_rows(x, backend="blockwise"):
+    """Packed rows whose gradient is that of x."""
+    return None if x is None else Rows(x.detach(), x, backend)
 
 
 def finite(values):
@@ -228,7 +234,7 @@ def test_pair_lse(plan, rule, schedule):
                                (0.7, some_bias(mask.shape[1]), None), (0.7, some_bias(mask.shape[1]), 20.0),
                                (90.0, None, None)):  # fmt: skip
         scale = torch.tensor(value).double().requires_grad_()
-        actual = pair_lse(as_rows(anchors), plan.pairs, rule, scale, keys=as_rows(keys), bias=bias, scale_bound=bound)
+        actual = pair_lse(as_rows(anchors), plan.pairs, rule, Scale(scale, bound), keys=as_rows(keys), bias=bias)
         there = mask if bias is None else mask & (bias > -math.inf)
         expected = reference.pair_lse(anchors, anchors if keys is None else keys, there, scale, bias)
         compare(actual, expected, [x for x in (anchors, keys, scale) if x is not None])
@@ -248,7 +254,7 @@ def test_pair_lse_both(plan, rule, schedule):
     mask = allowed(plan, rule)
     for value, bound in ((3.0, None), (3.0, 100.0), (-2.0, None), (90.0, None)):
         scale = torch.tensor(value).double().requires_grad_()
-        actual = pair_lse_both(as_rows(anchors), as_rows(keys), plan.pairs, rule, scale, scale_bound=bound)
+        actual = pair_lse_both(as_rows(anchors), as_rows(keys), plan.pairs, rule, Scale(scale, bound))
         expected = (
             reference.pair_lse(anchors, keys, mask, scale, None),
             reference.pair_lse(keys, anchors, mask.T, scale, None),
@@ -260,7 +266,9 @@ def test_pair_lse_both_refuses_rules_it_has_no_intervals_for():
     anchors, keys = inputs(PLANS["labelled keys"]())
     for rule, message in (("others", "rule must be"), ("negatives", "as many keys as anchors, got 47 and 33")):
         with pytest.raises(ValueError, match=message):
-            pair_lse_both(as_rows(anchors), as_rows(keys), PLANS["labelled keys"]().pairs, rule, torch.tensor(1.0))
+            pair_lse_both(
+                as_rows(anchors), as_rows(keys), PLANS["labelled keys"]().pairs, rule, Scale(torch.tensor(1.0))
+            )
 
 
 def dense_cross_entropy(anchors, keys, plan, scale, hardness=0.0):
@@ -278,8 +286,8 @@ def test_pair_cross_entropy(plan, hardness, schedule):
     anchors, keys = inputs(plan)
     for value, bound in ((3.0, None), (3.0, 100.0), (0.01, 1.0), (90.0, None)):
         scale = torch.tensor(value).double().requires_grad_()
-        options = {"keys": as_rows(keys), "hardness": hardness, "scale_bound": bound}
-        loss, lse, mass = pair_cross_entropy(as_rows(anchors), plan.pairs, scale, **options)
+        options = {"keys": as_rows(keys), "hardness": hardness}
+        loss, lse, mass = pair_cross_entropy(as_rows(anchors), plan.pairs, Scale(scale, bound), **options)
         expected = dense_cross_entropy(anchors, anchors if keys is None else keys, plan, scale, hardness)
         assert not mass.requires_grad
         assert_exact(mass, expected[2], floor=NOISE)
@@ -299,7 +307,7 @@ def test_cross_entropy_over_tiles_of_full_size(hardness):
         for bound in (None, 100.0):
             scale = torch.tensor(4.0).double().requires_grad_()
             loss, lse, _ = pair_cross_entropy(
-                as_rows(anchors), plan.pairs, scale, keys=as_rows(keys), hardness=hardness, scale_bound=bound
+                as_rows(anchors), plan.pairs, Scale(scale, bound), keys=as_rows(keys), hardness=hardness
             )
             expected = dense_cross_entropy(anchors, anchors if keys is None else keys, plan, scale, hardness)
             leaves = [x for x in (anchors, keys, scale) if x is not None]
@@ -315,7 +323,7 @@ def test_cross_entropy_of_parts_of_the_keys_merges(hardness):
     def part(chosen):
         pairs, order = partition_against(labels, key_labels[chosen])
         sides = as_rows(anchors[pairs.order.long()]), as_rows(keys[chosen][order.long()])
-        return pair_cross_entropy(sides[0], pairs, scale, keys=sides[1], hardness=hardness)
+        return pair_cross_entropy(sides[0], pairs, Scale(scale), keys=sides[1], hardness=hardness)
 
     whole = part(torch.arange(60))
     # A part without a positive for some anchors, and one without any.
@@ -349,7 +357,7 @@ def test_pair_mean(plan, term, detach, schedule):
             scale = torch.tensor(2.5).double().requires_grad_(bound is None)
             leaf = None if stat is None else stat.clone().requires_grad_()
             actual, mass = pair_mean(
-                as_rows(anchors), plan.pairs, term, scale, keys=as_rows(keys), stat=leaf, scale_bound=bound, **options
+                as_rows(anchors), plan.pairs, term, Scale(scale, bound), keys=as_rows(keys), stat=leaf, **options
             )
             oracle_keys = anchors if keys is None else keys
             expected, expected_mass = reference.pair_mean(
@@ -369,7 +377,9 @@ def test_pair_mean_of_far_apart_rows(term, schedule):
     for hardness in (30.0, -30.0):
         options = {"hardness": hardness, "stat": stat, "term": term, "scale": torch.tensor(1.0).double()}
         for detach in (True, False):
-            actual, _ = pair_mean(as_rows(anchors), plan.pairs, **options, detach_weights=detach)
+            actual, _ = pair_mean(
+                as_rows(anchors), plan.pairs, **options | {"scale": Scale(options["scale"])}, detach_weights=detach
+            )
             expected, _ = reference.pair_mean(
                 anchors, anchors, allowed(plan, "positives"), **options, detach_weights=detach
             )
@@ -386,7 +396,7 @@ def test_tiles_of_full_size(rule, scale):
         anchors, keys = inputs(plan, 3)
         mask, scale_tensor = allowed(plan, rule), torch.tensor(scale).double().requires_grad_()
         for bound in (None, 100.0):
-            actual = pair_lse(as_rows(anchors), plan.pairs, rule, scale_tensor, keys=as_rows(keys), scale_bound=bound)
+            actual = pair_lse(as_rows(anchors), plan.pairs, rule, Scale(scale_tensor, bound), keys=as_rows(keys))
             expected = reference.pair_lse(anchors, anchors if keys is None else keys, mask, scale_tensor)
             compare(actual, expected, [x for x in (anchors, keys, scale_tensor) if x is not None])
 
@@ -399,7 +409,7 @@ def test_means_over_tiles_of_full_size(term, hardness):
         stat = rows(plan.pairs.order.numel(), seed=5).requires_grad_() if term == "own" else None
         scale = torch.tensor(2.0).double().requires_grad_()
         options = {"hardness": hardness, "stat": stat, "term": term, "scale": scale, "detach_weights": False}
-        actual, _ = pair_mean(as_rows(anchors), plan.pairs, keys=as_rows(keys), **options)
+        actual, _ = pair_mean(as_rows(anchors), plan.pairs, keys=as_rows(keys), **options | {"scale": Scale(scale)})
         oracle_keys = anchors if keys is None else keys
         expected, _ = reference.pair_mean(anchors, oracle_keys, allowed(plan, "positives"), **options)
         compare(actual, expected, [x for x in (anchors, keys, scale, stat) if x is not None])
@@ -414,7 +424,7 @@ def test_fast_sum_is_safe_up_to_its_bound(bound):
         anchors[:, 0] = 1.0
         anchors[0] *= sign
         pairs = partition(torch.zeros(2000, dtype=torch.int64))
-        lse = pair_lse(Rows(anchors, anchors), pairs, "others", scale, scale_bound=bound)
+        lse = pair_lse(as_rows(anchors), pairs, "others", Scale(scale, bound))
         exact = reference.pair_lse(
             anchors.double(), anchors.double(), ~torch.eye(2000, dtype=torch.bool), scale.double()
         )
@@ -428,8 +438,8 @@ def test_self_at_any_key(rule, schedule):
     start, end = torch.zeros(1, dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
     anchors, keys = rows(5, 3), rows(20, 3, seed=1)
     for own in range(20):
-        pairs = Pairs(order, order * 0 + 3, order * 0 + 6, order * 0 + own, start, end, start, end * 4)
-        lse = pair_lse(Rows(anchors, anchors), pairs, rule, torch.tensor(1.0).double(), keys=Rows(keys, keys))
+        pairs = Pairs(order, Intervals(order * 0 + 3, order * 0 + 6, order * 0 + own, start, end, start, end * 4))
+        lse = pair_lse(as_rows(anchors), pairs, rule, Scale(torch.tensor(1.0).double()), keys=as_rows(keys))
         expected = reference.pair_lse(anchors, keys, allowed(Plan(pairs, 20), rule), 1.0)
         assert_exact(lse, expected)
 
@@ -439,17 +449,17 @@ def test_keys_in_parts_are_the_whole(rule, schedule):
     plan = cross_plan(30, 50, 3, seed=2)
     pairs, m = plan
     anchors, keys = inputs(plan)
-    scale = torch.tensor(2.0).double()
+    scale = Scale(torch.tensor(2.0).double())
     whole = pair_lse(as_rows(anchors), pairs, rule, scale, keys=as_rows(keys))
     mean, mass = pair_mean(as_rows(anchors), pairs, "logit", scale, keys=as_rows(keys), hardness=1.5)
     lses, means, masses = [], [], []
     for first, last in ((0, 17), (17, 18), (18, m)):
         inside = {
-            name: (getattr(pairs, name).clamp(first, last) - first)
+            name: (getattr(pairs.intervals, name).clamp(first, last) - first)
             for name in ("pos_start", "pos_end", "key_start", "key_end")
         }
-        part = pairs._replace(**inside)
-        some = Rows(keys.detach()[first:last], keys[first:last])
+        part = pairs.replace(**inside)
+        some = as_rows(keys[first:last])
         lses.append(pair_lse(as_rows(anchors), part, rule, scale, keys=some))
         out, weight = pair_mean(as_rows(anchors), part, "logit", scale, keys=some, hardness=1.5)
         means.append(out)
@@ -476,9 +486,8 @@ def test_lower_precision(plan, dtype, schedule):
         return out.detach(), grads
 
     def fast(x, k):
-        out = pair_lse(Rows(x.detach().to(dtype), x), plan.pairs, "others", scale,
-                       keys=None if k is None else Rows(k.detach().to(dtype), k))  # fmt: skip
-        return out
+        sides = [None if side is None else Rows(side.detach().to(dtype), side, "blockwise") for side in (x, k)]
+        return pair_lse(sides[0], plan.pairs, "others", Scale(scale), keys=sides[1])
 
     def eager(x, k):
         return reference.pair_lse(x, x if k is None else k, allowed(plan, "others"), scale.to(x.dtype))
@@ -498,7 +507,7 @@ def backend_calls(n, dim):
     pairs = partition(choice([0, 1, 1, 2], n), background=0)
     cross, _ = partition_against(choice([0, 1], n), choice([0, 1], n))
     scale, grad = torch.tensor(2.0), rows(n, seed=2, dtype=torch.float32)
-    for keys, at in ((None, list(pairs.intervals())), (k, list(cross.intervals()))):
+    for keys, at in ((None, list(pairs.intervals)), (k, list(cross.intervals))):
         for rule in RULES:
             for bound in (None, 50.0):
                 yield lambda keys=keys, at=at, rule=rule, bound=bound: (
@@ -576,7 +585,7 @@ def test_results_are_deterministic_to_the_bit():
 def test_nothing_is_written_to_the_inputs():
     plan = self_plan()
     anchors, _ = inputs(plan)
-    at = list(plan.pairs.intervals())
+    at = list(plan.pairs.intervals)
     arguments = [anchors.detach(), torch.tensor(2.0).double(), rows(40, seed=3), *at]
     before = [tensor.clone() for tensor in arguments]
     x, scale, grad = arguments[:3]
@@ -592,7 +601,7 @@ def test_nothing_is_written_to_the_inputs():
 def test_unneeded_gradients_are_not_returned():
     plan = cross_plan()
     anchors, keys = (x.detach() for x in inputs(plan))
-    at, scale, grad = list(plan.pairs.intervals()), torch.tensor(2.0).double(), rows(30, seed=3)
+    at, scale, grad = list(plan.pairs.intervals), torch.tensor(2.0).double(), rows(30, seed=3)
     lse = blockwise.pair_lse(anchors, keys, None, scale, None, at, "every")
     arguments = (grad, lse, anchors, keys, None, scale, None, at, "every")
     both = blockwise.pair_lse_backward(*arguments, True, True, True)
@@ -605,7 +614,7 @@ def test_unneeded_gradients_are_not_returned():
 def test_stat_goes_with_the_term():
     plan = self_plan()
     anchors, _ = inputs(plan)
-    scale = torch.tensor(1.0).double()
+    scale = Scale(torch.tensor(1.0).double())
     with pytest.raises(ValueError, match="term 'own' needs stat"):
         pair_mean(as_rows(anchors), plan.pairs, "own", scale)
     with pytest.raises(ValueError, match="term 'logit' takes no stat"):

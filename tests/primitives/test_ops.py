@@ -4,18 +4,21 @@ import itertools
 
 import pytest
 import torch
+from tests.primitives.test_backends import as_rows
 from tests.tools.cases import choice, integers, rows
 from tests.tools.losses import FAST, LOSSES, Sizes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 import hpcloss
-import hpcloss.segments  # its operators have tests of their own
-from hpcloss import native
+import hpcloss.primitives.segment_mean  # its operators have tests of their own
 from hpcloss.backends import blockwise
-from hpcloss.pack import Rows, pack
-from hpcloss.pairs import RULES, pair_lse, pair_mean
-from hpcloss.partition import partition, partition_against
+from hpcloss.plan import native
+from hpcloss.plan.partition import partition, partition_against
+from hpcloss.primitives.pair_lse import RULES, pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import pack
+from hpcloss.primitives.scale import Scale
 
 # What torch's own compiler does and torch itself warns of.
 pytestmark = [
@@ -49,8 +52,8 @@ def test_gradcheck_pair_lse(rule, cross):
 
     def function(x, scale, *k):
         # Rows with `grad` the leaf itself: finite differences move the data as well.
-        keys = Rows(k[0].detach(), k[0]) if k else None
-        lse = pair_lse(Rows(x.detach(), x), pairs, rule, scale, keys=keys, bias=bias)
+        keys = as_rows(k[0]) if k else None
+        lse = pair_lse(as_rows(x), pairs, rule, Scale(scale), keys=keys, bias=bias)
         return torch.where(lse.isinf(), 0.0, lse)
 
     leaves = (leaf(9, 3), SCALE.clone().requires_grad_(), leaf(14, 3, seed=1)) if cross else (
@@ -68,9 +71,9 @@ def test_gradcheck_pair_mean(term, hardness, cross):
     options["discount"] = 0.4 if term == "discount" else 0.0
 
     def function(x, scale, stat, *k):
-        keys = Rows(k[0].detach(), k[0]) if k else None
+        keys = as_rows(k[0]) if k else None
         stat = None if term == "logit" else stat
-        return pair_mean(Rows(x.detach(), x), pairs, scale=scale, keys=keys, stat=stat, **options)[0]
+        return pair_mean(as_rows(x), pairs, scale=Scale(scale), keys=keys, stat=stat, **options)[0]
 
     leaves = [leaf(count, 3), SCALE.clone().requires_grad_(), leaf(count, seed=2)]
     if cross:
@@ -156,7 +159,7 @@ def test_opcheck_pack(dtype):
 @pytest.mark.parametrize("cross", [False, True])
 def test_opcheck_pair_ops(cross, dtype):
     pairs = cross_pairs() if cross else self_pairs()
-    at, count, num_keys = list(pairs.intervals()), len(pairs.order), 14 if cross else 12
+    at, count, num_keys = list(pairs.intervals), len(pairs.order), 14 if cross else 12
     x, keys = rows(count, 3, dtype=dtype), rows(14, 3, seed=1, dtype=dtype) if cross else None
     bias, scale = rows(num_keys, seed=2, dtype=torch.float32), torch.tensor(2.0)
     grad, stat = rows(count, seed=3, dtype=torch.float32), rows(count, seed=4, dtype=torch.float32)
@@ -191,7 +194,7 @@ def test_opcheck_pair_ops(cross, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck_pair_lse_both(dtype):
-    at, x, keys = list(cross_pairs().intervals()), rows(9, 3, dtype=dtype), rows(14, 3, seed=1, dtype=dtype)
+    at, x, keys = list(cross_pairs().intervals), rows(9, 3, dtype=dtype), rows(14, 3, seed=1, dtype=dtype)
     scale, grads = torch.tensor(2.0), [rows(n, seed=2, dtype=dtype) for n in (9, 14)]
     for bound in (9.0, None):
         arguments = x, keys, scale, bound, at, "every"
@@ -205,7 +208,7 @@ def test_opcheck_pair_lse_both(dtype):
 @pytest.mark.parametrize("cross", [False, True])
 def test_opcheck_pair_cross_entropy(dtype, cross):
     pairs = cross_pairs() if cross else partition(choice([0, 1, 2], 9))
-    at, x = list(pairs.intervals()), rows(9, 3, dtype=dtype)
+    at, x = list(pairs.intervals), rows(9, 3, dtype=dtype)
     keys, scale, grad = rows(14, 3, seed=1, dtype=dtype) if cross else None, torch.tensor(2.0), rows(9, dtype=dtype)
     for hardness, bound, grad_lse in ((0.0, 9.0, None), (1.5, None, grad.flip(0))):
         arguments = x, keys, scale, bound, hardness, at
@@ -280,6 +283,17 @@ class Named(torch.nn.Module):
         return self.loss(**dict(zip(self.names, inputs)), **{name: getattr(self, name) for name in self.constants})
 
 
+class WithQueue(torch.nn.Module):
+    """A loss whose last input is a queue."""
+
+    def __init__(self, loss, queue):
+        super().__init__()
+        self.loss, self.queue = loss, queue
+
+    def forward(self, *inputs):
+        return self.loss(*inputs, self.queue)
+
+
 def call_of(loss, inputs):
     constants = {name: inputs.pop(name) for name in loss.constants}
     module = Named(loss.build(), list(inputs), constants) if constants else loss.build()
@@ -292,6 +306,8 @@ def modules():
     a, b, c = (rows(10, 4, seed=seed, dtype=torch.float32) for seed in range(3))
     vector_labels = choice([0, 1, 2, 255], 10)
     sampled = {"num_classes": 3, "samples_per_class": 4}
+    queue = hpcloss.EmbeddingQueue(1, 16, 4, groups=True)
+    queue.enqueue(c, groups=vector_labels)
     sizes = Sizes(2, rows=10, dtype=torch.float32)
     return {name: call_of(loss, loss.inputs(sizes)) for name, loss in LOSSES.items()} | {
         "phpc": (hpcloss.RegionPHPCLoss(4), (x, labels)),
@@ -329,7 +345,7 @@ def modules():
         "infonce, negatives": (hpcloss.InfoNCELoss(), (a, b, c)),
         "ihpc": (hpcloss.IHPCLoss(), (a, b)),
         "ihpc, groups": (hpcloss.IHPCLoss.published(), (a, b, vector_labels)),
-        "ihpc, bank": (hpcloss.IHPCLoss(memory_bank=(16, 4)).eval(), (a, b, vector_labels)),
+        "ihpc, queue": (WithQueue(hpcloss.IHPCLoss(), queue), (a, b, vector_labels)),
     }
 
 
@@ -452,7 +468,7 @@ def test_autocast_changes_nothing(name):
 
 def test_operators_under_autocast_compute_in_their_own_precision():
     pairs = self_pairs()
-    x, at = rows(12, 3, dtype=torch.float32), list(pairs.intervals())
+    x, at = rows(12, 3, dtype=torch.float32), list(pairs.intervals)
     plain = OPS.pair_lse(x, None, None, torch.tensor(2.0), None, at, "others", "blockwise")
     with torch.autocast("cpu", torch.bfloat16):
         cast = OPS.pair_lse(x, None, None, torch.tensor(2.0), None, at, "others", "blockwise")

@@ -5,8 +5,8 @@ import torch
 from tests.tools.cases import integers, rows
 from tests.tools.numerics import assert_exact
 
-from hpcloss.ops import NORM_EPS
-from hpcloss.pack import Rows, pack
+from hpcloss.operators import NORM_EPS
+from hpcloss.primitives.rows import Rows, pack
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),

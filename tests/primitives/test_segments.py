@@ -9,8 +9,8 @@ from tests.tools.numerics import assert_exact
 from torch.autograd import gradcheck
 
 from hpcloss.backends.blockwise import segments as blockwise_segments
-from hpcloss.pack import Rows
-from hpcloss.segments import segment_mean
+from hpcloss.primitives.rows import Rows
+from hpcloss.primitives.segment_mean import segment_mean
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -37,7 +37,7 @@ def plain(x, offsets):
 
 
 def mean(x, offsets):
-    return segment_mean(Rows(x.detach(), x), offsets, backend="blockwise")
+    return segment_mean(Rows(x.detach(), x, "blockwise"), offsets)
 
 
 @pytest.fixture(params=[True, False], ids=["on the CPU", "as elsewhere"])
@@ -82,7 +82,7 @@ def test_long_segments_lose_nothing(dtype):
     """Added one by one in fp32, 20 000 numbers around 1 would lose four digits."""
     x = (1 + rows(20_000, 3)).to(dtype)
     offsets = torch.tensor([5, 9_000, 9_001, 20_000])
-    means = segment_mean(Rows(x, x), offsets, backend="blockwise")
+    means = segment_mean(Rows(x, x, "blockwise"), offsets)
     assert means.dtype == torch.float32
     torch.testing.assert_close(means.double(), plain(x.double(), offsets), rtol=2e-7, atol=2e-7)
 

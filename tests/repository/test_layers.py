@@ -16,18 +16,37 @@ FILES = {
 }
 # Each layer may import those before it; modules of one layer do not know each other, but for what is named below.
 LAYERS = [
-    {"ops", "native", "regions", "reference"},
-    {"sorting"},
-    {"partition", "checks"},
-    {"sampling"},
+    {"operators", "reference"},
+    {"checks"},
+    {"plan"},
     {"backends"},
-    {"pack", "pairs", "segments"},
+    {"primitives"},
     {"memory", "prototypes", "distributed"},
-    {"functional"},
     {"losses"},
+    {"functional"},
     {"compat"},
 ]
-INSIDE_A_LAYER = {("pairs", "pack"), ("segments", "pack")}  # `Rows` is what all speak of
+# Inside a package its modules are layers as well, in this order; modules of one set do not know each other.
+INSIDE = {
+    "plan": [
+        {"labels", "regions", "native", "philox"},
+        {"sorting", "draw"},
+        {"partition"},
+        {"sampling"},
+    ],
+    "primitives": [
+        {"rows"},
+        {"scale", "segment_mean"},
+        {"autograd"},
+        {"pair_lse", "pair_mean", "pair_cross_entropy"},
+    ],
+    "losses": [
+        {"arithmetic", "options", "reduction"},
+        {"module", "contrast"},
+        {"cells", "vectors"},
+        {"region", "image", "pixel", "local", "prototype", "entropy", "multiscale"},
+    ],
+}
 APART = {"heads"}  # imports nothing of the package
 
 
@@ -46,10 +65,13 @@ def imports(path):
             yield from modules if len(modules) == len(node.names) else [node.module, *modules]
 
 
+def levels(layers):
+    return {name: index for index, layer in enumerate(layers) for name in layer}
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_imports_run_one_way(module):
-    level = {name: index for index, layer in enumerate(LAYERS) for name in layer}
-    own = layer_name(module)
+    level, own = levels(LAYERS), layer_name(module)
     if not own:
         return  # the package itself names everything public
     assert own in level or own in APART, f"{module} has no layer"
@@ -60,7 +82,19 @@ def test_imports_run_one_way(module):
         if other is None or other == own:
             continue
         assert own not in APART and other not in APART, f"{module} imports {imported}"
-        assert level[other] < level[own] or (own, other) in INSIDE_A_LAYER, f"{module} imports {imported}"
+        assert level[other] < level[own], f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_imports_inside_a_package_run_one_way(package):
+    level = levels(INSIDE[package])
+    modules = {module.split(".")[2]: path for module, path in FILES.items() if module.startswith(f"hpcloss.{package}.")}
+    assert set(level) == set(modules)
+    for module, path in modules.items():
+        for imported in imports(path):
+            if imported.startswith(f"hpcloss.{package}."):
+                other = imported.split(".")[2]
+                assert level[other] < level[module], f"{package}.{module} imports {package}.{other}"
 
 
 @pytest.mark.parametrize("module", FILES)

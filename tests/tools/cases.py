@@ -15,7 +15,8 @@ import pytest
 import torch
 from tests.tools.numerics import assert_exact
 
-from hpcloss import native
+from hpcloss.plan import native
+from hpcloss.plan.partition import Pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,11 @@ def integers(high, *shape, seed=0):
 
 def choice(values, *shape, seed=0):
     return torch.tensor(values)[integers(len(values), *shape, seed=seed)]
+
+
+def tensors_of(plan):
+    """All tensors of a `Pairs` or of a `ClassRows`."""
+    return [plan.order, *plan.intervals] if isinstance(plan, Pairs) else [plan.order, plan.offsets, plan.outside]
 
 
 def runs(*lengths):

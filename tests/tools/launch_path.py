@@ -35,7 +35,7 @@ from tests.tools.cases import choice, rows
 from tests.tools.losses import LOSSES, Loss
 
 import hpcloss
-from hpcloss import memory
+from hpcloss.primitives import rows as row_primitives
 
 HERE = Path(__file__).parent
 DIM = 64
@@ -83,13 +83,14 @@ def vectors(n: int, dtype: torch.dtype, keys: int = 0, probs: bool = False) -> A
     return [leaf(n, DIM, dtype=dtype)], given
 
 
-def views(n: int, dtype: torch.dtype, negatives: int = 0, groups: int = 0) -> Any:
-    given = {}
+def views(n: int, dtype: torch.dtype, negatives: int = 0, groups: int = 0, **others: Any) -> Any:
+    leaves = [leaf(n, DIM, dtype=dtype, seed=seed) for seed in range(2)]
+    given = {name: make(leaves[0]) for name, make in others.items()}
     if negatives:
         given["negatives"] = rows(n + negatives, DIM, seed=2, dtype=dtype)
     if groups:
         given["groups"] = torch.arange(n) % groups
-    return [leaf(n, DIM, dtype=dtype, seed=seed) for seed in range(2)], given
+    return leaves, given
 
 
 SHAPES = {96: (8, 12), 100: (10, 10), 128: (16, 8), 1000: (25, 40), 4097: (17, 241)}
@@ -128,6 +129,13 @@ def queue_of(z: torch.Tensor) -> hpcloss.EmbeddingQueue:
     labels = choice([0, 1, 2], *[z.shape[0], *z.shape[2:]])
     queue.enqueue(z.detach(), labels, samples_per_class=5)
     queue.enqueue_means(z.detach(), labels)
+    return queue.to(z.dtype)
+
+
+def queue_of_views(z: torch.Tensor) -> hpcloss.EmbeddingQueue:
+    """One class, partly filled."""
+    queue = hpcloss.EmbeddingQueue(1, 50, DIM)
+    queue.enqueue(z.detach()[:20])
     return queue.to(z.dtype)
 
 
@@ -203,7 +211,7 @@ CASES = {
     "ihpc": case("IHPCLoss", views, hardness=2.0),
     "ihpc, learnt": case("IHPCLoss", views, temperature="learnt"),
     "ihpc, raw": case("IHPCLoss", views, normalize=False, temperature=8.0),
-    "ihpc, bank": case("IHPCLoss", views, memory_bank=(50, DIM)),
+    "ihpc, queue": case("IHPCLoss", some(views, queue=queue_of_views)),
     "ihpc, groups": case("IHPCLoss", some(views, groups=5)),
     "ihpc, published": case("IHPCLoss", views, by="published", beta=0.2),
     "entropy": case("EntropyGuidedContrastLoss", WITH_PROBS),
@@ -291,7 +299,11 @@ def device(capability: int) -> contextlib.ExitStack:
     # No kernel runs, so all that a trial of them compares is wrong. `tried` is the one request that lets it compare.
     stack.enter_context(mock.patch.object(trial, "disagreement", functools.wraps(trial.disagreement)(lambda *_: "")))
     # What takes no backend asks for the best.
-    stack.enter_context(mock.patch.object(memory, "resolve", lambda backend, tensor: "triton"))
+    resolve = row_primitives.resolve
+    to_triton = {"auto": "triton"}
+    stack.enter_context(
+        mock.patch.object(row_primitives, "resolve", lambda name, tensor: resolve(to_triton.get(name, name), tensor))
+    )
     driver.set_active(CudaDriver())
     stack.callback(driver.set_active, None)
     return stack

@@ -112,7 +112,6 @@ LOSSES = {
     "ihpc": Loss(
         hpcloss.IHPCLoss, "views", of_views,
         changed={"temperature": 0.3, "hardness": 3.0, "normalize": False, "reduction": "sum"},
-        sampled={"memory_bank": (50, 4)},
     ),
     "hard_negative_nce": Loss(
         hpcloss.HardNegativeNCELoss, "views", of_views,

@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from hpcloss.backends import triton as backend
 from hpcloss.backends.triton import configs, launch
-from hpcloss.partition import one_to_one, partition
+from hpcloss.plan.partition import one_to_one, partition
 
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -185,11 +185,11 @@ def calls(dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """The backend's calls that compile different kernels; each a function without arguments."""
     n = 32
     x, k = torch.zeros(n, dim, dtype=dtype), torch.zeros(n, dim, dtype=dtype)
-    own = list(partition(torch.arange(n) % 3, background=0).intervals())
-    cross = list(one_to_one(n, torch.device("cpu")).intervals())
+    own = list(partition(torch.arange(n) % 3, background=0).intervals)
+    cross = list(one_to_one(n, torch.device("cpu")).intervals)
     scale, row = torch.ones(()), torch.zeros(n)
     many, wide = torch.zeros(2000, dim, dtype=dtype), torch.zeros(2000)
-    segments_of_many = list(partition(torch.arange(2000) % 3, background=0).intervals())
+    segments_of_many = list(partition(torch.arange(2000) % 3, background=0).intervals)
 
     def lse(rule: str, bound: float | None, keys: Any = None, at: Any = own) -> Any:
         return lambda: backend.pair_lse(x, keys, None, scale, bound, at, rule)

@@ -29,9 +29,9 @@ from tests.tools.losses import FAST, LOSSES, NAMES, ORACLE, Loss, Sizes
 from tests.tools.numerics import BUDGETS, EXACT, LARGEST_ERROR
 from torch import Tensor
 
-from hpcloss import partition, sampling
-from hpcloss.functional import entropy, local, multiscale, pixel, region
-from hpcloss.functional.image import UNFILLED
+from hpcloss.losses import entropy, local, multiscale, pixel, region
+from hpcloss.losses.image import UNFILLED
+from hpcloss.plan import partition, sampling
 from hpcloss.reference.masked import reduce
 
 CHUNK = 100  # configurations of one test

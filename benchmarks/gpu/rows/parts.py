@@ -16,11 +16,13 @@ from benchmarks.gpu.known import Known, barred
 from benchmarks.gpu.machine import BACKEND, DEVICE, size
 from benchmarks.gpu.timing import replayed, timed
 from benchmarks.measure import Bar
-from hpcloss.pack import Rows
-from hpcloss.pairs import pair_lse, pair_mean
-from hpcloss.partition import class_sort, partition
-from hpcloss.regions import Grid
-from hpcloss.sampling import sample
+from hpcloss.plan.partition import class_sort, partition
+from hpcloss.plan.regions import Grid
+from hpcloss.plan.sampling import sample
+from hpcloss.primitives.pair_lse import pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows
+from hpcloss.primitives.scale import Scale
 
 
 def primitive_row(run: Known, primitive: str, rule: str) -> dict[str, Any]:
@@ -28,14 +30,14 @@ def primitive_row(run: Known, primitive: str, rule: str) -> dict[str, Any]:
     labels = torch.arange(MANY, device=DEVICE) % 4
     pairs = partition(labels, num_classes=4)
     data = torch.nn.functional.normalize(spread(labels, D), dim=1).to(HALF)[pairs.order.long()]
-    rows = Rows(data, torch.zeros(MANY, D, device=DEVICE, requires_grad=True))
-    scale, upstream = torch.tensor(10.0, device=DEVICE), torch.full((MANY,), 1 / MANY, device=DEVICE)
-    options: dict[str, Any] = {"scale_bound": 10.0, "backend": BACKEND}
+    rows = Rows(data, torch.zeros(MANY, D, device=DEVICE, requires_grad=True), BACKEND)
+    scale, upstream = Scale(torch.tensor(10.0, device=DEVICE), 10.0), torch.full((MANY,), 1 / MANY, device=DEVICE)
+    options: dict[str, Any] = {}
     if rule == "own":
-        options |= {"hardness": 1.0, "stat": pair_lse(rows.detach(), pairs, "negatives", scale, **options)}
+        options |= {"hardness": 1.0, "stat": pair_lse(rows.detach(), pairs, "negatives", scale)}
 
     def forward() -> Tensor:
-        return pair_lse(rows, pairs, rule, scale, **options) if primitive == "pair_lse" else (
+        return pair_lse(rows, pairs, rule, scale) if primitive == "pair_lse" else (
             pair_mean(rows, pairs, rule, scale, **options)[0])  # fmt: skip
 
     result = forward()

@@ -15,9 +15,9 @@ from benchmarks.gpu.known import Known, barred
 from benchmarks.gpu.machine import BACKEND, ON_GPU, Skip, size, wait
 from benchmarks.gpu.timing import captured, timed
 from benchmarks.measure import Bar
-from hpcloss.pack import pack
-from hpcloss.partition import partition
-from hpcloss.regions import Grid
+from hpcloss.plan.partition import partition
+from hpcloss.plan.regions import Grid
+from hpcloss.primitives.rows import pack
 
 
 def launches_row(run: Known, what: str, num_classes: int | None, limit: int) -> dict[str, Any]:

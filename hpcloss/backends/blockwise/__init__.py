@@ -10,7 +10,7 @@ from hpcloss.backends.blockwise.pair_lse import pair_lse, pair_lse_backward, pai
 from hpcloss.backends.blockwise.pair_mean import pair_mean, pair_mean_backward
 from hpcloss.backends.blockwise.rows import pack, pack_backward
 from hpcloss.backends.blockwise.segments import segment_mean
-from hpcloss.ops import statistics_dtype
+from hpcloss.operators import statistics_dtype
 
 __all__ = [
     "pack",

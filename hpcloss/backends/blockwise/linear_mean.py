@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends.blockwise.tiles import finite_mass, run_edges
-from hpcloss.partition import Pairs
+from hpcloss.plan.partition import Intervals
 
 ROWS = 1 << 12  # gathered at a time
 PIECE = 1 << 16  # numbers of a temporary, where a float64 copy of all rows would cost memory
 NAN = float("nan")
 
 
-def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Pairs) -> Tensor | None:
+def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Intervals) -> Tensor | None:
     """Mean over the positives of each anchor [N], 0 without any; None where only the pairs themselves will do.
 
     mass [N]: the logarithm of the number of positives.
@@ -48,7 +48,13 @@ def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Pairs) -
 
 
 def linear_mean_backward(
-    grad: Tensor, anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Pairs, needs_anchors: bool, needs_keys: bool
+    grad: Tensor,
+    anchors: Tensor,
+    keys: Tensor | None,
+    mass: Tensor,
+    at: Intervals,
+    needs_anchors: bool,
+    needs_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Gradients of anchors and keys (one sum in self-contrast), for a `grad` [N] that is 0 where no positive is."""
     others = anchors if keys is None else keys
@@ -91,20 +97,20 @@ def _at_most_one(mass: Tensor) -> bool:
     return mass.device.type == "cpu" and bool((mass <= 0).all())
 
 
-def _partners(mass: Tensor, at: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+def _partners(mass: Tensor, at: Intervals) -> Iterator[tuple[Tensor, Tensor]]:
     """Anchors that have one positive and its key, some at a time."""
     for i in (mass == 0).nonzero()[:, 0].split(ROWS):
         start = at.pos_start[i]
         yield i, (start + (at.self_pos[i] == start)).long()
 
 
-def _selves(at: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+def _selves(at: Intervals) -> Iterator[tuple[Tensor, Tensor]]:
     """Anchors that lie in the interval of their positives and their own key, some at a time."""
     for i in at.self_is_positive().nonzero()[:, 0].split(ROWS):
         yield i, at.self_pos[i].long()
 
 
-def _long_runs(mass: Tensor, at: Pairs) -> list[tuple[int, int, int, int]] | None:
+def _long_runs(mass: Tensor, at: Intervals) -> list[tuple[int, int, int, int]] | None:
     """(first row, end, first positive, end) of each run of rows with equal positives, if there are few; CPU only."""
     if at.pos_start.device.type != "cpu":
         return None
@@ -128,7 +134,7 @@ def _columns(rows: Tensor) -> tuple[Tensor, ...]:
     return rows.split(max(16, PIECE // max(rows.shape[0], 1)), 1)
 
 
-def _positive_sums(rows: Tensor, at: Pairs) -> Tensor:
+def _positive_sums(rows: Tensor, at: Intervals) -> Tensor:
     """Sum of the positives of each row in self-contrast, by prefix sums in float64.
 
     Infinite and NaN rows stay in the intervals that hold them.

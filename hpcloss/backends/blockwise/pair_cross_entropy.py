@@ -24,7 +24,7 @@ from hpcloss.backends.blockwise.tiles import (
     is_safe_for,
     sides,
 )
-from hpcloss.partition import Pairs
+from hpcloss.plan.partition import Intervals
 
 LN2 = math.log(2)
 LOWEST = torch.finfo(torch.float32).min / 4  # below every logit, and still finite when a logit is subtracted
@@ -43,7 +43,7 @@ def pair_cross_entropy(
     Returns loss, lse, the weights' lse ("mass"), shift and total, [N] each. The last two give backward
     p_ij = exp(scale s_ij - lse_i) = 2^(scale s_ij / ln 2 - shift_i) / total_i without the rounding of the lse.
     """
-    at = Pairs.from_intervals(intervals)
+    at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     mass = weight_mass(anchors, keys, None, hardness, at)
@@ -101,7 +101,7 @@ def pair_cross_entropy_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = scale ((g_i + h_i) p_ij - g_i w_ij), for incoming gradients g of the loss and h of the lse."""
-    at = Pairs.from_intervals(intervals)
+    at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     positives = _Positives(at, mass, hardness, scale)
@@ -138,7 +138,7 @@ def pair_cross_entropy_backward(
 class _Positives:
     """The positives of a tile and their weights exp(-hardness s_ij - mass_i); uniform weights are counts alone."""
 
-    def __init__(self, at: Pairs, mass: Tensor, hardness: float, scale: Tensor):
+    def __init__(self, at: Intervals, mass: Tensor, hardness: float, scale: Tensor):
         self.at, self.hardness = at, hardness
         self.mass = finite_mass(mass) * LOG2E
         self.hardness_of_logits = -hardness / scale

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends.blockwise.tiles import INF, LOG2E, Tiles, accumulation, gradients_of_logits, is_safe_for
-from hpcloss.ops import statistics_dtype
-from hpcloss.partition import Pairs
+from hpcloss.operators import statistics_dtype
+from hpcloss.plan.partition import Intervals
 
 
 def pair_lse(
@@ -20,7 +20,7 @@ def pair_lse(
     rule: str,
 ) -> Tensor:
     """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
-    at = Pairs.from_intervals(intervals)
+    at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     if bias is None and is_safe_for(anchors, keys, scale_bound):
@@ -61,7 +61,7 @@ def pair_lse_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = g_i scale exp(scale s_ij + bias_j - lse_i), as d anchors, d keys (one sum in self-contrast), d scale."""
-    at = Pairs.from_intervals(intervals)
+    at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     d_anchors = torch.zeros_like(anchors) if needs_anchors or needs_scale else None
@@ -105,7 +105,7 @@ def pair_lse_both(
     anchors = anchors.to(statistics_dtype(anchors.dtype))
     keys = keys.to(anchors.dtype)
     rows, columns = anchors.new_full(anchors.shape[:1], -INF), keys.new_full(keys.shape[:1], -INF)
-    tiles = Tiles(anchors, keys, Pairs.from_intervals(intervals), rule, scale.to(anchors.dtype))
+    tiles = Tiles(anchors, keys, Intervals(*intervals), rule, scale.to(anchors.dtype))
     safe = all(is_safe_for(side, None, scale_bound) for side in (anchors, keys))
     if safe:
         rows.zero_()
@@ -147,7 +147,7 @@ def pair_lse_both_backward(
     sides = [(grad_rows, rows), (grad_columns, columns)]
     grad_rows, grad_columns = (torch.where(lse == -INF, 0.0, grad.to(anchors.dtype)) for grad, lse in sides)
     rows, columns = (torch.where(lse == -INF, INF, lse) for _, lse in sides)
-    tiles = Tiles(anchors, keys, Pairs.from_intervals(intervals), rule, scale)
+    tiles = Tiles(anchors, keys, Intervals(*intervals), rule, scale)
     for tile, logits in tiles:
         row, column = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
         slope = torch.exp(logits - rows[row, None]).mul_(grad_rows[row, None])

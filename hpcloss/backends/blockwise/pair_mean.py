@@ -19,7 +19,7 @@ from hpcloss.backends.blockwise.tiles import (
     is_safe_for,
     sides,
 )
-from hpcloss.partition import Pairs
+from hpcloss.plan.partition import Intervals
 
 SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
 
@@ -40,7 +40,7 @@ def pair_mean(
     t = scale s without `stat` (term "logit"), else t = softplus(stat_i - (scale - discount) s) - discount s ("own").
     Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all [N].
     """
-    at = Pairs.from_intervals(intervals)
+    at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     if stat is not None and log_weight is None:
@@ -97,7 +97,7 @@ def pair_mean_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = g_i w_ij (dt/ds - hardness (t_ij - out_i), the second part unless weights are detached)."""
-    at = Pairs.from_intervals(intervals)
+    at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     grad = torch.where(mass == -INF, 0.0, grad.to(anchors.dtype))
@@ -147,7 +147,7 @@ def pair_mean_backward(
 
 
 def _own_mean(
-    anchors: Tensor, keys: Tensor | None, stat: Tensor, scale: Tensor, hardness: float, discount: float, at: Pairs
+    anchors: Tensor, keys: Tensor | None, stat: Tensor, scale: Tensor, hardness: float, discount: float, at: Intervals
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The "own" term where nothing can overflow: one pass, and both directions of a tile share the exponentials.
 
@@ -187,7 +187,7 @@ def _own_mean_backward(
     scale: Tensor,
     hardness: float,
     discount: float,
-    at: Pairs,
+    at: Intervals,
     d_anchors: Tensor | None,
     d_keys: Tensor | None,
 ) -> None:
@@ -216,12 +216,14 @@ def _own_mean_backward(
         tiles.scatter(tile, tiles.exclude(tile, total, 0.0), d_anchors, d_keys)
 
 
-def weight_mass(anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Pairs) -> Tensor:
+def weight_mass(
+    anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Intervals
+) -> Tensor:
     """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number where both are 0."""
     if hardness == 0 and log_weight is None:
         return at.counts()[0].to(anchors.dtype).log()
     scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for the copy
-    return pair_lse(anchors, keys, log_weight, scale, None, list(at.intervals()), "positives")
+    return pair_lse(anchors, keys, log_weight, scale, None, list(at), "positives")
 
 
 class _Weights:

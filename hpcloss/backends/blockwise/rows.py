@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from hpcloss.ops import NORM_EPS, statistics_dtype
+from hpcloss.operators import NORM_EPS, statistics_dtype
 
 FEW = 4  # rows are few where the map has more than this many times as many pixels
 ROWS = 1 << 12  # handled at a time in the backward pass, to keep temporaries small

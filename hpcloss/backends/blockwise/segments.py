@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpcloss.ops import statistics_dtype
+from hpcloss.operators import statistics_dtype
 
 ROWS = 1 << 12  # added at a time in float64
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends.bounds import is_safe
-from hpcloss.ops import statistics_dtype
-from hpcloss.partition import Pairs
+from hpcloss.operators import statistics_dtype
+from hpcloss.plan.partition import Intervals
 
 BLOCK = 512  # rows of a tile; a 512 x 512 fp32 tile is 1 MB and stays in a core's cache
 LONG_RUN = 128  # anchors of one class from which a block of their own is cheaper than a mask
@@ -54,7 +54,7 @@ class Tile(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- schedule
 
 
-def _schedule(at: Pairs, num_keys: int, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
+def _schedule(at: Intervals, num_keys: int, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
     """Tiles that hold all pairs of the rule, grouped by block of rows."""
     if at.pos_start.device.type == "cpu":
         return _sliced_schedule(at, rule, symmetric, by_class)
@@ -75,13 +75,15 @@ def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[
             yield tiles
 
 
-def _sliced_schedule(at: Pairs, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
+def _sliced_schedule(at: Intervals, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
     by_class = by_class or rule in ("positives", "negatives")  # else nobody asks which keys are positives
     has_self = rule != "every" and not symmetric and bool((at.self_pos >= 0).any())
     edges = run_edges(at) if by_class else []
     runs = zip([0, *edges], [*edges, at.pos_start.numel()])
     long_runs = [(first, last) for first, last in runs if last - first >= LONG_RUN]
-    for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at.intervals()[3:]), strict=True):
+    for a0, a1, k0, k1 in zip(
+        *(bound.tolist() for bound in [at.anchor_start, at.anchor_end, at.key_start, at.key_end]), strict=True
+    ):
         one_run = bisect_right(edges, a0) == bisect_left(edges, a1)
         for i0, i1, pure in _row_blocks(a0, a1, [(a0, a1)] if one_run else long_runs):
             starts, ends = at.pos_start[i0:i1], at.pos_end[i0:i1]
@@ -111,12 +113,12 @@ def _sliced_schedule(at: Pairs, rule: str, symmetric: bool, by_class: bool) -> I
                 yield tiles
 
 
-def _has_one_positive(at: Pairs) -> bool:
+def _has_one_positive(at: Intervals) -> bool:
     """Whether every interval of positives holds at most one key; asked on the CPU alone, where looking is free."""
     return at.pos_start.device.type == "cpu" and bool((at.pos_end - at.pos_start <= 1).all())
 
 
-def run_edges(at: Pairs) -> list[int]:
+def run_edges(at: Intervals) -> list[int]:
     """Rows at which the positive interval changes."""
     changes = (at.pos_start[1:] != at.pos_start[:-1]) | (at.pos_end[1:] != at.pos_end[:-1])
     return (changes.nonzero().view(-1) + 1).tolist()
@@ -156,7 +158,7 @@ def _cut(i0: int, i1: int, a0: int, a1: int, c0: int, c1: int, symmetric: bool) 
             yield Tile(i0, i1, j0, j1, mirrored=mirrored)
 
 
-def _allowed(tile: Tile, at: Pairs, rule: str, symmetric: bool) -> Tensor:
+def _allowed(tile: Tile, at: Intervals, rule: str, symmetric: bool) -> Tensor:
     """Which pairs of a mixed tile the rule counts, [rows, columns]."""
     rows = slice(tile.i0, tile.i1)
     keys = torch.arange(tile.j0, tile.j1, device=at.pos_start.device)
@@ -179,7 +181,7 @@ def _allowed(tile: Tile, at: Pairs, rule: str, symmetric: bool) -> Tensor:
     return allowed
 
 
-def _inside(tile: Tile, at: Pairs) -> Tensor:
+def _inside(tile: Tile, at: Intervals) -> Tensor:
     """Which keys of the tile lie in the anchor's interval of positives, [rows, columns]."""
     rows = slice(tile.i0, tile.i1)
     keys = torch.arange(tile.j0, tile.j1, dtype=at.pos_start.dtype, device=at.pos_start.device)
@@ -199,7 +201,7 @@ class Tiles:
         self,
         anchors: Tensor,
         keys: Tensor | None,
-        at: Pairs,
+        at: Intervals,
         rule: str,
         anchor_scale: Tensor | float = 1.0,
         by_class: bool = False,

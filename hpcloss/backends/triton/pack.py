@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hpcloss.backends.triton import configs, launch
-from hpcloss.ops import NORM_EPS
+from hpcloss.operators import NORM_EPS
 
 # Entries of a tile, and the warps that share it: 32 entries a thread, two tiles of which (gradient and row) and their
 # addresses fit the registers at any D, and leave room for two to four programs that wait for memory in turn.

@@ -22,7 +22,7 @@ from hpcloss.backends import blockwise
 from hpcloss.backends import triton as kernels
 from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.probe import _touch
-from hpcloss.partition import Pairs, partition
+from hpcloss.plan.partition import Pairs, partition
 
 IMAGES, PIXELS, CLASSES = 2, 120, 3  # several tiles each way, that end inside and outside of classes
 SCALE = 10.0
@@ -75,7 +75,11 @@ def _wrong(device: torch.device, dtype: torch.dtype, channels: int) -> str:
     features = _features(channels).to(dtype)
     pairs = partition(*_labels(), IMAGES, ignore_index=(255,))
     with _waiting(device):
-        step = _step(kernels, features.to(device), Pairs(*[bound.to(device) for bound in pairs]))
+        step = _step(
+            kernels,
+            features.to(device),
+            pairs.to(device),
+        )
         tolerance = TOLERANCE[configs.precision(step.rows)]
         step = Step(*[result.cpu() for result in step])
     exact = _step(blockwise, features.double(), pairs)
@@ -110,7 +114,7 @@ def _labels() -> tuple[Tensor, Tensor]:
 
 def _step(backend: ModuleType, features: Tensor, pairs: Pairs) -> Step:
     """Forward and backward on one of the backends."""
-    at, scale = list(pairs.intervals()), torch.full((), SCALE, dtype=torch.float32, device=features.device)
+    at, scale = list(pairs.intervals), torch.full((), SCALE, dtype=torch.float32, device=features.device)
     rows, inverse_norm = backend.pack(features, pairs.order, pairs.live(), True)
     scale = scale.to(inverse_norm.dtype)
     lse = backend.pair_lse(rows, None, None, scale, SCALE, at, "negatives")

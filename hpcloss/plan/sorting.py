@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss import native
-from hpcloss.ops import register
-from hpcloss.regions import Grid
+from hpcloss.operators import register
+from hpcloss.plan import native
+from hpcloss.plan.labels import is_class, is_ignored
+from hpcloss.plan.regions import Grid
 
 INT32_MAX = 2**31 - 1
 
@@ -22,21 +23,6 @@ INT32_MAX = 2**31 - 1
 def index_dtype(count: int) -> torch.dtype:
     """int32 while row numbers fit, int64 beyond."""
     return torch.int32 if count <= INT32_MAX else torch.int64
-
-
-def is_ignored(labels: Tensor, ignore_index: tuple[int, ...], num_classes: int | None = None) -> Tensor:
-    """Labels that remove their pixel: those of `ignore_index`, and those outside [0, num_classes) if it is given."""
-    ignored = torch.zeros_like(labels, dtype=torch.bool)
-    for value in ignore_index:
-        ignored = ignored | (labels == value)
-    if num_classes is not None:
-        ignored = ignored | (labels < 0) | (labels >= num_classes)
-    return ignored
-
-
-def is_class(label: int | None, num_classes: int) -> bool:
-    """Whether there is such a label and it is one of the classes."""
-    return label is not None and 0 <= label < num_classes
 
 
 def changes(values: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -75,32 +74,3 @@ def grid_regions(
         ids = ids + number * torch.arange(batch, device=device)[:, None]
         return ids.reshape(-1), number * max(batch, 1)
     return ids.expand(batch, -1).reshape(-1), number
-
-
-def cells_of_regions(
-    region_ids: Tensor,
-    batch: int,
-    spatial: Sequence[int],
-    size: Sequence[int],
-    local: Sequence[int],
-    *,
-    per_image: bool,
-) -> list[Tensor]:
-    """For each small cell of a region, in row-major order: its number in the grid of small cells, for each region [R].
-
-    `local` divides `size`. A region at the far edge has fewer cells; the missing ones get the number of small cells.
-    """
-    regions, cells = grid_shape(spatial, size), grid_shape(spatial, local)
-    num_cells = math.prod(cells) * (batch if per_image else 1)
-    image = region_ids // math.prod(regions)
-    corner = [region_ids // math.prod(regions[axis + 1 :]) % regions[axis] for axis in range(len(regions))]
-    ratios = [large // small for large, small in zip(size, local)]
-    numbers = []
-    for offset in itertools.product(*(range(ratio) for ratio in ratios)):
-        number, exists = image, torch.ones_like(image, dtype=torch.bool)
-        for axis, count in enumerate(cells):
-            along = corner[axis] * ratios[axis] + offset[axis]
-            exists = exists & (along < count)
-            number = number * count + along
-        numbers.append(torch.where(exists, number, num_cells))
-    return numbers

@@ -25,7 +25,7 @@ of a float32 with bits `b`: `~b` if the sign bit is set, else `b | 0x80000000`.
       E = (e << 40) + ((v * q) >> 22)
 
   q is a polynomial for -log2(1 - x) / x at x = v / 2^33 with 29 fraction bits; its coefficients C are in
-  `_LOG2_COEFFICIENTS`. All products are below 2^62, and E is off by at most 2^-22 of itself and one unit: the small
+  `draw.py`. All products are below 2^62, and E is off by at most 2^-22 of itself and one unit: the small
   values, which win, are as exact as the large ones. Then E is rounded to float32 (to nearest, ties to even), multiplied
   by 2^-40 (exact) and divided by the float32 weight: one correctly rounded IEEE division, subnormal results kept.
   An element whose weight is zero, negative or NaN is absent: it is never chosen and does not count. Elements of
@@ -50,7 +50,7 @@ value's probability is off by at most n / 2^32 of itself, the price of multiply-
 **Regions.** Those that can be contrasted are one interval, in ascending order; they are drawn from it as pixels are,
 uniformly, with the number of a region in place of the pixel index.
 
-The native library (`native.py`) draws where it is there, the PyTorch text below elsewhere.
+The native library (`native.py`) draws where it is there, elsewhere PyTorch (`draw.py`, `philox.py`).
 Everything here has static shapes and reads no device data on the host: it compiles with fullgraph=True and can be
 captured in a CUDA graph, where the seed, a device tensor, gives every replay a fresh sample if the graph advances it.
 """
@@ -63,25 +63,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpcloss import native
-from hpcloss.checks import IGNORED, boolean, check_classes_and_ignored, check_sizes, count, integers
-from hpcloss.ops import plain, register
-from hpcloss.partition import class_sort
-from hpcloss.regions import Grid, region_shape
+from hpcloss.checks import boolean, check_sizes, count, integers
+from hpcloss.operators import plain
+from hpcloss.plan.draw import draw
+from hpcloss.plan.labels import IGNORED, check_classes_and_ignored
+from hpcloss.plan.partition import class_sort
+from hpcloss.plan.philox import as_seed, philox
+from hpcloss.plan.regions import Grid, region_shape
 
 __all__ = ["Sample", "philox", "sample", "sample_anchors", "sample_hard_easy", "sample_positives"]
-
-_MASK = 0xFFFFFFFF
-_ROUNDS = 10
-# The multipliers less 2^32: 32-bit words times these stay inside int64, whereas the true products reach 2^64.
-_MULTIPLIERS = (0xD2511F53 - (1 << 32), 0xCD9E8D57 - (1 << 32))
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_PIXELS, _POSITIVES = 0, 1  # streams
-
-_CHUNK = 1 << 16  # 512 KiB of int64
-_ABSENT = 1 << 32  # above every key
-# -log2(1 - x) / x on 0 < x <= 1/2 as a polynomial in 2 x, minimax in relative error, 29 fraction bits; C[0] first
-_LOG2_COEFFICIENTS = (774540888, 193649403, 64260302, 26358647, 1840421, 19010875, -13089007, 7170137)
 
 
 class Sample(NamedTuple):
@@ -92,28 +82,6 @@ class Sample(NamedTuple):
 
     order: Tensor
     offsets: Tensor
-
-
-def philox(seed: Tensor | int, counter: Tensor, *, stream: int = _PIXELS) -> Tensor:
-    """One 32-bit random word per counter value (the word of a pixel), by Philox4x32-10.
-
-    Four consecutive counter values share a Philox block, `counter >> 2`, of which `counter & 3` is the word's number
-    (module docstring).
-
-    Args:
-        seed: 0-dim int64 tensor on the counter's device, or an int.
-        counter: integer tensor of any shape, values >= 0.
-        stream: 32-bit number that separates independent uses of one seed.
-
-    Returns:
-        int64 tensor of the counter's shape, values in [0, 2^32).
-
-    Raises:
-        ValueError: seed of another shape or device, or out of the int64 range. TypeError: seed or counter not integer.
-    """
-    _check_integers("counter", counter)
-    key = _key_words(_seed(seed, counter.device))
-    return _words(key, counter.long().reshape(-1), stream).reshape(counter.shape)
 
 
 def sample_anchors(
@@ -233,7 +201,7 @@ def sample(
         kind, values = "weighted", weights
     elif scores is not None:
         kind, values = "hardest", scores
-    return _draw(order, offsets, k, kind, values, num_pixels, seed)
+    return Sample(*draw(order, offsets, k, num_pixels, kind=kind, values=values, seed=seed))
 
 
 def sample_hard_easy(
@@ -259,7 +227,7 @@ def sample_hard_easy(
     """
     _check_plan(order, offsets, k)
     _check_map("wrong", wrong, order, boolean=True)
-    return _draw(order, offsets, k, "hard_easy", wrong, wrong.numel(), seed)
+    return Sample(*draw(order, offsets, k, wrong.numel(), kind="hard_easy", values=wrong, seed=seed))
 
 
 def sample_positives(
@@ -291,7 +259,7 @@ def sample_positives(
             raise ValueError(f"{name} must have {pos_start.numel()} elements, as pos_start, got {values.numel()}")
         if values.device != pos_start.device:
             raise ValueError(f"{name} must be on {pos_start.device}, as pos_start, got {values.device}")
-    return torch.ops.hpcloss.sample_positives(pos_start, pos_end, self_pos, k, _seed(seed, pos_start.device))
+    return torch.ops.hpcloss.sample_positives(pos_start, pos_end, self_pos, k, as_seed(seed, pos_start.device))
 
 
 def choose_regions(
@@ -321,7 +289,7 @@ def choose_regions(
         )
         for start, how in ((bounds.max, "amin"), (bounds.min, "amax"))
     )
-    seen, seed = torch.stack([anchors, ~lowest, highest]), _seed(seed, regions.device)
+    seen, seed = torch.stack([anchors, ~lowest, highest]), as_seed(seed, regions.device)
     if agree is not None:
         seen, seed = agree(seen, seed)
     possible = (seen[0] > 0) & (~seen[1] < seen[2])
@@ -334,309 +302,7 @@ def choose_regions(
     return number.scatter_(0, place, new)[regions], chosen.long()
 
 
-# ---- operators: the native library's, or the PyTorch text
-
-
-def _draw(
-    order: Tensor,
-    offsets: Tensor,
-    k: int,
-    kind: str,
-    values: Tensor | None,
-    num_pixels: int,
-    seed: Tensor | int | None,
-) -> Sample:
-    seed = _seed(seed, order.device)
-    if values is not None:
-        values = values.detach()
-    return Sample(*torch.ops.hpcloss.sample(order, offsets, k, kind, values, num_pixels, seed))
-
-
-def _sample(
-    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    if order.numel() == 0:
-        return order.new_zeros((offsets.numel() - 1) * k), torch.zeros_like(offsets)
-    few = order.device.type == "cpu" or (k <= native.MAX_CUDA_SAMPLES and offsets.numel() <= native.MAX_CUDA_INTERVALS)
-    if few and order.numel() <= native.MAX_ROWS and native.serves(order):
-        if values is not None:
-            values = (values if kind == "hard_easy" else values.float()).contiguous()
-        bounds = offsets
-        if offsets.dtype != order.dtype:
-            # Clamped, or what int32 does not hold would wrap to something that looks right.
-            bounds = offsets.clamp(-1, min(order.numel() + 1, torch.iinfo(order.dtype).max)).to(order.dtype)
-        chosen, chosen_offsets = native.sample(
-            order.contiguous(), bounds.contiguous(), k, kind, values, num_pixels, seed
-        )
-        return chosen, chosen_offsets.to(offsets.dtype)
-    return _sample_in_torch(order, offsets, k, kind, values, num_pixels, seed)
-
-
-def _sample_in_torch(
-    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    starts = offsets.long()
-    group = _group_of_row(starts, order.numel())
-    pixels = _live_pixels(order, group, starts.numel() - 1)
-    keys = _keys(_key_words(seed), pixels, kind, values, num_pixels)
-    if values is not None and kind == "hard_easy":
-        chosen = _smallest_hard_easy(starts, group, keys, _at(values, pixels), k)
-    else:
-        present = _count(keys < _ABSENT, starts) if kind == "weighted" else starts.diff()
-        limit = torch.nn.functional.pad(starts[:-1] + present.clamp(0, k), (1, 1))
-        chosen = _smallest(group, keys, limit)
-    return _compact(order, chosen, offsets, k)
-
-
-def _sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
-    if len({pos_start.dtype, pos_end.dtype, self_pos.dtype}) > 1:
-        rows = _sample_positives(pos_start.long(), pos_end.long(), self_pos.long(), k, seed)
-        return rows.to(pos_start.dtype)
-    if pos_start.numel() and native.serves(pos_start):
-        return native.sample_positives(pos_start.contiguous(), pos_end.contiguous(), self_pos.contiguous(), k, seed)
-    return _sample_positives_in_torch(pos_start, pos_end, self_pos, k, seed)
-
-
-def _sample_positives_in_torch(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
-    key = _key_words(seed)
-    first, own = pos_start.long(), self_pos.long()
-    has_self = (own >= first) & (own < pos_end)
-    n = (pos_end.long() - first - has_self.long()).clamp(min=0)
-    m = n.clamp(max=k)
-
-    rows = torch.arange(n.numel(), device=n.device)
-    zero = torch.zeros_like(key[0])
-    none = torch.iinfo(torch.int64).max
-    chosen: list[Tensor] = []
-    taken = n.new_empty((k, n.numel()))
-    for d in range(k):
-        if d % 4 == 0:
-            words = _philox_block((rows & _MASK, rows >> 32, zero + (d >> 2), zero + _POSITIVES), key)
-        j = n - m + d
-        t = (words[d % 4] * (j + 1)) >> 32
-        if d:
-            t = torch.where((taken[:d] == t).any(0), j, t)
-        t = torch.where(d < m, t, none)
-        taken[d] = t
-        chosen.append(t)
-    draws = torch.stack(chosen, 1).sort(1).values
-    result = first[:, None] + draws.clamp(max=none >> 1)
-    result = result + (has_self[:, None] & (result >= own[:, None])).long()
-    return torch.where(draws < none, result, -1).to(pos_start.dtype)
-
-
-def _fake_sample(
-    order: Tensor, offsets: Tensor, k: int, kind: str, values: Tensor | None, num_pixels: int, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    return order.new_empty((offsets.numel() - 1) * k), torch.empty_like(offsets)
-
-
-def _fake_sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, seed: Tensor) -> Tensor:
-    return pos_start.new_empty(pos_start.numel(), k)
-
-
-register(
-    "sample",
-    "(Tensor order, Tensor offsets, SymInt k, str kind, Tensor? values, SymInt num_pixels, Tensor seed)"
-    " -> (Tensor chosen, Tensor chosen_offsets)",
-    _sample,
-    _fake_sample,
-)
-register(
-    "sample_positives",
-    "(Tensor pos_start, Tensor pos_end, Tensor self_pos, SymInt k, Tensor seed) -> Tensor",
-    _sample_positives,
-    _fake_sample_positives,
-)
-
-
-# ---- random words ----
-
-
-def _philox_block(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The four output words of Philox4x32-10; counter words and key words are int64 in [0, 2^32) and broadcast."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # c * M = c * (M - 2^32) + c * 2^32: the first product fits in int64, the floor of its half adds exactly.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high0, high1 = (p0 >> 32).add_(c0), (p1 >> 32).add_(c2)
-        c0, c1 = (high1 ^ c1).bitwise_xor_(k0), p1.bitwise_and_(_MASK)
-        c2, c3 = (high0 ^ c3).bitwise_xor_(k1), p0.bitwise_and_(_MASK)
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def _words(key: tuple[Tensor, Tensor], counter: Tensor, stream: int = _PIXELS) -> Tensor:
-    """One word per counter value [n]."""
-    zero = torch.zeros_like(key[0])
-
-    def word(counter: Tensor) -> Tensor:
-        block = counter >> 2
-        words = _philox_block((block & _MASK, block >> 32, zero, zero + stream), key)
-        return torch.stack(words, 1).gather(1, (counter & 3)[:, None])[:, 0]
-
-    return _in_chunks(word, counter)
-
-
-def _dense_words(key: tuple[Tensor, Tensor], n: int) -> Tensor:
-    """The words of pixels 0 ... n-1, each Philox block computed once."""
-    zero = torch.zeros_like(key[0])
-
-    def words(block: Tensor) -> Tensor:
-        return torch.stack(_philox_block((block & _MASK, block >> 32, zero, zero + _PIXELS), key), 1)
-
-    return _in_chunks(words, torch.arange((n + 3) // 4, device=key[0].device)).reshape(-1)[:n]
-
-
-def _in_chunks(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """function(*values), which acts row by row; in eager mode on the CPU by pieces that stay in cache.
-
-    A long chain of whole-map operations spends most of its time on memory (2 to 5 times slower, measured).
-    """
-    if values[0].device.type != "cpu" or values[0].numel() <= _CHUNK or torch.compiler.is_compiling():
-        return function(*values)
-    return torch.cat([function(*chunk) for chunk in zip(*(v.split(_CHUNK) for v in values), strict=True)])
-
-
-def _key_words(seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The low and the high word of the seed."""
-    return seed & _MASK, (seed >> 32) & _MASK
-
-
-def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """The seed as a 0-dim int64 tensor on the device; None: a new one from torch's generator."""
-    if seed is None:
-        return torch.randint(2**62, (), device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be int64, got {seed.dtype}")
-        if seed.dim() != 0:
-            raise ValueError(f"seed must have shape [], got {list(seed.shape)}")
-        if seed.device != device:
-            raise ValueError(f"seed must be on {device}, as the data, got {seed.device}")
-    elif isinstance(seed, int) and not isinstance(seed, bool):
-        if not -(1 << 63) <= seed < 1 << 63:
-            raise ValueError(f"seed must fit in int64, got {seed}")
-        seed = torch.full((), seed, dtype=torch.int64, device=device)
-    else:
-        raise TypeError(f"seed must be a 0-dim int64 tensor or an int, got {type(seed).__name__}")
-    return seed
-
-
-# ---- keys ----
-
-
-def _keys(key: tuple[Tensor, Tensor], pixels: Tensor, kind: str, values: Tensor | None, num_pixels: int) -> Tensor:
-    """Key of every row. Random words are made per pixel, four to a Philox block, and gathered; where few of many
-    pixels are named, per row."""
-    if values is not None and kind == "hardest":
-        return _in_chunks(_hardest_keys, _at(values, pixels))
-    dense = num_pixels <= 4 * pixels.numel()
-    words = _dense_words(key, num_pixels) if dense else _words(key, pixels)
-    if values is None or kind == "hard_easy":
-        return words.index_select(0, pixels) if dense else words
-    if dense:
-        return _in_chunks(_weighted_keys, words, values.reshape(-1)).index_select(0, pixels)
-    return _in_chunks(_weighted_keys, words, _at(values, pixels))
-
-
-def _weighted_keys(words: Tensor, weights: Tensor) -> Tensor:
-    """Keys of the exponential race; 2^32 where the weight is not positive."""
-    weights = weights.to(torch.float32)
-    race = _negative_log2(words).to(torch.float32) * 2.0**-40
-    # A float64 quotient of two float32 numbers, rounded to float32, is the correctly rounded float32 quotient
-    # (53 >= 2 * 24 + 2); a compiler's own float32 division need not be.
-    race = (race.double() / weights.double()).to(torch.float32)
-    return torch.where(weights > 0, _image(race), _ABSENT)
-
-
-def _negative_log2(words: Tensor) -> Tensor:
-    """-log2((2 r + 1) / 2^33) with 40 fraction bits, for 32-bit words r, as the module docstring defines it."""
-    # 2 r + 1 is exact as a float64: its exponent field gives the leading zeros, its fraction field the normalised word.
-    bits = (2 * words + 1).double().view(torch.int64)
-    exponent = (1023 + 32) - (bits >> 52)
-    v = (1 << 32) - ((bits >> 20) & _MASK)
-    q = v * _LOG2_COEFFICIENTS[7]
-    for coefficient in _LOG2_COEFFICIENTS[6::-1]:
-        q.bitwise_right_shift_(32).add_(coefficient).mul_(v)
-    return (exponent << 40) + (q >> 22)
-
-
-def _hardest_keys(scores: Tensor) -> Tensor:
-    """Keys by descending score, NaN last."""
-    scores = scores.to(torch.float32)
-    return torch.where(scores.isnan(), _MASK, _image(0.0 - scores))
-
-
-def _image(values: Tensor) -> Tensor:
-    """Order-preserving map of float32 to [0, 2^32), as int64."""
-    bits = values.view(torch.int32).long()
-    return torch.where(bits < 0, ~bits, bits + (1 << 31)) & _MASK
-
-
-# ---- intervals ----
-
-
-def _group_of_row(starts: Tensor, n: int) -> Tensor:
-    """Interval number + 1 of every row: 0 before the first interval, S + 1 past the last one."""
-    # Counting the offsets passed handles empty intervals, and costs one scan instead of a binary search per row.
-    passed = starts.new_zeros(n + 1).scatter_add(0, starts, torch.ones_like(starts))
-    return passed[:n].cumsum(0)
-
-
-def _live_pixels(order: Tensor, group: Tensor, num_intervals: int) -> Tensor:
-    """Pixel index of every row, 0 for dead rows, so that whatever those hold is never used as an index."""
-    return torch.where((group > 0) & (group <= num_intervals), order, 0).long()
-
-
-def _at(values: Tensor, pixels: Tensor) -> Tensor:
-    return values.reshape(-1).index_select(0, pixels)
-
-
-def _count(flags: Tensor, starts: Tensor) -> Tensor:
-    """Number of set flags [N] in every interval."""
-    total = torch.nn.functional.pad(_running_count(flags), (1, 0))
-    return total.index_select(0, starts).diff().long()
-
-
-def _running_count(flags: Tensor) -> Tensor:
-    """Inclusive prefix count; int32 where that suffices (a bool scan into int64 is ten times slower on the CPU)."""
-    return flags.cumsum(0, dtype=torch.int32 if flags.numel() < 2**31 else torch.int64)
-
-
-def _smallest_hard_easy(starts: Tensor, group: Tensor, keys: Tensor, hard: Tensor, k: int) -> Tensor:
-    """Mask of the rows chosen by the rule of `sample_hard_easy`: each interval is two groups, wrong before right."""
-    num_hard = _count(hard, starts)
-    num_easy = starts.diff() - num_hard
-    take_hard = torch.minimum(num_hard, (k - num_easy).clamp(min=k // 2))
-    take_easy = torch.minimum(num_easy, k - take_hard)
-    limit = torch.stack([starts[:-1] + take_hard, starts[:-1] + num_hard + take_easy], 1).reshape(-1)
-    return _smallest(2 * group + ~hard, keys, torch.nn.functional.pad(limit, (2, 2)))
-
-
-def _smallest(group: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
-    """Mask of the rows that come before row limit[group] once sorted by (group, key, position)."""
-    # One stable sort of 64-bit integers: positions break ties by stability. Groups keep their places, so an interval's
-    # smallest elements stand at its start. 33 bits hold a key or the absent mark.
-    ordered, rows = torch.sort((group << 33) | keys, stable=True)
-    position = torch.arange(keys.numel(), device=keys.device)
-    chosen = position < limit.index_select(0, ordered >> 33)
-    return torch.zeros_like(chosen).scatter(0, rows, chosen)
-
-
-def _compact(order: Tensor, chosen: Tensor, offsets: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The chosen rows in ascending order, and how many of them precede each interval."""
-    count = _running_count(chosen)
-    size = (offsets.numel() - 1) * k
-    place = torch.arange(size, device=order.device, dtype=count.dtype)
-    rows = torch.searchsorted(count, place, right=True).clamp(max=order.numel() - 1)
-    picked = torch.where(place < count[-1], order.index_select(0, rows), 0)
-    starts = torch.nn.functional.pad(count, (1, 0)).index_select(0, offsets.long())
-    return picked, starts.to(offsets.dtype)
-
-
-# ---- checks (of shapes and dtypes, never of data) ----
+# ---- checks of shapes and dtypes, never of data
 
 
 def _check_plan(order: Tensor, offsets: Tensor, k: int) -> None:

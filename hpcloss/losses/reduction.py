@@ -1,4 +1,4 @@
-"""Arithmetic on [N] vectors that the recipes share: log-sum-exps merged, losses reduced, temperatures inverted."""
+"""From the losses of anchors to the result: sums, means, means of group means, softmax weights; over ranks too."""
 
 from __future__ import annotations
 
@@ -8,20 +8,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.distributed import gather_labels, gather_values, total
-from hpcloss.pack import Rows
-from hpcloss.partition import partition
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), exactly: the default threshold of 20 is off by 2e-9."""
-    return torch.nn.functional.softplus(x, threshold=40.0)
-
-
-def merge(a: Tensor, b: Tensor) -> Tensor:
-    """logaddexp whose gradient is 0, not NaN, where both are -inf."""
-    empty = (a == -math.inf) & (b == -math.inf)
-    merged = torch.logaddexp(torch.where(empty, 0.0, a), torch.where(empty, 0.0, b))
-    return torch.where(empty, -math.inf, merged)
+from hpcloss.plan.partition import partition
 
 
 def reduce(
@@ -69,24 +56,10 @@ def softmax(exponents: Tensor, counted: Tensor, gather: bool) -> Tensor:
 
 def group_weight(ids: Tensor, counted: Tensor) -> Tensor:
     """1 / (groups with a counted anchor x counted anchors of the own group), for a mean of group means [N]."""
-    groups = partition(ids)
+    order, groups = partition(ids)
     start, end = groups.pos_start, groups.pos_end
-    seen = torch.nn.functional.pad(torch.cumsum(counted[groups.order], 0), (1, 0))
+    seen = torch.nn.functional.pad(torch.cumsum(counted[order], 0), (1, 0))
     members = seen[end] - seen[start]
     present = ((start == groups.self_pos) & (members > 0)).sum()
     weight = torch.where(members > 0, 1.0 / (members * present).clamp(min=1).double(), 0.0)
-    return torch.empty_like(weight).scatter_(0, groups.order.long(), weight)
-
-
-def times(loss: Tensor, factor: float | Tensor) -> Tensor:
-    """loss * factor, of the loss's dtype and shape."""
-    return loss * (factor.to(loss).reshape(()) if isinstance(factor, Tensor) else factor)
-
-
-def inverse_temperature(temperature: float | Tensor, rows: Rows, normalize: bool) -> tuple[Tensor, float | None]:
-    """1 / temperature as a 0-dim tensor in the statistics' dtype, and a bound of |similarity / temperature|."""
-    dtype = torch.float64 if rows.data.dtype == torch.float64 else torch.float32
-    if isinstance(temperature, Tensor):
-        return temperature.to(device=rows.data.device, dtype=dtype).reshape(()).reciprocal(), None
-    scale = torch.full((), 1.0 / temperature, dtype=dtype, device=rows.data.device)
-    return scale, 1.0 / temperature if normalize else None
+    return torch.empty_like(weight).scatter_(0, order.long(), weight)

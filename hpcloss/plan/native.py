@@ -29,6 +29,7 @@ MAX_CUDA_SAMPLES = 4096  # of an interval
 MAX_CUDA_INTERVALS = 2**29  # of a sample
 KINDS = ("uniform", "weighted", "hardest", "hard_easy")
 
+_PACKAGE = Path(__file__).parents[1]  # where the installation puts the library
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _TYPES = {torch.uint8: 0, torch.int32: 1, torch.int64: 2}
 _FUNCTIONS = (
@@ -100,7 +101,7 @@ def _find() -> _Found:
         if found.library is None:
             raise NativeError(f"HPCLOSS_LIBRARY={named}: {found.reason}")
         return found
-    path = Path(__file__).with_name("libhpcloss" + _SUFFIX)
+    path = _PACKAGE / f"libhpcloss{_SUFFIX}"
     if not path.exists():
         return _Found(None, f"there is no {path.name}; {_build_note() or 'it is built by `pip install`'}")
     return _load(path)
@@ -136,7 +137,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
 
 def _build_note() -> str:
     """What the installation wrote down about the build."""
-    note = Path(__file__).with_name("libhpcloss.txt")
+    note = _PACKAGE / "libhpcloss.txt"
     return "; ".join(note.read_text(encoding="utf-8").split("\n")).strip("; ") if note.exists() else ""
 
 

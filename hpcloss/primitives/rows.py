@@ -12,18 +12,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpcloss.backends import load
-from hpcloss.ops import differentiable_once, plain, register, statistics_dtype
+from hpcloss.backends import resolve
+from hpcloss.operators import differentiable_once, load, plain, register_on_backends, statistics_dtype
 
 
 class Rows(NamedTuple):
-    """Packed embeddings [N, D]: primitives read `data`; their gradient flows to `companion`, which holds nothing."""
+    """Packed embeddings [N, D].
+
+    data: what the primitives read. companion: what their gradient flows to, of the same shape; it holds nothing.
+    backend: the name of the one that packed them, which also computes what is made of them.
+    """
 
     data: Tensor
     companion: Tensor
+    backend: str
 
     def detach(self) -> Rows:
-        return Rows(self.data.detach(), self.companion.detach())
+        """The same rows without gradient."""
+        return Rows(self.data.detach(), self.companion.detach(), self.backend)
+
+    def view(self) -> Rows:
+        """The same rows as other tensors: compilers want no tensor twice among the inputs of a primitive."""
+        return Rows(self.data.view_as(self.data), self.companion.view_as(self.companion), self.backend)
 
 
 def pack(
@@ -33,18 +43,21 @@ def pack(
     *,
     normalize: bool,
     permutation: bool = False,
-    backend: str,
+    backend: str = "auto",
 ) -> Rows:
     """Rows `order` of `features` [B, D, *S] (any strides), L2-normalised if asked.
 
     order [n]: flat pixel indices b * prod(S) + s, no pixel twice among the live rows. live: 0-dim or [1] number of
     leading rows that count; the rest become zero rows, so that whatever an ignored pixel holds reaches nothing.
-    permutation: `order` is known to name every pixel once; then the gradient is written in one pass. Differentiable
-    with respect to features.
+    permutation: `order` is known to name every pixel once; then the gradient is written in one pass. backend: the
+    public option of the losses. Differentiable with respect to features, once. NotImplementedError where the backend
+    cannot run this call.
     """
+    backend = resolve(backend, features)
     if live is None:
         live = torch.full((1,), order.numel(), dtype=order.dtype, device=order.device)
-    return Rows(*_Pack.apply(plain(features), order, live.reshape(1), normalize, permutation, backend))
+    data, companion = _Pack.apply(plain(features), order, live.reshape(1), normalize, permutation, backend)
+    return Rows(data, companion, backend)
 
 
 class _Pack(torch.autograd.Function):
@@ -71,29 +84,13 @@ class _Pack(torch.autograd.Function):
             return (None,) * 6
         data, inverse_norm, order = ctx.saved_tensors
         grad_features = torch.ops.hpcloss.pack_backward(
-            grad,
-            data,
-            inverse_norm,
-            order,
-            ctx.normalize,
-            list(ctx.shape),
-            list(ctx.stride),
-            ctx.dtype,
-            ctx.permutation,
-            ctx.backend,
-        )
+            grad, data, inverse_norm, order, ctx.normalize, list(ctx.shape), list(ctx.stride), ctx.dtype,
+            ctx.permutation, ctx.backend,
+        )  # fmt: skip
         return grad_features, None, None, None, None, None
 
 
-def _pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return load(backend).pack(features, order, live, normalize)
-
-
-def _pack_backward(grad: Tensor, *args: Any) -> Tensor:
-    return load(args[-1]).pack_backward(grad, *args[:-1])  # the last is the backend
-
-
-def _pack_fake(features: Tensor, order: Tensor, live: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
     count, channels = order.numel(), features.shape[1]
     return (
         features.new_empty((count, channels), dtype=load(backend).rows_dtype(features, normalize)),
@@ -101,7 +98,7 @@ def _pack_fake(features: Tensor, order: Tensor, live: Tensor, normalize: bool, b
     )
 
 
-def _pack_backward_fake(
+def _fake_pack_backward(
     grad: Tensor,
     data: Tensor,
     inverse_norm: Tensor,
@@ -116,16 +113,14 @@ def _pack_backward_fake(
     return torch.empty_strided(shape, stride, dtype=dtype, device=grad.device)
 
 
-register(
+register_on_backends(
     "pack",
     "(Tensor features, Tensor order, Tensor live, bool normalize, str backend) -> (Tensor, Tensor)",
-    _pack,
-    _pack_fake,
+    _fake_pack,
 )
-register(
+register_on_backends(
     "pack_backward",
     "(Tensor grad, Tensor data, Tensor inverse_norm, Tensor order, bool normalize, SymInt[] shape, SymInt[] stride,"
     " ScalarType dtype, bool permutation, str backend) -> Tensor",
-    _pack_backward,
-    _pack_backward_fake,
+    _fake_pack_backward,
 )

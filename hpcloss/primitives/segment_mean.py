@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.backends import load
-from hpcloss.ops import differentiable_once, register, statistics_dtype
-from hpcloss.pack import Rows
+from hpcloss.operators import differentiable_once, register, register_on_backends, statistics_dtype
+from hpcloss.primitives.rows import Rows
 
 
-def segment_mean(rows: Rows, offsets: Tensor, *, backend: str) -> Tensor:
+def segment_mean(rows: Rows, offsets: Tensor) -> Tensor:
     """mean_s = 1 / n_s sum of rows offsets[s]:offsets[s + 1], with n_s their number. [S, D], fp32 (float64).
 
     offsets [S + 1]: ascending row numbers, int32 or int64; rows before the first and from the last on belong to no
     segment. An empty segment gives a zero row. Differentiable with respect to the rows.
     """
-    return _SegmentMean.apply(rows.data, rows.companion, offsets, backend)
+    return _SegmentMean.apply(rows.data, rows.companion, offsets, rows.backend)
 
 
 class _SegmentMean(torch.autograd.Function):
@@ -35,15 +34,11 @@ class _SegmentMean(torch.autograd.Function):
         return None, torch.ops.hpcloss.segment_mean_backward(grad, offsets, ctx.num_rows), None, None
 
 
-def _segment_mean(rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    return load(backend).segment_mean(rows, offsets)
-
-
-def _segment_mean_fake(rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
+def _fake_segment_mean(rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
     return rows.new_empty((offsets.numel() - 1, rows.shape[1]), dtype=statistics_dtype(rows.dtype))
 
 
-def _segment_mean_backward(grad: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+def _backward(grad: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     """d row_i = grad_s / n_s in its segment s, 0 outside: a gather, the same on every backend."""
     per_row = grad / offsets.diff().clamp(min=1)[:, None]
     per_row = torch.nn.functional.pad(per_row, (0, 0, 0, 1))  # a last segment for the rows that are in none
@@ -52,19 +47,14 @@ def _segment_mean_backward(grad: Tensor, offsets: Tensor, num_rows: int) -> Tens
     return per_row.index_select(0, torch.where(rows < offsets[0], offsets.numel() - 1, segment))
 
 
-def _segment_mean_backward_fake(grad: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+def _fake_backward(grad: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     return grad.new_empty((num_rows, grad.shape[1]))
 
 
-register(
-    "segment_mean",
-    "(Tensor rows, Tensor offsets, str backend) -> Tensor",
-    _segment_mean,
-    _segment_mean_fake,
-)
+register_on_backends("segment_mean", "(Tensor rows, Tensor offsets, str backend) -> Tensor", _fake_segment_mean)
 register(
     "segment_mean_backward",
     "(Tensor grad, Tensor offsets, SymInt num_rows) -> Tensor",
-    _segment_mean_backward,
-    _segment_mean_backward_fake,
+    _backward,
+    _fake_backward,
 )

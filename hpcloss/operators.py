@@ -1,9 +1,14 @@
-"""How operators enter torch: a schema of plain tensors, one Python body, one fake; autograd is their callers' work."""
+"""How operators are registered with torch: a schema of plain tensors, a Python body and a fake.
+
+Autograd is the work of their callers (`hpcloss.primitives`).
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,18 +35,42 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if own else tensor.as_subclass(torch.Tensor)
 
 
+@functools.cache
+def load(backend: str) -> ModuleType:
+    """The package of a backend, imported when it is first asked for."""
+    return importlib.import_module(f"hpcloss.backends.{backend}")
+
+
 def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `torch.ops.hpcloss.<name>`. The body runs with autocast off, as it chooses its own precision."""
+    _define(name, schema, fake, lambda args: (body, args))
 
-    @functools.wraps(body)
-    def without_autocast(*args: Any) -> Any:
-        args = tuple([plain(arg) if isinstance(arg, torch.Tensor) else arg for arg in args])
-        device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
+
+def register_on_backends(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define `torch.ops.hpcloss.<name>`, which the backend computes that the last argument names.
+
+    The body is the backend's function of the same name. It takes the arguments before the last one.
+    """
+    _define(name, schema, fake, lambda args: (getattr(load(args[-1]), name), args[:-1]))
+
+
+def _define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    chosen: Callable[[list[Any]], tuple[Callable[..., Any], list[Any]]],
+) -> None:
+    """Define an operator. chosen: the function that serves a call, and what it takes of the arguments."""
+
+    def run_without_autocast(*args: Any) -> Any:
+        given = [plain(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        device = next(arg for arg in given if isinstance(arg, torch.Tensor)).device.type
+        body, taken = chosen(given)
         with torch.autocast(device, enabled=False):
-            return body(*args)
+            return body(*taken)
 
     torch.library.define(f"hpcloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"hpcloss::{name}", "default", without_autocast)
+    torch.library.impl(f"hpcloss::{name}", "default", run_without_autocast)
     torch.library.register_fake(f"hpcloss::{name}", fake)
 
 

@@ -10,21 +10,21 @@ Nothing here reads device data on the host and every shape is static, so a step 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpcloss.native import MAX_AXES
-from hpcloss.regions import Grid
-from hpcloss.sorting import changes, index_dtype, is_class
+from hpcloss.plan.draw import draw
+from hpcloss.plan.labels import is_class
+from hpcloss.plan.native import MAX_AXES
+from hpcloss.plan.regions import Grid
+from hpcloss.plan.sorting import index_dtype
 
 
-class Pairs(NamedTuple):
-    """The pairs of N anchor rows with M key rows (M = N in self-contrast), as intervals of key rows.
+class Intervals(NamedTuple):
+    """Which of M keys each of N anchors meets, as intervals of key rows (M = N in self-contrast).
 
-    order [N]                   flat pixel index of each anchor row.
     pos_start, pos_end [N]      the keys of the row's own class: its positives, itself included where it is a key.
     self_pos [N]                the key row that is this anchor, -1 for none. A row never meets itself.
     anchor_start, anchor_end [R]  the rows of each region that are anchors, in ascending order of regions.
@@ -33,7 +33,6 @@ class Pairs(NamedTuple):
     All int32 (int64 beyond 2^31 rows). Rows in no anchor interval are keys only, or dead.
     """
 
-    order: Tensor
     pos_start: Tensor
     pos_end: Tensor
     self_pos: Tensor
@@ -42,33 +41,9 @@ class Pairs(NamedTuple):
     key_start: Tensor
     key_end: Tensor
 
-    @staticmethod
-    def from_intervals(intervals: Sequence[Tensor]) -> Pairs:
-        """The pairs an operator was given; it has no use for the order."""
-        return Pairs(intervals[0], *intervals)
-
-    def replace(self, **changes: Tensor) -> Pairs:
+    def replace(self, **changes: Tensor) -> Intervals:
         """As `_replace`, which breaks graphs on older torch."""
-        return Pairs(*[changes[name] if name in changes else getattr(self, name) for name in FIELDS])
-
-    def intervals(self) -> tuple[Tensor, ...]:
-        """What the primitives need: everything but the order."""
-        # One by one: slicing a named tuple breaks graphs on older torch.
-        rows = (self.pos_start, self.pos_end, self.self_pos)
-        return (*rows, self.anchor_start, self.anchor_end, self.key_start, self.key_end)
-
-    def live(self) -> Tensor:
-        """Number of leading rows that are anchors or keys, [1]; the rest of the order is dead."""
-        return self.anchor_end[-1:]
-
-    def head(self, count: int) -> Pairs:
-        """The first rows alone, where it is known that the rest is dead."""
-        return self.replace(
-            order=self.order[:count],
-            pos_start=self.pos_start[:count],
-            pos_end=self.pos_end[:count],
-            self_pos=self.self_pos[:count],
-        )
+        return Intervals(*[changes[name] if name in changes else getattr(self, name) for name in FIELDS])
 
     def region(self) -> Tensor:
         """Region of each row [N]; rows that are no anchors get some region, and `is_anchor` is False for them."""
@@ -87,14 +62,47 @@ class Pairs(NamedTuple):
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Number of positives and of negatives of each row [N]; zero for rows that are no anchors."""
-        return torch.ops.hpcloss.pair_counts(*self.intervals())
+        return torch.ops.hpcloss.pair_counts(*self)
 
     def counted(self, *, need_negatives: bool = False) -> Tensor:
         """Whether each row has a positive [N], and a negative if asked; False for rows that are no anchors."""
-        return torch.ops.hpcloss.pair_counted(*self.intervals(), need_negatives)
+        return torch.ops.hpcloss.pair_counted(*self, need_negatives)
 
 
-FIELDS = Pairs._fields
+FIELDS = Intervals._fields
+
+
+class Pairs(NamedTuple):
+    """The pairs of anchors and keys that count.
+
+    order [N]    flat pixel index of each anchor row, int32 (int64 beyond 2^31 rows).
+    intervals    the keys of each anchor row.
+    """
+
+    order: Tensor
+    intervals: Intervals
+
+    def replace(self, order: Tensor | None = None, **bounds: Tensor) -> Pairs:
+        """The same pairs but for the order, or for fields of the intervals."""
+        return Pairs(self.order if order is None else order, self.intervals.replace(**bounds))
+
+    def to(self, device: torch.device) -> Pairs:
+        """The same pairs on a device."""
+        return Pairs(self.order.to(device), Intervals(*[bound.to(device) for bound in self.intervals]))
+
+    def live(self) -> Tensor:
+        """Number of leading rows that are anchors or keys, [1]; the rest of the order is dead."""
+        return self.intervals.anchor_end[-1:]
+
+    def head(self, count: int) -> Pairs:
+        """The first rows alone, where it is known that the rest is dead."""
+        at = self.intervals
+        return self.replace(
+            order=self.order[:count],
+            pos_start=at.pos_start[:count],
+            pos_end=at.pos_end[:count],
+            self_pos=at.self_pos[:count],
+        )
 
 
 def partition(
@@ -114,26 +122,87 @@ def partition(
     counting sort in the native library gives the same order as the sorts without it.
     """
     if num_classes is not None:
-        rows = class_sort(
+        return class_sort(
             labels, regions, num_regions, background=background, ignore_index=ignore_index, num_classes=num_classes
-        )
-        return from_offsets(rows.order, rows.offsets, num_classes, is_class(background, num_classes))
+        ).pairs()
     ids, spatial, size, per_image, num_regions = _regions(labels, regions, num_regions)
     arguments = (labels, ids, spatial, size, per_image, num_regions, background, ignore_index)
-    return Pairs(*torch.ops.hpcloss.label_sort(*arguments))
+    order, *intervals = torch.ops.hpcloss.label_sort(*arguments)
+    return Pairs(order, Intervals(*intervals))
 
 
 class ClassRows(NamedTuple):
-    """Pixels sorted by (region, class); segment r * num_classes + c holds class number c of region r, background first.
+    """Pixels sorted by (region, class); segment r * num_classes + c holds class number c of region r.
 
     order [N]                          flat pixel index of each row; ignored pixels are the tail.
     offsets [R * num_classes + 1]      first row of each segment; the last is the number of rows that are not ignored.
-    outside []                         number of pixels whose label is no class and not in `ignore_index`.
+    num_classes                        C. background_first: class number 0 is the background, a key and no anchor.
+    outside []                         number of pixels whose label is no class and not ignored, where it is known.
     """
 
     order: Tensor
     offsets: Tensor
-    outside: Tensor
+    num_classes: int
+    background_first: bool = False
+    outside: Tensor | None = None
+
+    def live(self) -> Tensor:
+        """Number of leading rows that are not ignored, [1]; the rest of the order is dead."""
+        return self.offsets[-1:]
+
+    def replace(self, **changes: Any) -> ClassRows:
+        """As `_replace`, which breaks graphs on older torch."""
+        return ClassRows(*[changes[name] if name in changes else getattr(self, name) for name in CLASS_FIELDS])
+
+    def region(self, number: int) -> ClassRows:
+        """The segments of one region."""
+        first = number * self.num_classes
+        return self.replace(offsets=self.offsets[first : first + self.num_classes + 1])
+
+    def sampled(self, k: int | None, largest: int | None = None) -> ClassRows:
+        """At most k rows of each segment, drawn uniformly with torch's generator; None: all of them.
+
+        The order is the sort's own, of every pixel. largest: most pixels that a segment can hold; by default the
+        number of pixels. The result has room for min(k, largest) rows a segment.
+        """
+        pixels = self.order.numel()
+        if k is None or pixels == 0:
+            return self
+        order, offsets = draw(self.order, self.offsets, min(k, pixels if largest is None else largest), pixels)
+        return self.replace(order=order, offsets=offsets)
+
+    def pairs(self) -> Pairs:
+        """Self-contrast: rows meet the rows of their region, and those of their class are positives."""
+        intervals = torch.ops.hpcloss.class_intervals(
+            self.offsets, self.order.numel(), self.num_classes, self.background_first
+        )
+        return Pairs(self.order.to(index_dtype(self.order.numel())), Intervals(*intervals))
+
+    def against(self, keys: ClassRows) -> Pairs:
+        """Anchors of these rows and other keys, sorted by the same regions and classes.
+
+        An anchor meets the keys of its region, and its positives are the keys of its class. No key is an anchor itself.
+        """
+        offsets, dtype = self.offsets, index_dtype(max(self.order.numel(), 1))
+        rows = torch.arange(self.order.numel(), dtype=offsets.dtype, device=self.order.device)
+        segment = torch.searchsorted(offsets[1:], rows, right=True).clamp_(max=offsets.numel() - 2)
+        starts, ends = keys.offsets[:-1], keys.offsets[1:]
+        classes, first = self.num_classes, int(self.background_first)
+        return Pairs(
+            self.order.to(dtype),
+            Intervals(
+                starts[segment].to(dtype),
+                ends[segment].to(dtype),
+                torch.full_like(segment, -1, dtype=dtype),
+                offsets[first:-1:classes].to(dtype, copy=True),
+                offsets[classes::classes].to(dtype, copy=True),
+                starts[::classes].to(dtype, copy=True),
+                ends[classes - 1 :: classes].to(dtype, copy=True),
+            ),
+        )
+
+
+CLASS_FIELDS = ClassRows._fields
 
 
 def class_sort(
@@ -149,14 +218,8 @@ def class_sort(
     beyond 2^31 rows), outside int64."""
     ids, spatial, size, per_image, num_regions = _regions(labels, regions, num_regions)
     arguments = (labels, ids, spatial, size, per_image, num_regions, num_classes, background, ignore_index)
-    return ClassRows(*torch.ops.hpcloss.class_sort(*arguments))
-
-
-def from_offsets(order: Tensor, offsets: Tensor, num_classes: int, background_ranked: bool) -> Pairs:
-    """Self-contrast `Pairs` of rows already sorted by (region, class rank); segment r * num_classes + c is
-    rows offsets[r * num_classes + c] to the next offset. `background_ranked`: rank 0 is the background."""
-    intervals = torch.ops.hpcloss.class_intervals(offsets, order.numel(), num_classes, background_ranked)
-    return Pairs(order.to(index_dtype(order.numel())), *intervals)
+    order, offsets, outside = torch.ops.hpcloss.class_sort(*arguments)
+    return ClassRows(order, offsets, num_classes, is_class(background, num_classes), outside)
 
 
 def _regions(
@@ -192,7 +255,7 @@ def partition_against(
     """
     keys = partition(key_labels, key_regions, ignore_index=ignore_index)
     anchors = partition(labels, ignore_index=ignore_index)
-    live = keys.key_end[-1:]
+    live = keys.intervals.key_end[-1:]
     # A dead tail that compares greater than every label keeps the search inside the live keys.
     ranked_keys = key_labels.reshape(-1).long()[keys.order]
     alive = torch.arange(ranked_keys.numel(), device=live.device) < live
@@ -213,31 +276,6 @@ def partition_against(
     return pairs, keys.order
 
 
-def from_offsets_against(
-    order: Tensor, offsets: Tensor, key_offsets: Tensor, num_classes: int, background_ranked: bool = False
-) -> Pairs:
-    """`Pairs` of anchors and of other keys, both sorted by (region, class) as in `ClassRows`.
-
-    order [N], offsets [R * num_classes + 1]: the anchors. key_offsets [R * num_classes + 1]: the keys' segments, of the
-    same regions and classes; an anchor meets the keys of its region, and its positives are the keys of its class. No
-    key is an anchor itself. `background_ranked`: class rank 0 is the background, a key and no anchor.
-    """
-    rows = torch.arange(order.numel(), dtype=offsets.dtype, device=order.device)
-    segment = torch.searchsorted(offsets[1:], rows, right=True).clamp_(max=offsets.numel() - 2)
-    dtype = index_dtype(max(order.numel(), 1))
-    first = int(background_ranked)
-    return Pairs(
-        order.to(dtype),
-        key_offsets[:-1][segment].to(dtype),
-        key_offsets[1:][segment].to(dtype),
-        torch.full_like(segment, -1, dtype=dtype),
-        offsets[first:-1:num_classes].to(dtype, copy=True),
-        offsets[num_classes::num_classes].to(dtype, copy=True),
-        key_offsets[:-1:num_classes].to(dtype, copy=True),
-        key_offsets[num_classes::num_classes].to(dtype, copy=True),
-    )
-
-
 def paired(pairs: Pairs, partner: Tensor) -> Pairs:
     """The same anchors and keys with one explicit positive each: `partner` [N] is its key row."""
     return pairs.replace(pos_start=partner.to(pairs.order.dtype), pos_end=(partner + 1).to(pairs.order.dtype))
@@ -248,40 +286,5 @@ def one_to_one(count: int, device: torch.device) -> Pairs:
     rows = torch.arange(count, dtype=index_dtype(count), device=device)
     starts, ends = rows.new_zeros(2, 1), rows.new_full((2, 1), count)
     # No tensor twice: an operator's inputs may not alias.
-    return Pairs(rows, rows.clone(), rows + 1, torch.full_like(rows, -1), starts[0], ends[0], starts[1], ends[1])
-
-
-def against_cells(pairs: Pairs, cells: Pairs, cell_of_region: Tensor, labels: Tensor, background: int | None) -> Pairs:
-    """The anchors of `pairs` against one small cell of each region: keys in the order of `cells`.
-
-    pairs, cells: partitions of the same pixels, by region and by small cell. cell_of_region [R]: the cell that the
-    anchors of each region meet; the number of cells stands for "none". labels [pixels].
-    """
-    dtype, device = pairs.order.dtype, pairs.order.device
-    labels = labels.reshape(-1).long()
-    num_pixels, num_cells = labels.numel(), cells.key_end.numel()
-    # Classes by dense rank, background first, so that (cell, class) is one number in the order of the cells' rows.
-    by_label = torch.sort(labels, stable=True).indices
-    if background is not None:
-        by_label = by_label[torch.sort((labels != background)[by_label], stable=True).indices]
-    dense = torch.empty_like(by_label).scatter_(0, by_label, torch.cumsum(changes(labels[by_label]), 0))
-
-    rows = torch.arange(cells.order.numel(), device=device)
-    cell = torch.searchsorted(cells.key_end, rows.to(dtype), right=True)
-    alive = cell < num_cells
-    segment = torch.where(alive, cell * (num_pixels + 1) + dense[cells.order], torch.iinfo(torch.int64).max)
-    target = cell_of_region[pairs.region()] * (num_pixels + 1) + dense[pairs.order]
-    pos_start = torch.searchsorted(segment, target)
-    pos_end = torch.searchsorted(segment, target, right=True)
-
-    row_of_pixel = torch.full((num_pixels + 1,), -1, dtype=torch.int64, device=device)
-    row_of_pixel = row_of_pixel.scatter_(0, torch.where(alive, cells.order.long(), num_pixels), rows)
-    key_start = torch.nn.functional.pad(cells.key_start, (0, 1))[cell_of_region]
-    key_end = torch.nn.functional.pad(cells.key_end, (0, 1))[cell_of_region]
-    return pairs.replace(
-        pos_start=pos_start.to(dtype),
-        pos_end=pos_end.to(dtype),
-        self_pos=row_of_pixel[pairs.order].to(dtype),
-        key_start=key_start,
-        key_end=key_end,
-    )
+    bounds = (rows.clone(), rows + 1, torch.full_like(rows, -1), starts[0], ends[0], starts[1], ends[1])
+    return Pairs(rows, Intervals(*bounds))

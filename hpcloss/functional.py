@@ -1,0 +1,36 @@
+"""The functions of the losses under one name. Each stands in `hpcloss.losses`, beside its module.
+
+A function checks its options once, says which pairs count, packs, composes the primitives and reduces. The modules hold
+hyper-parameters and call these; `hpcloss.reference` writes the same losses out densely.
+
+Common to all: `ignore_index` removes rows as anchors and as keys; an anchor that cannot be contrasted adds nothing
+and is not counted; without any counted anchor the loss is 0, joined to the graph. Results are fp32, or float64
+for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from hpcloss.losses.entropy import entropy_guided_contrast_loss
+from hpcloss.losses.image import ihpc_loss
+from hpcloss.losses.local import local_contrast_loss
+from hpcloss.losses.multiscale import multiscale_contrast_loss
+from hpcloss.losses.pixel import pixel_contrast_loss
+from hpcloss.losses.prototype import prototype_assignment_loss, prototype_contrast_loss
+from hpcloss.losses.region import region_phpc_loss, region_supcon_loss
+from hpcloss.losses.vectors import hard_negative_nce_loss, infonce_loss, ntxent_loss, supcon_loss
+
+__all__ = [
+    "entropy_guided_contrast_loss",
+    "hard_negative_nce_loss",
+    "ihpc_loss",
+    "infonce_loss",
+    "local_contrast_loss",
+    "multiscale_contrast_loss",
+    "ntxent_loss",
+    "pixel_contrast_loss",
+    "prototype_assignment_loss",
+    "prototype_contrast_loss",
+    "region_phpc_loss",
+    "region_supcon_loss",
+    "supcon_loss",
+]

@@ -1,0 +1,20 @@
+"""Arithmetic on [N] vectors that several recipes share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), exactly: the default threshold of 20 is off by 2e-9."""
+    return torch.nn.functional.softplus(x, threshold=40.0)
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """logaddexp whose gradient is 0, not NaN, where both are -inf."""
+    empty = (a == -math.inf) & (b == -math.inf)
+    merged = torch.logaddexp(torch.where(empty, 0.0, a), torch.where(empty, 0.0, b))
+    return torch.where(empty, -math.inf, merged)

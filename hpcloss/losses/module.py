@@ -1,0 +1,46 @@
+"""What the loss modules share: they hold hyper-parameters and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hpcloss.losses.options import check_each, check_together
+
+
+class Loss(nn.Module):
+    """Keeps hyper-parameters as attributes of the same names; `options` hands them to the function of the loss.
+
+    Each is checked when it is set, and all together when they are used: two that depend on each other can be set one
+    after the other. So forward calls the unchecked function.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        super().__init__()
+        self._function = function.__name__
+        options = check_each(self._function, options)
+        check_together(self._function, options)
+        for name, value in options.items():
+            # A tensor (a learnable temperature is a Parameter) moves and is saved with the module.
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                super().__setattr__(name, value)
+        self._names = tuple(options)  # from here on setting one of them checks it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_names", ()):
+            value = check_each(self._function, {name: value})[name]
+        super().__setattr__(name, value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The hyper-parameters, as the function of the loss takes them. ValueError where they exclude each other."""
+        options = {name: getattr(self, name) for name in self._names}
+        check_together(self._function, options)
+        return options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

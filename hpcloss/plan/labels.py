@@ -1,0 +1,127 @@
+"""Labels of vectors and of label maps: dtypes, shapes, the ones that are ignored, the range of classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpcloss.checks import check_tensor
+from hpcloss.operators import plain
+
+IGNORED = (-100, -1, 255)  # label maps: what data sets and trainers use for "no label"
+VECTORS_IGNORED = (-100, -1)  # labels of vectors: with many classes or instance ids 255 is a class
+
+
+def is_ignored(labels: Tensor, ignore_index: tuple[int, ...], num_classes: int | None = None) -> Tensor:
+    """Labels that remove their pixel: those of `ignore_index`, and those outside [0, num_classes) if it is given."""
+    ignored = torch.zeros_like(labels, dtype=torch.bool)
+    for value in ignore_index:
+        ignored = ignored | (labels == value)
+    if num_classes is not None:
+        ignored = ignored | (labels < 0) | (labels >= num_classes)
+    return ignored
+
+
+def is_class(label: int | None, num_classes: int) -> bool:
+    """Whether there is such a label and it is one of the classes."""
+    return label is not None and 0 <= label < num_classes
+
+
+def check_classes_and_ignored(num_classes: int, ignored: tuple[int, ...]) -> None:
+    """Raise ValueError where the default `ignore_index` would swallow a class."""
+    if ignored == IGNORED and num_classes > max(IGNORED):
+        raise ValueError(
+            f"num_classes={num_classes} has a class {max(IGNORED)}, which ignore_index removes by default; say which"
+            " labels to ignore, for example ignore_index=(-100, -1)"
+        )
+
+
+def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
+    """Labels of any integer dtype, or whole-number floats, as int64 on the device."""
+    labels = plain(labels)
+    if labels.is_complex():
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+    # Looking at the values is free of waiting on the CPU only.
+    if labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        broken = ~((labels == labels.round()) & (labels.abs() < 2**53))
+        if bool(broken.any()):
+            raise ValueError(f"{name} must be whole numbers, got {labels[broken][0].item()}")
+    return labels.to(device).long()
+
+
+def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
+    """Labels of vectors [N, D], from [N] or [N, 1] of any integer dtype or whole-number floats, as int64."""
+    check_tensor(name, labels)
+    if labels.shape not in ((vectors.shape[0],), (vectors.shape[0], 1)):
+        square = labels.shape == (vectors.shape[0], vectors.shape[0])
+        other = "; a mask of pairs is taken by hpcloss.compat.supcontrast.SupConLoss" if square else ""
+        raise ValueError(f"{name} must have shape [{vectors.shape[0]}], got {tuple(labels.shape)}{other}")
+    return _integers(name, labels.reshape(-1), vectors.device)
+
+
+def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
+    """Labels [B, *S] of a feature map [B, D, *S], from [B, *S'] or [B, 1, *S'] of any resolution."""
+    check_tensor(name, labels)
+    if isinstance(features, (tuple, list)):
+        raise TypeError("features must be a tensor, got several; FeatureTap and alike return (output, features)")
+    check_tensor("features", features)
+    if not features.is_floating_point():
+        raise TypeError(f"features must be floating point, got {features.dtype}")
+    if features.dim() < 3:
+        raise ValueError(
+            f"features must have shape [B, D, *S], got {tuple(features.shape)}; for vectors [N, D] use SupConLoss"
+        )
+    if features.shape[1] == 0:
+        raise ValueError(f"features must have at least one channel, got {tuple(features.shape)}")
+    dims = features.dim()
+    channel = labels.dim() == dims and labels.shape[1] == 1
+    if channel:
+        labels = labels.squeeze(1)
+    elif labels.dim() == dims and labels.shape[0] == features.shape[0]:
+        raise ValueError(
+            f"{name} of shape {tuple(labels.shape)} look one-hot; pass class indices: {name}.argmax(1), shape [B, *S]"
+        )
+    if labels.dim() != dims - 1 or labels.shape[0] != features.shape[0]:
+        if labels.shape == features.shape[1:]:
+            raise ValueError(
+                f"features {tuple(features.shape)} and {name} {tuple(labels.shape)} have no batch axis;"
+                f" pass features[None] and {name}[None]"
+            )
+        raise ValueError(
+            f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
+            f" got {tuple(labels.shape)}"
+        )
+    # As labels of this volume they would be coarser along its first axis alone, with as many planes as it has channels.
+    views = dims == 5 and not channel and labels.shape[1:] == (features.shape[1], *features.shape[3:])
+    if views and labels.shape[1] < features.shape[2]:
+        raise ValueError(
+            f"features {tuple(features.shape)} with {name} {tuple(labels.shape)} look like views [B, V, D, H, W];"
+            f" pass features.flatten(0, 1) and {name}.flatten(0, 1), or {name}[:, None] of a volume"
+        )
+    for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
+        if (extent == 0) != (wanted == 0):
+            raise ValueError(f"{name} {tuple(labels.shape)} and features {tuple(features.shape)}: one of them is empty")
+    finer = [extent > wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
+    coarser = [extent < wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
+    if any(finer) and any(coarser):
+        raise ValueError(
+            f"{name} {tuple(labels.shape)} are finer than features {tuple(features.shape)} on one axis and coarser on"
+            " another; are axes swapped?"
+        )
+    labels = _integers(name, labels, features.device)
+    for axis in range(1, labels.dim()):
+        extent, wanted = labels.shape[axis], features.shape[axis + 1]
+        if extent != wanted:
+            nearest = torch.arange(wanted, device=labels.device) * extent // max(wanted, 1)
+            labels = labels.index_select(axis, nearest)
+    return labels
+
+
+def check_label_values(labels: Tensor, ignored: tuple[int, ...], num_classes: int | None) -> None:
+    """Raise for a label outside [0, num_classes) that is not ignored. Waits for the device."""
+    if num_classes is None:
+        raise ValueError("check_labels=True needs num_classes, got None")
+    outside = is_ignored(labels, (), num_classes) & ~is_ignored(labels, ignored)
+    if bool(outside.any()):
+        value = labels[outside][0].item()
+        raise ValueError(f"labels must be in [0, {num_classes}) or one of ignore_index {ignored}, got {value}")
