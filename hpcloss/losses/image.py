@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -167,13 +168,15 @@ class IHPCLoss(Loss):
         return loss(view1, view2, groups, **self.options, bank=bank, bank_groups=bank_groups)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """A checkpoint of a loss that kept a memory bank of its own is refused with the remedy."""
-        strict, _, _, errors = rest[-4:]
-        if strict and f"{prefix}bank" in state_dict:
-            names = ", ".join(f"{prefix}{name}" for name in ("bank", "bank_groups", "bank_next"))
-            errors.append(
-                f"IHPCLoss keeps no memory bank any more; leave {names} out of the state_dict (or pass strict=False),"
-                " and give the loss an EmbeddingQueue, which starts empty"
+        """Leaves out the memory bank that older versions of this loss kept, and says so."""
+        found = [name for name in (f"{prefix}bank", f"{prefix}bank_groups", f"{prefix}bank_next") if name in state_dict]
+        for name in found:
+            del state_dict[name]
+        if found:
+            warnings.warn(
+                f"{', '.join(found)} of the checkpoint are left out: IHPCLoss keeps no memory bank any more. Give it an"
+                " EmbeddingQueue, which starts empty.",
+                stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -153,7 +153,7 @@ def checked(function: Function) -> Function:
     @functools.wraps(function)
     def call(*inputs: Any, **options: Any) -> Any:
         given = dict(zip(names, inputs))
-        if len(inputs) > len(names) or not given.keys().isdisjoint(options):
+        if len(inputs) > len(names) or any([name in options for name in given]):
             return function(*inputs, **options)  # Python says which argument is one too many
         found = check_each(function.__name__, {**defaults, **given, **options})
         check_together(function.__name__, found)

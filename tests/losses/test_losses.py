@@ -575,7 +575,7 @@ def test_max_regions_is_ignoring_the_others(monkeypatch, options, keep, num_clas
 
 def test_max_regions_together_with_samples(monkeypatch):
     labels, features = choice([0, 1, 2, 255], 2, 8, 8), rows(2, 5, 8, 8)
-    samples, choices = recorded(monkeypatch, "sample"), recorded(monkeypatch, "choose_regions")
+    samples, choices = recorded(monkeypatch, "draw", partition), recorded(monkeypatch, "choose_regions")
     options = {"region_size": 4, "local_size": 2, "reduction": "region"}
     value = phpc(features, labels, max_regions=2, num_classes=3, samples_per_class=3, **options)
     order, offsets = samples[0]
@@ -757,12 +757,13 @@ def test_queues_that_do_not_suit_ihpc():
         hpcloss.EmbeddingQueue(3, 5, 4, groups=1)
 
 
-def test_a_checkpoint_with_a_memory_bank_is_refused_with_the_remedy():
+def test_a_checkpoint_with_a_memory_bank_loads_and_says_what_became_of_it():
     old = {"bank": torch.zeros(6, 4), "bank_groups": torch.zeros(6).long(), "bank_next": torch.tensor(2)}
     model = torch.nn.ModuleDict({"loss": hpcloss.IHPCLoss()})
-    with pytest.raises(RuntimeError, match="leave loss.bank, loss.bank_groups, loss.bank_next out.*EmbeddingQueue"):
+    with pytest.warns(UserWarning, match="loss.bank, loss.bank_groups, loss.bank_next of the checkpoint"):
         model.load_state_dict({f"loss.{name}": value for name, value in old.items()})
-    hpcloss.IHPCLoss().load_state_dict(old, strict=False)
+    with pytest.raises(RuntimeError, match="Unexpected key.*bank_of_another"):
+        hpcloss.IHPCLoss().load_state_dict({"bank_of_another": torch.zeros(1)})
 
 
 # --------------------------------------------------------------------------------------------------------- precision

@@ -341,6 +341,22 @@ def test_state_dict_round_trip(name):
     assert set(module.state_dict()) == ({"log_scale"} if name == "infonce" else set())
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own compiler
+@pytest.mark.parametrize("name", MODULES)
+def test_the_function_compiles_without_a_graph_break(name):
+    """With the check of its options, which a module has behind it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: function_of(name, *inputs), fullgraph=True, backend="eager")
+    torch.manual_seed(0)
+    value = compiled(*INPUTS[name])
+    torch.manual_seed(0)
+    assert torch.equal(value, function_of(name, *INPUTS[name]))
+
+
+def function_of(name, *inputs):
+    return FAST[name](*inputs, **REQUIRED.get(name, {}))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_temperature_can_be_learnt(name):
     temperature = nn.Parameter(torch.tensor(0.25))

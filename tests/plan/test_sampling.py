@@ -481,10 +481,10 @@ def test_seed_decides():
         lambda seed: sample_hard_easy(order, offsets, 20, wrong, seed=seed).order,
         lambda seed: sample_positives(start, start + 50, torch.arange(50), 4, seed=seed),
     ]
-    for drawn in draws:
+    for one in draws:
         for other in (1, -1, 1 << 32):  # both words of the seed count
-            assert torch.equal(drawn(torch.tensor(0)), drawn(0))
-            assert not torch.equal(drawn(0), drawn(other))
+            assert torch.equal(one(torch.tensor(0)), one(0))
+            assert not torch.equal(one(0), one(other))
 
 
 # ---- static shapes, no host reads ----

@@ -433,11 +433,11 @@ def test_nothing_above_the_operators_reads_device_data(name):
     module, inputs = modules()[name]
     with FakeTensorMode() as mode:
         fake_inputs = [mode.from_tensor(x) for x in inputs]
-        for tensor_name, tensor in [*module.named_buffers(), *module.named_parameters()]:
-            fake = mode.from_tensor(tensor)
-            module._parameters.pop(tensor_name, None)
-            module._buffers.pop(tensor_name, None)
-            object.__setattr__(module, tensor_name, fake)
+        for part in module.modules():
+            for tensor_name, tensor in [*part.named_buffers(recurse=False), *part.named_parameters(recurse=False)]:
+                part._parameters.pop(tensor_name, None)
+                part._buffers.pop(tensor_name, None)
+                object.__setattr__(part, tensor_name, mode.from_tensor(tensor))
         fake_inputs = [x.requires_grad_() if x.is_floating_point() else x for x in fake_inputs]
         loss = module(*fake_inputs)
         grads = torch.autograd.grad(loss.sum(), [x for x in fake_inputs if x.requires_grad])
