@@ -354,7 +354,7 @@ def test_the_function_compiles_without_a_graph_break(name):
 
 
 def function_of(name, *inputs):
-    return FAST[name](*inputs, **REQUIRED.get(name, {}))
+    return FAST[name](*inputs, **LOSSES[name].required)
 
 
 @pytest.mark.parametrize("name", MODULES)
