@@ -18,12 +18,12 @@ from torch import Tensor
 from hpcloss.backends.triton import launch
 from hpcloss.backends.triton.tiles import (
     INF,
-    Bounds,
     Coefficients,
     Intervals,
-    Side,
+    Regions,
     Spans,
     block_of,
+    bounds_of,
     column_intervals,
     columns_count,
     has_positives,
@@ -41,6 +41,13 @@ from hpcloss.backends.triton.tiles import (
     store_rows,
     tile_of,
 )
+
+
+class Side(NamedTuple):
+    """The rows that a program owns, or those that it streams."""
+
+    rows: Any  # [N, D]
+    statistics: Any  # [N, 4]; None where the rows are keys alone
 
 
 class Gradients(NamedTuple):
@@ -62,40 +69,33 @@ class Tile(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def backward_kernel(
-    own, other, coefficients, gradients, intervals, anchors, num_rows, num_regions,
+    own, other, coefficients, gradients, intervals, regions, num_rows, num_regions,
     D: tl.constexpr, SLOPE: tl.constexpr, SUBTRACT: tl.constexpr, TERM: tl.constexpr, RULE: tl.constexpr,
     ONLINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gradient_i = sum_j dS_ij y_j of BLOCK_I own rows, and each anchor's part of d scale.
 
-    own, other: a `Side` each; without statistics its rows are keys alone. The intervals are the anchors': the own rows'
-    if these are anchors, else the other rows'. anchors: in self-contrast which rows of each region are anchors. SLOPE:
-    the slopes of all pairs. SUBTRACT: what is subtracted of those of positive pairs, or None.
+    own, other: a `Side` each. The intervals are the anchors': the own rows', if these have statistics, else the other
+    rows'. SLOPE: the slopes of all pairs. SUBTRACT: those of positive pairs from them, or None.
     """
     ROW: tl.constexpr = own.statistics is not None
     COL: tl.constexpr = other.statistics is not None
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     x = load_rows(own.rows, rows, there, D, BLOCK_D)
-    scale = tl.load(coefficients.scale)
+    scale, bias = tl.load(coefficients.scale), coefficients.key_bias
     total = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     by_scale = tl.zeros([BLOCK_I], tl.float32)
-    of_own, own_bias = None, None
-    if ROW:
-        positives = row_intervals(intervals, rows, there)
-        of_own = load_statistics(own.statistics, rows, there)
-    if COL and coefficients.key_bias is not None:
-        own_bias = tl.load(coefficients.key_bias + rows, mask=there, other=0.0)[:, None]
-    low, high = regions_met(own.regions, num_regions, first_row, ROW, BLOCK_I)
+    positives = row_intervals(intervals, rows, there) if ROW else None
+    of_own = load_statistics(own.statistics, rows, there) if ROW else None
+    own_bias = load_bias(bias, rows, there)[:, None] if COL and bias is not None else None
+    low, high = regions_met(regions.own, num_regions, first_row, ROW, BLOCK_I)
     for region in range(low, high):
-        member, whole = in_region(own.regions, region, first_row, rows, BLOCK_I)
-        begin, stop = tl.load(other.regions.start + region), tl.load(other.regions.end + region)
-        if ROW:
-            hull = hull_of(positives, member)
-            spans = spans_of(hull, begin, stop, RULE)
-        else:
-            spans = anchors_met(intervals, begin, stop, first_row, RULE, BLOCK_I)
-        if anchors is not None:
-            spans = spans_of_keys(spans, anchors, region, first_row, BLOCK_I)
+        member, whole = in_region(regions.own, region, first_row, rows, BLOCK_I)
+        met = bounds_of(regions.other, region)
+        hull = hull_of(positives, member) if ROW else None
+        spans = spans_of(hull, *met, RULE) if ROW else anchors_met(intervals, *met, first_row, RULE, BLOCK_I)
+        if regions.anchors is not None:
+            spans = spans_of_keys(spans, regions.anchors, region, first_row, BLOCK_I)
         before = tl.maximum(tl.cdiv(spans.hole - spans.begin, BLOCK_J), 0)
         for number in range(before + tl.maximum(tl.cdiv(spans.stop - spans.rest, BLOCK_J), 0)):
             first, last = tile_of(spans, number, before, BLOCK_J)
@@ -103,32 +103,26 @@ def backward_kernel(
             inside = columns < last
             y = load_rows(other.rows, columns, inside, D, BLOCK_D)
             similarity = similarities(x, y, PRECISION)
-            of_other, other_bias, of_columns, clean, near = None, None, None, RULE == "every", True
-            if COL:
-                of_other = load_statistics(other.statistics, columns, inside)
-            if ROW and coefficients.key_bias is not None:
-                other_bias = tl.load(coefficients.key_bias + columns, mask=inside, other=0.0)[None, :]
-            slopes, by_scale_of_pairs = SLOPE(
+            of_other = load_statistics(other.statistics, columns, inside) if COL else None
+            other_bias = load_bias(bias, columns, inside)[None, :] if ROW and bias is not None else None
+            slopes, along_scale = SLOPE(
                 similarity, of_own, of_other, own_bias, other_bias, scale, coefficients, TERM, ONLINE
             )
-            if ROW:
-                near = has_positives(hull, first, first + BLOCK_J)
-            else:
-                of_columns = column_intervals(intervals, columns, inside)
+            of_columns = None if ROW else column_intervals(intervals, columns, inside)
             tile = Tile(rows, there, columns, inside, of_columns)
             if SUBTRACT is not None:
+                near = has_positives(hull, first, first + BLOCK_J) if ROW else True
                 if near:
                     positive = counted(tile, intervals, "positives")
                     slopes = SUBTRACT(slopes, similarity, positive, of_own, of_other, coefficients)
-            if ROW:
-                clean = is_clean(hull, first, first + BLOCK_J, RULE)
+            clean = is_clean(hull, first, first + BLOCK_J, RULE) if ROW else RULE == "every"
             if not (clean & whole & (first + BLOCK_J <= last)):
                 count = counted(tile, intervals, RULE) & member[:, None] & inside[None, :]
                 slopes = tl.where(count, slopes, 0.0)
                 if gradients.scale is not None:
-                    by_scale_of_pairs = tl.where(count, by_scale_of_pairs, 0.0)
+                    along_scale = tl.where(count, along_scale, 0.0)
             if gradients.scale is not None:
-                by_scale += tl.sum(by_scale_of_pairs, 1)
+                by_scale += tl.sum(along_scale, 1)
             if gradients.rows is not None:
                 total += tl.dot(slopes.to(y.dtype), y, input_precision=PRECISION)
     store_gradients(gradients, rows, there, total, by_scale, coefficients.lift, D, BLOCK_D)
@@ -142,6 +136,12 @@ def counted(tile, intervals, RULE: tl.constexpr):
     else:
         count = columns_count(tile.positives, tile.rows, RULE)
     return count
+
+
+@triton.jit
+def load_bias(key_bias, keys, there):
+    """The bias of some keys, 0 where none is."""
+    return tl.load(key_bias + keys, mask=there, other=0.0)
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def anchors_met(intervals, begin, stop, first_row, RULE: tl.constexpr, BLOCK_I: 
 def spans_of_keys(spans, anchors, region, first_row, BLOCK_I: tl.constexpr):
     """The spans that a block of rows visits in self-contrast: rows that are keys alone meet anchors alone."""
     begin, stop, hole, rest = spans
-    first_anchor, last_anchor = tl.load(anchors.start + region), tl.load(anchors.end + region)
+    first_anchor, last_anchor = bounds_of(anchors, region)
     if (first_row >= last_anchor) | (first_row + BLOCK_I <= first_anchor):
         begin, hole = tl.maximum(begin, first_anchor), tl.minimum(hole, last_anchor)
         rest, stop = tl.maximum(rest, first_anchor), tl.minimum(stop, last_anchor)
@@ -240,20 +240,20 @@ def gradients_of_pairs(
     d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
     if keys is None:
         # Here every row of a region is a key, and meets its region.
-        side = Side(anchors, statistics, of_keys)
-        d_anchors = gradient_of_side(side, side, of_anchors, *given, needs_anchors, by_scale)
+        side, regions = Side(anchors, statistics), Regions(of_keys, of_keys, of_anchors)
+        d_anchors = gradient_of_side(side, side, regions, *given, needs_anchors, by_scale)
     else:
-        side, other = Side(anchors, statistics, of_anchors), Side(launch.as_anchors(anchors, keys), None, of_keys)
-        d_anchors = gradient_of_side(side, other, None, *given, needs_anchors, by_scale)
+        side, other = Side(anchors, statistics), Side(launch.as_anchors(anchors, keys), None)
+        d_anchors = gradient_of_side(side, other, Regions(of_anchors, of_keys), *given, needs_anchors, by_scale)
         if needs_keys:
-            d_keys = gradient_of_side(other, side, None, *given, True, None)
+            d_keys = gradient_of_side(other, side, Regions(of_keys, of_anchors), *given, True, None)
     return d_anchors, d_keys, sum_if_wanted(by_scale, anchors)
 
 
 def gradient_of_side(
     own: Side,
     other: Side,
-    anchors: Bounds | None,
+    regions: Regions,
     intervals: Intervals,
     coefficients: Coefficients,
     constants: dict[str, Any],
@@ -266,8 +266,8 @@ def gradient_of_side(
     if wanted or by_scale is not None:
         launch.over_tiles(
             backward_kernel, shape, own.rows,
-            own, other, coefficients, Gradients(gradient if wanted else None, by_scale), intervals, anchors,
-            own.rows.shape[0], own.regions.start.numel(), **constants,
+            own, other, coefficients, Gradients(gradient if wanted else None, by_scale), intervals, regions,
+            own.rows.shape[0], regions.own.start.numel(), **constants,
         )  # fmt: skip
     return gradient
 

@@ -17,8 +17,9 @@ from hpcloss.backends.triton.tiles import (
     LOG2E,
     Coefficients,
     Intervals,
-    Side,
+    Regions,
     block_of,
+    bounds_of,
     has_positives,
     hull_of,
     in_region,
@@ -55,7 +56,7 @@ class Statistics(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def forward_kernel(
-    anchors, keys, intervals, coefficients, results, num_rows, num_regions,
+    anchors, keys, coefficients, results, intervals, regions, num_rows, num_regions,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCK_I anchors the log-sum-exp over all keys but the own one, and how far the positives' mean lies below it.
@@ -64,7 +65,7 @@ def forward_kernel(
     ones is exact, and no fused multiply-add rounds it otherwise in the backward pass. hardness None: uniform weights.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
-    x = load_rows(anchors.rows, rows, there, D, BLOCK_D)
+    x = load_rows(anchors, rows, there, D, BLOCK_D)
     positives = row_intervals(intervals, rows, there)
     sign, rate = sign_and_rate(tl.load(coefficients.scale))
     largest = tl.full([BLOCK_I], -INF, tl.float32)
@@ -72,16 +73,14 @@ def forward_kernel(
     heaviest = tl.full([BLOCK_I], -INF, tl.float32)
     weights = tl.zeros([BLOCK_I], tl.float32)
     gap = tl.zeros([BLOCK_I], tl.float32)
-    low, high = meeting(anchors.regions.start, anchors.regions.end, num_regions, first_row, first_row + BLOCK_I)
+    low, high = meeting(regions.own.start, regions.own.end, num_regions, first_row, first_row + BLOCK_I)
     for region in range(low, high):
-        member, whole = in_region(anchors.regions, region, first_row, rows, BLOCK_I)
+        member, whole = in_region(regions.own, region, first_row, rows, BLOCK_I)
         hull = hull_of(positives, member)
-        begin, stop, _, _ = spans_of(
-            hull, tl.load(keys.regions.start + region), tl.load(keys.regions.end + region), "others"
-        )
+        begin, stop, _, _ = spans_of(hull, *bounds_of(regions.other, region), "others")
         for first in range(begin, stop, BLOCK_J):
             columns = first + tl.arange(0, BLOCK_J)
-            y = load_rows(keys.rows, columns, columns < stop, D, BLOCK_D)
+            y = load_rows(keys, columns, columns < stop, D, BLOCK_D)
             similarity = similarities(x, y, PRECISION)
             signed = similarity * sign
             if not (is_clean(hull, first, first + BLOCK_J, "others") & whole & (first + BLOCK_J <= stop)):
@@ -160,10 +159,10 @@ def pair_cross_entropy(
     """
     results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
     at, of_anchors, of_keys = launch.grouped(intervals)
-    coefficients = Coefficients(launch.fp32(scale), hardness=hardness or None)
+    coefficients = Coefficients(None, launch.fp32(scale), hardness=hardness or None)
     launch.over_tiles(
         forward_kernel, "weighted_cross_entropy" if hardness else "pair_cross_entropy", anchors,
-        Side(anchors, None, of_anchors), Side(launch.as_anchors(anchors, keys), None, of_keys), at, coefficients, Results(*results),
+        anchors, launch.as_anchors(anchors, keys), coefficients, Results(*results), at, Regions(of_anchors, of_keys),
         anchors.shape[0], of_anchors.start.numel(),
     )  # fmt: skip
     return tuple(results)
@@ -276,7 +275,7 @@ def pair_cross_entropy_backward(
     """dS_ij = scale ((g_i + h_i) p_ij - g_i w_ij), for incoming gradients g of the loss and h of the lse."""
     grad_lse = launch.fp32(grad_lse)
     statistics, lift, largest_grads, grad = room_for_statistics(grad, mass, anchors, grad_lse, total)
-    coefficients = Coefficients(launch.fp32(scale), hardness=hardness or None, lift=lift)
+    coefficients = Coefficients(None, launch.fp32(scale), hardness=hardness or None, lift=lift)
     at = Intervals(*launch.int32(intervals[:3]))
     launch.row_by_row(
         statistics_kernel, mass,

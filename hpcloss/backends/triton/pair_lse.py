@@ -12,6 +12,7 @@ from torch import Tensor
 from hpcloss.backends.bounds import is_safe
 from hpcloss.backends.triton import launch
 from hpcloss.backends.triton.backward import (
+    Side,
     gradient_of_side,
     gradients_of_pairs,
     largest_of,
@@ -24,8 +25,9 @@ from hpcloss.backends.triton.tiles import (
     LN2,
     LOG2E,
     Coefficients,
-    Side,
+    Regions,
     block_of,
+    bounds_of,
     hull_of,
     in_region,
     is_clean,
@@ -50,7 +52,7 @@ class Statistics(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def forward_kernel(
-    anchors, keys, intervals, coefficients, lse, num_rows, num_regions,
+    anchors, keys, coefficients, lse, intervals, regions, num_rows, num_regions,
     D: tl.constexpr, RULE: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -59,21 +61,21 @@ def forward_kernel(
     ONLINE: with a running maximum; without, exp(scale s_ij) must be known to stay finite.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
-    x = load_rows(anchors.rows, rows, there, D, BLOCK_D)
+    x = load_rows(anchors, rows, there, D, BLOCK_D)
     positives = row_intervals(intervals, rows, there)
     exponent_scale = tl.load(coefficients.scale) * LOG2E
     largest = tl.full([BLOCK_I], -INF, tl.float32)
     total = tl.zeros([BLOCK_I], tl.float32)
-    low, high = meeting(anchors.regions.start, anchors.regions.end, num_regions, first_row, first_row + BLOCK_I)
+    low, high = meeting(regions.own.start, regions.own.end, num_regions, first_row, first_row + BLOCK_I)
     for region in range(low, high):
-        member, whole = in_region(anchors.regions, region, first_row, rows, BLOCK_I)
+        member, whole = in_region(regions.own, region, first_row, rows, BLOCK_I)
         hull = hull_of(positives, member)
-        spans = spans_of(hull, tl.load(keys.regions.start + region), tl.load(keys.regions.end + region), RULE)
+        spans = spans_of(hull, *bounds_of(regions.other, region), RULE)
         before = tl.cdiv(spans.hole - spans.begin, BLOCK_J)
         for tile in range(before + tl.cdiv(spans.stop - spans.rest, BLOCK_J)):
             first, last = tile_of(spans, tile, before, BLOCK_J)
             columns = first + tl.arange(0, BLOCK_J)
-            y = load_rows(keys.rows, columns, columns < last, D, BLOCK_D)
+            y = load_rows(keys, columns, columns < last, D, BLOCK_D)
             exponent = similarities(x, y, PRECISION) * exponent_scale
             if coefficients.key_bias is not None:
                 exponent += tl.load(coefficients.key_bias + columns, mask=columns < last, other=0.0)[None, :] * LOG2E
@@ -110,7 +112,7 @@ def pair_lse(
     at, of_anchors, of_keys = launch.grouped(intervals)
     launch.over_tiles(
         forward_kernel, "pair_lse", anchors,
-        Side(anchors, None, of_anchors), Side(others, None, of_keys), at, Coefficients(launch.fp32(scale), launch.fp32(bias)), lse,
+        anchors, others, Coefficients(launch.fp32(bias), launch.fp32(scale)), lse, at, Regions(of_anchors, of_keys),
         lse.numel(), of_anchors.start.numel(), RULE=rule, ONLINE=online,
     )  # fmt: skip
     return lse
@@ -238,7 +240,7 @@ def pair_lse_both_backward(
         parts.append(torch.zeros_like(of_own[:, 0]) if needs_scale else None)
         gradients.append(
             gradient_of_side(
-                Side(own, of_own, own_regions), Side(other, of_other, other_regions), None,
+                Side(own, of_own), Side(other, of_other), Regions(own_regions, other_regions),
                 at, coefficients, _constants(rule, online), "backward", wanted, parts[-1],
             )
         )  # fmt: skip
@@ -249,7 +251,7 @@ def _statistics(
     grad: Tensor, lse: Tensor, rows: Tensor, bias: Tensor | None, scale: Tensor, online: bool
 ) -> tuple[Tensor, Coefficients]:
     statistics, lift, largest_grads, grad = room_for_statistics(grad, lse, rows)
-    coefficients = Coefficients(launch.fp32(scale), launch.fp32(bias), lift=lift)
+    coefficients = Coefficients(launch.fp32(bias), launch.fp32(scale), lift=lift)
     launch.row_by_row(
         statistics_kernel, lse,
         grad, grad.stride(0), lse, coefficients.scale, largest_grads, lift, statistics, lse.numel(), ONLINE=online,

@@ -19,8 +19,9 @@ from hpcloss.backends.triton.tiles import (
     LN2,
     LOG2E,
     Coefficients,
-    Side,
+    Regions,
     block_of,
+    bounds_of,
     hull_of,
     in_region,
     is_clean,
@@ -45,10 +46,10 @@ class Results(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of each anchor, for `slope`. Weights that are not shifted by their mass are divided by their sum in the factor."""
+    """Of each anchor, for `slope`."""
 
     stat: Any  # in powers of 2; 0 of a term without
-    factor: Any  # incoming gradient
+    factor: Any  # incoming gradient, divided by the sum of the weights where `slope` does not shift them by their mass
     mass: Any  # log2 of the sum of the weights; INF without positives
     out: Any
 
@@ -64,7 +65,7 @@ class BoundedStatistics(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def forward_kernel(
-    anchors, keys, intervals, coefficients, stat, results, num_rows, num_regions,
+    anchors, keys, stat, coefficients, results, intervals, regions, num_rows, num_regions,
     D: tl.constexpr, TERM: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +74,7 @@ def forward_kernel(
     hardness None: uniform weights. ONLINE: weights with a running maximum, as attention accumulates its values.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
-    x = load_rows(anchors.rows, rows, there, D, BLOCK_D)
+    x = load_rows(anchors, rows, there, D, BLOCK_D)
     positives = row_intervals(intervals, rows, there)
     stat_i = tl.zeros([BLOCK_I], tl.float32)
     if TERM == "own_denominator":
@@ -84,18 +85,16 @@ def forward_kernel(
     weights = tl.zeros([BLOCK_I], tl.float32)
     terms = tl.zeros([BLOCK_I], tl.float32)
     shares = tl.zeros([BLOCK_I], tl.float32)
-    low, high = meeting(anchors.regions.start, anchors.regions.end, num_regions, first_row, first_row + BLOCK_I)
+    low, high = meeting(regions.own.start, regions.own.end, num_regions, first_row, first_row + BLOCK_I)
     for region in range(low, high):
-        member, whole = in_region(anchors.regions, region, first_row, rows, BLOCK_I)
+        member, whole = in_region(regions.own, region, first_row, rows, BLOCK_I)
         hull = hull_of(positives, member)
-        begin, stop, _, _ = spans_of(
-            hull, tl.load(keys.regions.start + region), tl.load(keys.regions.end + region), "positives"
-        )
+        begin, stop, _, _ = spans_of(hull, *bounds_of(regions.other, region), "positives")
         if coefficients.hardness is None:
             weights += tl.where(member, number_of_positives(*positives), 0.0)
         for first in range(begin, stop, BLOCK_J):
             columns = first + tl.arange(0, BLOCK_J)
-            y = load_rows(keys.rows, columns, columns < stop, D, BLOCK_D)
+            y = load_rows(keys, columns, columns < stop, D, BLOCK_D)
             similarity = similarities(x, y, PRECISION)
             term, share = term_and_share(similarity, stat_i, scale, inner, coefficients.discount, TERM)
             exponent = exponent_of(similarity, columns, stop, coefficients)
@@ -185,9 +184,8 @@ def pair_mean(
     at, of_anchors, of_keys = launch.grouped(intervals)
     launch.over_tiles(
         forward_kernel, "pair_mean", anchors,
-        Side(anchors, None, of_anchors), Side(others, None, of_keys), at,
-        _coefficients(scale, log_weight, hardness, discount), launch.fp32(stat), results,
-        out.numel(), of_anchors.start.numel(), TERM=_term(stat), ONLINE=online,
+        anchors, others, launch.fp32(stat), _coefficients(scale, log_weight, hardness, discount), results,
+        at, Regions(of_anchors, of_keys), out.numel(), of_anchors.start.numel(), TERM=_term(stat), ONLINE=online,
     )  # fmt: skip
     return tuple(results)
 
@@ -214,16 +212,16 @@ def statistics_kernel(
         factor *= lifted
     if (coefficients.hardness is None) or (not ONLINE):
         factor *= tl.exp2(-mass)
-    stat_i, third = tl.zeros([BLOCK], tl.float32), mass
+    stat_i, mass_or_numerator = tl.zeros([BLOCK], tl.float32), mass
     if TERM == "own_denominator":
         stat_i = tl.load(stat + rows, mask=there, other=0.0) * LOG2E
         if not ONLINE:
             stat_i = tl.exp2(stat_i)
-            third = -inner_scale(tl.load(coefficients.scale), coefficients.discount) * stat_i * factor
+            mass_or_numerator = -inner_scale(tl.load(coefficients.scale), coefficients.discount) * stat_i * factor
     here = statistics + rows.to(tl.int64) * 4  # where the members of `Statistics` or `BoundedStatistics` lie
     tl.store(here, stat_i, mask=there)
     tl.store(here + 1, factor, mask=there)
-    tl.store(here + 2, third, mask=there)
+    tl.store(here + 2, mass_or_numerator, mask=there)
     tl.store(here + 3, tl.load(results.out + rows, mask=there, other=0.0), mask=there)
 
 
@@ -383,5 +381,5 @@ def _coefficients(scale: Tensor, log_weight: Tensor | None, hardness: float, dis
     # Uniform weights need no exponential.
     is_uniform = hardness == 0 and log_weight is None
     return Coefficients(
-        launch.fp32(scale), launch.fp32(log_weight), None if is_uniform else hardness, discount=discount or None
+        launch.fp32(log_weight), launch.fp32(scale), None if is_uniform else hardness, discount=discount or None
     )

@@ -40,19 +40,19 @@ class Bounds(NamedTuple):
     end: Any
 
 
-class Side(NamedTuple):
-    """The anchors or the keys of all pairs."""
+class Regions(NamedTuple):
+    """The regions of both sides: rows of a region meet rows of the same one."""
 
-    rows: Any  # [N, D]
-    statistics: Any  # [N, 4] of anchors in a backward pass, else None; None where the rows are keys alone
-    regions: Bounds
+    own: Bounds  # of the rows that a program owns
+    other: Bounds  # of those that it streams
+    anchors: Bounds | None = None  # in self-contrast, where both sides are all keys: those that are anchors
 
 
 class Coefficients(NamedTuple):
-    """What makes weights and slopes of similarities."""
+    """What makes weights and slopes of similarities; None: a loss has none."""
 
+    key_bias: Any  # [M], added to exponents
     scale: Any  # one number
-    key_bias: Any = None  # [M], added to the exponents
     hardness: Any = None  # a number; None: uniform weights
     pull: Any = None  # -hardness where weights are differentiated
     discount: Any = None  # a number: how much less the scale of a positive is
@@ -141,9 +141,15 @@ def block_of(num_rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def bounds_of(regions, region):
+    """First row of a region, and the one behind its last."""
+    return tl.load(regions.start + region), tl.load(regions.end + region)
+
+
+@triton.jit
 def in_region(regions, region, first_row, rows, BLOCK: tl.constexpr):
     """Which rows of a block are in the region, and whether it holds the whole block."""
-    first, last = tl.load(regions.start + region), tl.load(regions.end + region)
+    first, last = bounds_of(regions, region)
     return (rows >= first) & (rows < last), (first_row >= first) & (first_row + BLOCK <= last)
 
 
@@ -317,9 +323,9 @@ def load_statistics(pointer, rows, there):
     """The four statistics of each row, read as one 16-byte piece; each primitive has names for them."""
     four = tl.load(pointer + rows.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], mask=there[:, None], other=0.0)
     even, odd = tl.split(tl.reshape(four, [four.shape[0], 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+    column_0, column_2 = tl.split(even)
+    column_1, column_3 = tl.split(odd)
+    return column_0, column_1, column_2, column_3
 
 
 # --------------------------------------------------------------------------------------------------- arithmetic
