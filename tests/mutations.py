@@ -232,7 +232,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an argument is missing", "hpcloss/backends/triton/linear_mean.py",
-        "anchors.shape[0], of_anchors.start.numel(), BLOCK_I", "anchors.shape[0], BLOCK_I",
+        "anchors.shape[0], at.own_start.numel(), BLOCK_I", "anchors.shape[0], BLOCK_I",
         "test_launch_path: float16-ntxent",
     ),
     Mutation(
@@ -242,7 +242,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a number is given for a pointer", "hpcloss/backends/triton/linear_mean.py",
-        "sums, at, of_anchors, scale, out, mass, slope,", "sums, at, of_anchors, float(scale), out, mass, slope,",
+        "sums, at, scale, out, mass, slope,", "sums, at, float(scale), out, mass, slope,",
         "test_launch_path: float16-ntxent",
     ),
     Mutation(

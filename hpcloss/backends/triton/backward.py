@@ -20,10 +20,8 @@ from hpcloss.backends.triton.tiles import (
     INF,
     Coefficients,
     Intervals,
-    Regions,
     Spans,
     block_of,
-    bounds_of,
     column_intervals,
     columns_count,
     has_positives,
@@ -32,8 +30,9 @@ from hpcloss.backends.triton.tiles import (
     is_clean,
     load_rows,
     load_statistics,
-    meeting,
     meeting_in_any_order,
+    others_met,
+    regions_met,
     row_intervals,
     rows_count_read,
     similarities,
@@ -69,7 +68,7 @@ class Tile(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def backward_kernel(
-    own, other, coefficients, gradients, intervals, regions, num_rows, num_regions,
+    own, other, coefficients, gradients, intervals, num_rows, num_regions,
     D: tl.constexpr, SLOPE: tl.constexpr, SUBTRACT: tl.constexpr, TERM: tl.constexpr, RULE: tl.constexpr,
     ONLINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -88,14 +87,14 @@ def backward_kernel(
     positives = row_intervals(intervals, rows, there) if ROW else None
     of_own = load_statistics(own.statistics, rows, there) if ROW else None
     own_bias = load_bias(bias, rows, there)[:, None] if COL and bias is not None else None
-    low, high = regions_met(regions.own, num_regions, first_row, ROW, BLOCK_I)
+    low, high = regions_of(intervals, num_regions, first_row, ROW, BLOCK_I)
     for region in range(low, high):
-        member, whole = in_region(regions.own, region, first_row, rows, BLOCK_I)
-        met = bounds_of(regions.other, region)
+        member, whole = in_region(intervals, region, first_row, rows, BLOCK_I)
+        met = others_met(intervals, region)
         hull = hull_of(positives, member) if ROW else None
         spans = spans_of(hull, *met, RULE) if ROW else anchors_met(intervals, *met, first_row, RULE, BLOCK_I)
-        if regions.anchors is not None:
-            spans = spans_of_keys(spans, regions.anchors, region, first_row, BLOCK_I)
+        if intervals.anchor_start is not None:
+            spans = spans_of_keys(spans, intervals, region, first_row, BLOCK_I)
         before = tl.maximum(tl.cdiv(spans.hole - spans.begin, BLOCK_J), 0)
         for number in range(before + tl.maximum(tl.cdiv(spans.stop - spans.rest, BLOCK_J), 0)):
             first, last = tile_of(spans, number, before, BLOCK_J)
@@ -157,12 +156,14 @@ def store_gradients(gradients, rows, there, total, by_scale, lift, D: tl.constex
 
 
 @triton.jit
-def regions_met(regions, num_regions, first_row, ROW: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Range of the regions that hold rows of a block. Those of keys alone may come in any order."""
+def regions_of(intervals, num_regions, first_row, ROW: tl.constexpr, BLOCK_I: tl.constexpr):
+    """Range of the regions that meet a block of own rows. Those of rows that are keys alone may come in any order."""
     if ROW:
-        low, high = meeting(regions.start, regions.end, num_regions, first_row, first_row + BLOCK_I)
+        low, high = regions_met(intervals, num_regions, first_row, BLOCK_I)
     else:
-        low, high = meeting_in_any_order(regions.start, regions.end, num_regions, first_row, first_row + BLOCK_I)
+        low, high = meeting_in_any_order(
+            intervals.own_start, intervals.own_end, num_regions, first_row, first_row + BLOCK_I
+        )
     return low, high
 
 
@@ -179,10 +180,10 @@ def anchors_met(intervals, begin, stop, first_row, RULE: tl.constexpr, BLOCK_I: 
 
 
 @triton.jit
-def spans_of_keys(spans, anchors, region, first_row, BLOCK_I: tl.constexpr):
+def spans_of_keys(spans, intervals, region, first_row, BLOCK_I: tl.constexpr):
     """The spans that a block of rows visits in self-contrast: rows that are keys alone meet anchors alone."""
     begin, stop, hole, rest = spans
-    first_anchor, last_anchor = bounds_of(anchors, region)
+    first_anchor, last_anchor = tl.load(intervals.anchor_start + region), tl.load(intervals.anchor_end + region)
     if (first_row >= last_anchor) | (first_row + BLOCK_I <= first_anchor):
         begin, hole = tl.maximum(begin, first_anchor), tl.minimum(hole, last_anchor)
         rest, stop = tl.maximum(rest, first_anchor), tl.minimum(stop, last_anchor)
@@ -234,26 +235,27 @@ def gradients_of_pairs(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from the anchors' statistics: one pass in self-contrast, else one for each side that needs it."""
-    at, of_anchors, of_keys = launch.grouped(intervals)
-    given = at, coefficients, constants, shape
+    *positives, anchor_start, anchor_end, key_start, key_end = launch.int32(intervals)
+    of_anchors, of_keys, given = (anchor_start, anchor_end), (key_start, key_end), (coefficients, constants, shape)
     by_scale = torch.empty_like(statistics[:, 0]) if needs_scale else None
     d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
     if keys is None:
         # Here every row of a region is a key, and meets its region.
-        side, regions = Side(anchors, statistics), Regions(of_keys, of_keys, of_anchors)
-        d_anchors = gradient_of_side(side, side, regions, *given, needs_anchors, by_scale)
+        side, at = Side(anchors, statistics), Intervals(*positives, *of_keys, *of_keys, *of_anchors)
+        d_anchors = gradient_of_side(side, side, at, *given, needs_anchors, by_scale)
     else:
         side, other = Side(anchors, statistics), Side(launch.as_anchors(anchors, keys), None)
-        d_anchors = gradient_of_side(side, other, Regions(of_anchors, of_keys), *given, needs_anchors, by_scale)
+        at = Intervals(*positives, *of_anchors, *of_keys)
+        d_anchors = gradient_of_side(side, other, at, *given, needs_anchors, by_scale)
         if needs_keys:
-            d_keys = gradient_of_side(other, side, Regions(of_keys, of_anchors), *given, True, None)
+            at = Intervals(*positives, *of_keys, *of_anchors)
+            d_keys = gradient_of_side(other, side, at, *given, True, None)
     return d_anchors, d_keys, sum_if_wanted(by_scale, anchors)
 
 
 def gradient_of_side(
     own: Side,
     other: Side,
-    regions: Regions,
     intervals: Intervals,
     coefficients: Coefficients,
     constants: dict[str, Any],
@@ -266,8 +268,8 @@ def gradient_of_side(
     if wanted or by_scale is not None:
         launch.over_tiles(
             backward_kernel, shape, own.rows,
-            own, other, coefficients, Gradients(gradient if wanted else None, by_scale), intervals, regions,
-            own.rows.shape[0], regions.own.start.numel(), **constants,
+            own, other, coefficients, Gradients(gradient if wanted else None, by_scale), intervals,
+            own.rows.shape[0], intervals.own_start.numel(), **constants,
         )  # fmt: skip
     return gradient
 

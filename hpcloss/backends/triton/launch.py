@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 
 from hpcloss.backends.triton import configs
-from hpcloss.backends.triton.tiles import Bounds, Intervals
 
 ROWS = 1024  # of a program that works row by row
 
@@ -43,12 +42,6 @@ def over_tiles(kernel: Any, shape: str, rows: Tensor, *args: Any, **constants: A
         PRECISION="tf32" if configs.precision(rows) == "tf32" else "ieee",  # of no meaning for half precision
         **options,
     )  # fmt: skip
-
-
-def grouped(intervals: list[Tensor]) -> tuple[Intervals, Bounds, Bounds]:
-    """The seven tensors of `Pairs.intervals()` as kernels take them: positives, and the regions of anchors and keys."""
-    pos_start, pos_end, self_pos, anchor_start, anchor_end, key_start, key_end = int32(intervals)
-    return Intervals(pos_start, pos_end, self_pos), Bounds(anchor_start, anchor_end), Bounds(key_start, key_end)
 
 
 def int32(indices: list[Tensor]) -> list[Tensor]:

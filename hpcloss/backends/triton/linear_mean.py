@@ -17,9 +17,10 @@ from hpcloss.backends.triton.segment_mean import interval_sum, over_rows, sums_o
 from hpcloss.backends.triton.tiles import (
     FARTHEST,
     LN2,
+    Intervals,
     block_of,
     load_rows,
-    meeting,
+    regions_met,
     row_intervals,
     store_rows,
 )
@@ -28,18 +29,19 @@ SHORT = tl.constexpr(8)  # keys that each row reads for itself rather than sums 
 
 
 @triton.jit
-def members(regions, count, first_row, rows, BLOCK_I: tl.constexpr):
+def in_regions(intervals, num_regions, first_row, rows, BLOCK_I: tl.constexpr):
     """Whether each of the BLOCK_I rows from first_row on lies in one of the regions."""
-    low, high = meeting(regions.start, regions.end, count, first_row, first_row + BLOCK_I)
+    low, high = regions_met(intervals, num_regions, first_row, BLOCK_I)
     member = rows < 0
-    for number in range(low, high):
-        member = member | ((rows >= tl.load(regions.start + number)) & (rows < tl.load(regions.end + number)))
+    for region in range(low, high):
+        start, end = tl.load(intervals.own_start + region), tl.load(intervals.own_end + region)
+        member = member | ((rows >= start) & (rows < end))
     return member
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def forward_kernel(
-    all_rows, sums, intervals, anchors, scale, out, mass, slope, num_rows, num_regions,
+    all_rows, sums, intervals, scale, out, mass, slope, num_rows, num_regions,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out_i = scale <x_i, sum_{j in P(i)} x_j> / |P(i)| and mass_i = log |P(i)| of BLOCK_I rows; P(i) is without i.
@@ -49,7 +51,7 @@ def forward_kernel(
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     start, end, self_key = row_intervals(intervals, rows, there)
     inside = (self_key >= start) & (self_key < end)
-    anchor = members(anchors, num_regions, first_row, rows, BLOCK_I)
+    anchor = in_regions(intervals, num_regions, first_row, rows, BLOCK_I)
     count = tl.where(anchor, tl.maximum(end - start, 0) - tl.where(inside, 1, 0), 0)
     x = load_rows(all_rows, rows, count > 0, D, BLOCK_D).to(tl.float32)
     short = (count > 0) & (end - start <= SHORT)
@@ -76,7 +78,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def backward_kernel(
-    all_rows, grad, mass, sums, weighted_sums, intervals, keys, scale, gradient, num_rows, num_regions,
+    all_rows, grad, mass, sums, weighted_sums, intervals, scale, gradient, num_rows, num_regions,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gradient_i = scale (a_i sum_{j in P(i)} x_j + sum_{j in P(i)} a_j x_j) of BLOCK_I rows, a as in `weights_of`.
@@ -85,7 +87,7 @@ def backward_kernel(
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     start, end, self_key = row_intervals(intervals, rows, there)
-    member = there & members(keys, num_regions, first_row, rows, BLOCK_I)
+    member = there & in_regions(intervals, num_regions, first_row, rows, BLOCK_I)
     weight = weights_of(grad, mass, rows, there)
     short = member & (end - start <= SHORT)
     total = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
@@ -114,13 +116,13 @@ def linear_mean(anchors: Tensor, scale: Tensor, intervals: list[Tensor]) -> tupl
     """`pair_mean` with uniform weights and the term scale s in self-contrast: out, mass and a slope of 0, [N] each."""
     # A tensor each: rows of one are aligned for some N alone, and either case is a kernel of its own.
     out, mass, slope = (torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(3))
-    at, of_anchors, _ = launch.grouped(intervals)
+    at = Intervals(*launch.int32(intervals[:5]))  # the anchors' regions
     sums, _ = sums_of(anchors)
     block = tile_rows(anchors)
     over_rows(
         forward_kernel, triton.cdiv(anchors.shape[0], block), anchors,
-        sums, at, of_anchors, scale, out, mass, slope,
-        anchors.shape[0], of_anchors.start.numel(), BLOCK_I=block, BLOCK_J=block,
+        sums, at, scale, out, mass, slope,
+        anchors.shape[0], at.own_start.numel(), BLOCK_I=block, BLOCK_J=block,
     )  # fmt: skip
     return out, mass, slope
 
@@ -139,13 +141,13 @@ def linear_mean_backward(
     grad = grad.to(torch.float32).contiguous()
     gradient = torch.empty(anchors.shape if needs_anchors else (0,), dtype=torch.float32, device=anchors.device)
     if needs_anchors:
-        at, _, of_keys = launch.grouped(intervals)
+        at = Intervals(*launch.int32([*intervals[:3], *intervals[5:]]))  # the keys' regions
         sums, weighted_sums = sums_of(anchors, grad, mass)
         block = tile_rows(anchors)
         over_rows(
             backward_kernel, triton.cdiv(anchors.shape[0], block), anchors,
-            grad, mass, sums, weighted_sums, at, of_keys, scale, gradient,
-            anchors.shape[0], of_keys.start.numel(), BLOCK_I=block, BLOCK_J=block,
+            grad, mass, sums, weighted_sums, at, scale, gradient,
+            anchors.shape[0], at.own_start.numel(), BLOCK_I=block, BLOCK_J=block,
         )  # fmt: skip
     d_scale = torch.zeros((), dtype=torch.float32, device=anchors.device)
     if needs_scale:

@@ -17,16 +17,15 @@ from hpcloss.backends.triton.tiles import (
     LOG2E,
     Coefficients,
     Intervals,
-    Regions,
     block_of,
-    bounds_of,
     has_positives,
     hull_of,
     in_region,
     is_clean,
     load_rows,
-    meeting,
     number_of_positives,
+    others_met,
+    regions_met,
     row_intervals,
     rows_count,
     rows_count_read,
@@ -56,7 +55,7 @@ class Statistics(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def forward_kernel(
-    anchors, keys, coefficients, results, intervals, regions, num_rows, num_regions,
+    anchors, keys, coefficients, results, intervals, num_rows, num_regions,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCK_I anchors the log-sum-exp over all keys but the own one, and how far the positives' mean lies below it.
@@ -73,11 +72,11 @@ def forward_kernel(
     heaviest = tl.full([BLOCK_I], -INF, tl.float32)
     weights = tl.zeros([BLOCK_I], tl.float32)
     gap = tl.zeros([BLOCK_I], tl.float32)
-    low, high = meeting(regions.own.start, regions.own.end, num_regions, first_row, first_row + BLOCK_I)
+    low, high = regions_met(intervals, num_regions, first_row, BLOCK_I)
     for region in range(low, high):
-        member, whole = in_region(regions.own, region, first_row, rows, BLOCK_I)
+        member, whole = in_region(intervals, region, first_row, rows, BLOCK_I)
         hull = hull_of(positives, member)
-        begin, stop, _, _ = spans_of(hull, *bounds_of(regions.other, region), "others")
+        begin, stop, _, _ = spans_of(hull, *others_met(intervals, region), "others")
         for first in range(begin, stop, BLOCK_J):
             columns = first + tl.arange(0, BLOCK_J)
             y = load_rows(keys, columns, columns < stop, D, BLOCK_D)
@@ -158,19 +157,19 @@ def pair_cross_entropy(
     relative to it, [N] each.
     """
     results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
-    at, of_anchors, of_keys = launch.grouped(intervals)
+    at = Intervals(*launch.int32(intervals))
     coefficients = Coefficients(None, launch.fp32(scale), hardness=hardness or None)
     launch.over_tiles(
         forward_kernel, "weighted_cross_entropy" if hardness else "pair_cross_entropy", anchors,
-        anchors, launch.as_anchors(anchors, keys), coefficients, Results(*results), at, Regions(of_anchors, of_keys),
-        anchors.shape[0], of_anchors.start.numel(),
+        anchors, launch.as_anchors(anchors, keys), coefficients, Results(*results), at,
+        anchors.shape[0], at.own_start.numel(),
     )  # fmt: skip
     return tuple(results)
 
 
 @triton.jit(do_not_specialize=["grad_stride", "num_rows"])
 def statistics_kernel(
-    grad, grad_stride, grad_lse, results, intervals, coefficients, largest_grads, statistics, num_rows,
+    grad, grad_stride, grad_lse, mass, shift, total, intervals, coefficients, largest_grads, statistics, num_rows,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The `Statistics` of each anchor [N, 4], and the lift of its slopes.
@@ -179,9 +178,9 @@ def statistics_kernel(
     these are equal, and p - w is 0 to the last bit.
     """
     _, rows, there = block_of(num_rows, BLOCK)
-    mass = tl.load(results.mass + rows, mask=there, other=-INF)
-    filled = mass != -INF
-    powers = tl.load(results.total + rows, mask=there, other=0.0)
+    mass_i = tl.load(mass + rows, mask=there, other=-INF)
+    filled = mass_i != -INF
+    powers = tl.load(total + rows, mask=there, other=0.0)
     of_positives = tl.load(grad + rows * grad_stride, mask=filled, other=0.0)
     of_all = of_positives
     if grad_lse is not None:
@@ -198,11 +197,11 @@ def statistics_kernel(
     here = statistics + rows.to(tl.int64) * 4  # where the members of `Statistics` lie
     # With the sign of the scale, which `slope` then need not take from each similarity: all of this is exact.
     sign, _ = sign_and_rate(tl.load(coefficients.scale))
-    shift = sign * tl.where(powers > 0, tl.load(results.shift + rows, mask=there, other=0.0), INF)
-    tl.store(here, shift, mask=there)
+    shift_i = tl.where(powers > 0, tl.load(shift + rows, mask=there, other=0.0), INF)
+    tl.store(here, sign * shift_i, mask=there)
     tl.store(here + 1, of_all / tl.where(powers > 0, powers, 1.0), mask=there)
     tl.store(here + 2, of_positives, mask=there)
-    tl.store(here + 3, tl.where(filled, mass * LOG2E, INF), mask=there)
+    tl.store(here + 3, tl.where(filled, mass_i * LOG2E, INF), mask=there)
 
 
 @triton.jit
@@ -276,10 +275,10 @@ def pair_cross_entropy_backward(
     grad_lse = launch.fp32(grad_lse)
     statistics, lift, largest_grads, grad = room_for_statistics(grad, mass, anchors, grad_lse, total)
     coefficients = Coefficients(None, launch.fp32(scale), hardness=hardness or None, lift=lift)
-    at = Intervals(*launch.int32(intervals[:3]))
+    at = Intervals(*launch.int32(intervals[:3]), None, None)
     launch.row_by_row(
         statistics_kernel, mass,
-        grad, grad.stride(0), grad_lse, Results(None, None, mass, shift, total), at, coefficients,
+        grad, grad.stride(0), grad_lse, mass, shift, total, at, coefficients,
         largest_grads, statistics, mass.numel(),
     )  # fmt: skip
     d_anchors, d_keys, d_scale = gradients_of_pairs(

@@ -25,14 +25,14 @@ from hpcloss.backends.triton.tiles import (
     LN2,
     LOG2E,
     Coefficients,
-    Regions,
+    Intervals,
     block_of,
-    bounds_of,
     hull_of,
     in_region,
     is_clean,
     load_rows,
-    meeting,
+    others_met,
+    regions_met,
     row_intervals,
     rows_count,
     similarities,
@@ -52,7 +52,7 @@ class Statistics(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def forward_kernel(
-    anchors, keys, coefficients, lse, intervals, regions, num_rows, num_regions,
+    anchors, keys, coefficients, lse, intervals, num_rows, num_regions,
     D: tl.constexpr, RULE: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -66,11 +66,11 @@ def forward_kernel(
     exponent_scale = tl.load(coefficients.scale) * LOG2E
     largest = tl.full([BLOCK_I], -INF, tl.float32)
     total = tl.zeros([BLOCK_I], tl.float32)
-    low, high = meeting(regions.own.start, regions.own.end, num_regions, first_row, first_row + BLOCK_I)
+    low, high = regions_met(intervals, num_regions, first_row, BLOCK_I)
     for region in range(low, high):
-        member, whole = in_region(regions.own, region, first_row, rows, BLOCK_I)
+        member, whole = in_region(intervals, region, first_row, rows, BLOCK_I)
         hull = hull_of(positives, member)
-        spans = spans_of(hull, *bounds_of(regions.other, region), RULE)
+        spans = spans_of(hull, *others_met(intervals, region), RULE)
         before = tl.cdiv(spans.hole - spans.begin, BLOCK_J)
         for tile in range(before + tl.cdiv(spans.stop - spans.rest, BLOCK_J)):
             first, last = tile_of(spans, tile, before, BLOCK_J)
@@ -109,11 +109,11 @@ def pair_lse(
     others = launch.as_anchors(anchors, keys)
     online = bias is not None or not is_safe(others.shape[0], scale_bound, torch.float32)
     lse = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
-    at, of_anchors, of_keys = launch.grouped(intervals)
+    at = Intervals(*launch.int32(intervals))
     launch.over_tiles(
         forward_kernel, "pair_lse", anchors,
-        anchors, others, Coefficients(launch.fp32(bias), launch.fp32(scale)), lse, at, Regions(of_anchors, of_keys),
-        lse.numel(), of_anchors.start.numel(), RULE=rule, ONLINE=online,
+        anchors, others, Coefficients(launch.fp32(bias), launch.fp32(scale)), lse, at,
+        lse.numel(), at.own_start.numel(), RULE=rule, ONLINE=online,
     )  # fmt: skip
     return lse
 
@@ -236,14 +236,10 @@ def pair_lse_both_backward(
         (anchors, keys, of_anchors, of_keys, intervals, needs_anchors),
         (keys, anchors, of_keys, of_anchors, _exchanged(keys, intervals, rule), needs_keys),
     ):
-        at, own_regions, other_regions = launch.grouped(pairs)
         parts.append(torch.zeros_like(of_own[:, 0]) if needs_scale else None)
-        gradients.append(
-            gradient_of_side(
-                Side(own, of_own), Side(other, of_other), Regions(own_regions, other_regions),
-                at, coefficients, _constants(rule, online), "backward", wanted, parts[-1],
-            )
-        )  # fmt: skip
+        sides, at = (Side(own, of_own), Side(other, of_other)), Intervals(*launch.int32(pairs))
+        given = at, coefficients, _constants(rule, online), "backward", wanted, parts[-1]
+        gradients.append(gradient_of_side(*sides, *given))
     return *gradients, sum_if_wanted(torch.cat(parts) if needs_scale else None, anchors)
 
 

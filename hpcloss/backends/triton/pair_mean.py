@@ -19,16 +19,16 @@ from hpcloss.backends.triton.tiles import (
     LN2,
     LOG2E,
     Coefficients,
-    Regions,
+    Intervals,
     block_of,
-    bounds_of,
     hull_of,
     in_region,
     is_clean,
     load_rows,
-    meeting,
     number_of_positives,
+    others_met,
     reciprocal,
+    regions_met,
     row_intervals,
     rows_count,
     similarities,
@@ -65,7 +65,7 @@ class BoundedStatistics(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def forward_kernel(
-    anchors, keys, stat, coefficients, results, intervals, regions, num_rows, num_regions,
+    anchors, keys, stat, coefficients, results, intervals, num_rows, num_regions,
     D: tl.constexpr, TERM: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -85,11 +85,11 @@ def forward_kernel(
     weights = tl.zeros([BLOCK_I], tl.float32)
     terms = tl.zeros([BLOCK_I], tl.float32)
     shares = tl.zeros([BLOCK_I], tl.float32)
-    low, high = meeting(regions.own.start, regions.own.end, num_regions, first_row, first_row + BLOCK_I)
+    low, high = regions_met(intervals, num_regions, first_row, BLOCK_I)
     for region in range(low, high):
-        member, whole = in_region(regions.own, region, first_row, rows, BLOCK_I)
+        member, whole = in_region(intervals, region, first_row, rows, BLOCK_I)
         hull = hull_of(positives, member)
-        begin, stop, _, _ = spans_of(hull, *bounds_of(regions.other, region), "positives")
+        begin, stop, _, _ = spans_of(hull, *others_met(intervals, region), "positives")
         if coefficients.hardness is None:
             weights += tl.where(member, number_of_positives(*positives), 0.0)
         for first in range(begin, stop, BLOCK_J):
@@ -181,25 +181,25 @@ def pair_mean(
     online = log_weight is not None or not is_safe(others.shape[0], unit_bound, torch.float32)
     out = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
     results = Results(out, torch.empty_like(out), torch.empty_like(out))
-    at, of_anchors, of_keys = launch.grouped(intervals)
+    at = Intervals(*launch.int32(intervals))
     launch.over_tiles(
         forward_kernel, "pair_mean", anchors,
         anchors, others, launch.fp32(stat), _coefficients(scale, log_weight, hardness, discount), results,
-        at, Regions(of_anchors, of_keys), out.numel(), of_anchors.start.numel(), TERM=_term(stat), ONLINE=online,
+        at, out.numel(), at.own_start.numel(), TERM=_term(stat), ONLINE=online,
     )  # fmt: skip
     return tuple(results)
 
 
 @triton.jit(do_not_specialize=["grad_stride", "num_rows"])
 def statistics_kernel(
-    grad, grad_stride, results, stat, coefficients, largest_grads, statistics, num_rows,
+    grad, grad_stride, out, mass, stat, coefficients, largest_grads, statistics, num_rows,
     TERM: tl.constexpr, ONLINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The `Statistics` of each anchor [N, 4], or its `BoundedStatistics`, and the lift of its slopes."""
     _, rows, there = block_of(num_rows, BLOCK)
-    mass = tl.load(results.mass + rows, mask=there, other=-INF)
-    empty = mass == -INF
-    mass = tl.where(empty, INF, mass * LOG2E)
+    mass_i = tl.load(mass + rows, mask=there, other=-INF)
+    empty = mass_i == -INF
+    mass_i = tl.where(empty, INF, mass_i * LOG2E)
     factor = tl.where(empty, 0.0, tl.load(grad + rows * grad_stride, mask=there, other=0.0))
     if coefficients.lift is not None:
         bound = tl.abs(tl.load(coefficients.scale))
@@ -211,8 +211,8 @@ def statistics_kernel(
         tl.store(coefficients.lift, lifted)
         factor *= lifted
     if (coefficients.hardness is None) or (not ONLINE):
-        factor *= tl.exp2(-mass)
-    stat_i, mass_or_numerator = tl.zeros([BLOCK], tl.float32), mass
+        factor *= tl.exp2(-mass_i)
+    stat_i, mass_or_numerator = tl.zeros([BLOCK], tl.float32), mass_i
     if TERM == "own_denominator":
         stat_i = tl.load(stat + rows, mask=there, other=0.0) * LOG2E
         if not ONLINE:
@@ -222,7 +222,7 @@ def statistics_kernel(
     tl.store(here, stat_i, mask=there)
     tl.store(here + 1, factor, mask=there)
     tl.store(here + 2, mass_or_numerator, mask=there)
-    tl.store(here + 3, tl.load(results.out + rows, mask=there, other=0.0), mask=there)
+    tl.store(here + 3, tl.load(out + rows, mask=there, other=0.0), mask=there)
 
 
 @triton.jit
@@ -354,10 +354,10 @@ def pair_mean_backward(
     safe = is_safe(count, bound, torch.float32, twice=True, margin=math.log(max(count, 1)))
     online = log_weight is not None or pull is not None or needs_scale or not safe
     statistics, lift, largest_grads, grad = room_for_statistics(grad, mass, anchors)
-    coefficients = _coefficients(scale, log_weight, hardness, discount)._replace(pull=pull, lift=lift)
+    coefficients = _coefficients(scale, log_weight, hardness, discount, pull, lift)
     launch.row_by_row(
         statistics_kernel, out,
-        grad, grad.stride(0), Results(out, mass, None), launch.fp32(stat), coefficients, largest_grads, statistics,
+        grad, grad.stride(0), out, mass, launch.fp32(stat), coefficients, largest_grads, statistics,
         out.numel(), TERM=_term(stat), ONLINE=online,
     )  # fmt: skip
     return gradients_of_pairs(
@@ -377,9 +377,15 @@ def _term(stat: Tensor | None) -> str:
     return "logit" if stat is None else "own_denominator"
 
 
-def _coefficients(scale: Tensor, log_weight: Tensor | None, hardness: float, discount: float) -> Coefficients:
+def _coefficients(
+    scale: Tensor,
+    log_weight: Tensor | None,
+    hardness: float,
+    discount: float,
+    pull: float | None = None,
+    lift: Tensor | None = None,
+) -> Coefficients:
     # Uniform weights need no exponential.
     is_uniform = hardness == 0 and log_weight is None
-    return Coefficients(
-        launch.fp32(log_weight), launch.fp32(scale), None if is_uniform else hardness, discount=discount or None
-    )
+    weighting = None if is_uniform else hardness
+    return Coefficients(launch.fp32(log_weight), launch.fp32(scale), weighting, pull, discount or None, lift)

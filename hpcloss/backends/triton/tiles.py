@@ -26,26 +26,20 @@ SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals looked at t
 
 
 class Intervals(NamedTuple):
-    """The positives of each anchor, [N] each."""
+    """Which pairs count: positives of each anchor [N], and regions [R], whose own rows meet their other rows.
+
+    A program owns rows of one side and streams the other. `Pairs.intervals()` has the first seven for own anchors.
+    """
 
     pos_start: Any
     pos_end: Any
     self_pos: Any  # the key that is the anchor itself, -1 for none
-
-
-class Bounds(NamedTuple):
-    """First row of each region, and the one behind its last, [R] each."""
-
-    start: Any
-    end: Any
-
-
-class Regions(NamedTuple):
-    """The regions of both sides: rows of a region meet rows of the same one."""
-
-    own: Bounds  # of the rows that a program owns
-    other: Bounds  # of those that it streams
-    anchors: Bounds | None = None  # in self-contrast, where both sides are all keys: those that are anchors
+    own_start: Any
+    own_end: Any
+    other_start: Any = None
+    other_end: Any = None
+    anchor_start: Any = None  # in self-contrast, where own and other rows are all keys: the anchors among them
+    anchor_end: Any = None
 
 
 class Coefficients(NamedTuple):
@@ -141,16 +135,22 @@ def block_of(num_rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def bounds_of(regions, region):
-    """First row of a region, and the one behind its last."""
-    return tl.load(regions.start + region), tl.load(regions.end + region)
+def regions_met(intervals, num_regions, first_row, BLOCK: tl.constexpr):
+    """Range of the regions that meet a block of own rows; they ascend."""
+    return meeting(intervals.own_start, intervals.own_end, num_regions, first_row, first_row + BLOCK)
 
 
 @triton.jit
-def in_region(regions, region, first_row, rows, BLOCK: tl.constexpr):
-    """Which rows of a block are in the region, and whether it holds the whole block."""
-    first, last = bounds_of(regions, region)
+def in_region(intervals, region, first_row, rows, BLOCK: tl.constexpr):
+    """Which own rows of a block are in the region, and whether it holds the whole block."""
+    first, last = tl.load(intervals.own_start + region), tl.load(intervals.own_end + region)
     return (rows >= first) & (rows < last), (first_row >= first) & (first_row + BLOCK <= last)
+
+
+@triton.jit
+def others_met(intervals, region):
+    """First row of the other side in a region, and the one behind its last."""
+    return tl.load(intervals.other_start + region), tl.load(intervals.other_end + region)
 
 
 @triton.jit
