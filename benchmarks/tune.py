@@ -87,12 +87,12 @@ def work(kernel: str, rows: torch.Tensor) -> Callable[[], object]:
 @contextlib.contextmanager
 def run_in(kernel: str, shape: configs.Config) -> Iterator[None]:
     """The kernel runs in this shape, the others in theirs."""
-    shipped = backend.config
-    backend.config = lambda name, rows: shape if name == kernel else shipped(name, rows)
+    shipped = configs.config
+    configs.config = lambda name, rows: shape if name == kernel else shipped(name, rows)
     try:
         yield
     finally:
-        backend.config = shipped
+        configs.config = shipped
 
 
 def search(kernel: str, call: Callable[[], object], time: Callable[..., float]) -> dict[configs.Config, float]:
@@ -154,7 +154,7 @@ def main() -> int:
         rows = torch.nn.functional.normalize(torch.randn(arguments.rows, width, device=device), dim=1).to(dtype)
         call = work(kernel, rows)
         times = search(kernel, call, milliseconds)
-        best, shipped = min(times, key=times.__getitem__), backend.config(kernel, rows)
+        best, shipped = min(times, key=times.__getitem__), configs.config(kernel, rows)
         print(
             f'("{kernel}", "{precision}", {width}): {written(best)},  # {times[best]:.3f} ms;'
             f" shipped {written(shipped)}: {milliseconds(call):.3f} ms",

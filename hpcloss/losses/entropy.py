@@ -44,29 +44,21 @@ def entropy_guided_contrast_loss(
 ) -> Tensor:
     """Contrast of high-entropy pixels with low-entropy ones; equations and arguments in `EntropyGuidedContrastLoss`."""
     check_probs(features, probs)
-    probs = plain(probs)
-    known = labels is not None
+    probs, known, gather = plain(probs), labels is not None, has_peers(gather)
     labels = labels_of_map(features, labels if labels is not None else probs.argmax(1))
     ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
-    num_classes, flat = probs.shape[1], labels.reshape(-1)
+    num_classes = probs.shape[1]
     check_classes_and_ignored(num_classes, ignored)
-    gather = has_peers(gather)
-    valid = ~is_ignored(labels, ignored, num_classes)
-    entropy = torch.special.entr(probs.detach().to(statistics_dtype(probs.dtype))).sum(1)
-    high = _is_high(entropy, valid, threshold, num_classes)
-    # Comparisons with NaN are False: without this factor such a pixel would pass for a certain one, and its image too.
-    unknown = ~entropy.isfinite() & (valid if known else True)
-    visible = torch.where(unknown.any(), math.nan, entropy.new_ones(()))
+    high, visible = _is_high(probs, ~is_ignored(labels, ignored, num_classes), known, threshold)
     # Sorted by (entropy, class): the low-entropy pixels are the first C segments, the others the last C.
-    by_entropy = class_sort(flat, high.long(), 2, ignore_index=ignored, num_classes=num_classes)
+    by_entropy = class_sort(labels, high.long(), 2, ignore_index=ignored, num_classes=num_classes)
     if check_finite:
         check_used(by_entropy.order, by_entropy.live(), probs=probs)
     by_entropy = by_entropy.sampled(samples_per_class)
-    order, live = by_entropy.order, by_entropy.live()
+    order, live, whole = by_entropy.order, by_entropy.live(), samples_per_class is None
     if check_finite:
         check_used(temperature=temperature)
         check_used(order, live, features=features)
-    whole = samples_per_class is None
     rows = pack(features, order, live, normalize=normalize, permutation=whole, backend=backend)
     scale = Scale.of(temperature, rows, normalize)
 
@@ -77,15 +69,13 @@ def entropy_guided_contrast_loss(
     keys = rows.detach() if detach_keys else rows.view()
     # Every pair of a class and a side of the threshold as one class of a single region.
     joint = by_entropy.replace(num_classes=2 * num_classes)
-    if gather:  # the segment of each row, 2 C for the dead
-        number = torch.arange(order.numel(), device=order.device)
-        segment = torch.searchsorted(by_entropy.offsets[1:], number, right=True)
+    segment = by_entropy.segment_of_row() if gather else None  # 2 C for the dead
+    if entropy_classes and segment is not None:
+        return reduced(*gather_keys(keys, joint.pairs(), segment))
     if entropy_classes:
-        if gather:
-            return reduced(*gather_keys(keys, joint.pairs(), segment))
         return reduced(joint.pairs(), keys if detach_keys else None)
     of_keys = by_entropy
-    if gather:
+    if segment is not None:
         everyone = gather_labels(segment)
         sorted_keys = class_sort(everyone.labels, num_classes=2 * num_classes)
         keys, of_keys = everyone.keys(keys, sorted_keys.order), sorted_keys.replace(num_classes=num_classes)
@@ -164,10 +154,17 @@ class EntropyGuidedContrastLoss(Loss):
         return unchecked(entropy_guided_contrast_loss)(features, probs, labels, **self.options)
 
 
-def _is_high(entropy: Tensor, valid: Tensor, threshold: float | str, num_classes: int) -> Tensor:
-    """Pixels whose entropy [B, *S] is above the mean of their image's valid pixels, or above a share of ln C."""
+def _is_high(probs: Tensor, valid: Tensor, known: bool, threshold: float | str) -> tuple[Tensor, Tensor]:
+    """Pixels of high entropy [B, *S]: above the mean of their image's valid pixels, or above a share of ln C.
+
+    Also a factor of the loss [], which is NaN if an entropy is. Comparisons with NaN are False: without it such a pixel
+    would pass for a certain one, and its image too. known: labels are given, so that only valid pixels matter.
+    """
+    entropy = torch.special.entr(probs.detach().to(statistics_dtype(probs.dtype))).sum(1)
+    unknown = ~entropy.isfinite() & (valid if known else True)
+    visible = torch.where(unknown.any(), math.nan, entropy.new_ones(()))
     if not isinstance(threshold, str):
-        return entropy > threshold * math.log(num_classes)
+        return entropy > threshold * math.log(probs.shape[1]), visible
     axes = tuple(range(1, entropy.dim()))
     total = torch.where(valid, entropy, 0.0).sum(axes, keepdim=True)
-    return entropy > total / valid.sum(axes, keepdim=True).clamp(min=1)
+    return entropy > total / valid.sum(axes, keepdim=True).clamp(min=1), visible

@@ -43,14 +43,7 @@ def multiscale_contrast_loss(
 ) -> Tensor:
     """Patch-level and pixel-level contrast of two branches; equations and arguments in `MultiscaleContrastLoss`."""
     check_same_maps("features2", features2, "features1", features1)
-    if labels is None:
-        if patch_positives == "majority":
-            raise ValueError("patch_positives='majority' needs labels, got None")
-        classes, pixels = 1, labels_of_map(features1, torch.zeros_like(features1[:, 0], dtype=torch.int64))
-    else:
-        if num_classes is None:
-            raise ValueError("labels need num_classes, got None")
-        classes, pixels = num_classes, labels_of_map(features1, labels)
+    classes, pixels = _classes(features1, labels, patch_positives, num_classes)
     ignored = cast(tuple[int, ...], ignore_index) if labels is not None else ()
     gather = has_peers(gather)
     if check_finite:
@@ -151,6 +144,19 @@ class MultiscaleContrastLoss(Loss):
         """features1, features2 [B, D, *S], the two branches; labels [B, *S] or [B, 1, *S], of the images or agreed on
         by the branches, resized by nearest neighbour. Without labels there is the patch level alone."""
         return unchecked(multiscale_contrast_loss)(features1, features2, labels, **self.options)
+
+
+def _classes(
+    features: Tensor, labels: Tensor | None, patch_positives: str, num_classes: int | None
+) -> tuple[int, Tensor]:
+    """The number of classes and the label of each pixel; without labels all pixels are of one class."""
+    if labels is None:
+        if patch_positives == "majority":
+            raise ValueError("patch_positives='majority' needs labels, got None")
+        return 1, labels_of_map(features, torch.zeros_like(features[:, 0], dtype=torch.int64))
+    if num_classes is None:
+        raise ValueError("labels need num_classes, got None")
+    return num_classes, labels_of_map(features, labels)
 
 
 def _patches(

@@ -57,14 +57,12 @@ def region_phpc_loss(
 
     `discount` is the published in-denominator weight exp(-discount s_ij) of a positive in its own denominator.
     """
-    labels = labels_of_map(features, labels)
+    labels, gather = labels_of_map(features, labels), has_peers(gather)
     ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
     if check_labels:
         check_label_values(labels, ignored, num_classes)
-    gather = has_peers(gather)
-    pooled = gather and not per_image  # regions that reach across ranks
-    spatial, flat = tuple(labels.shape[1:]), labels.reshape(-1)
-    grid = Grid(labels.shape[0], spatial, region_shape(region_size, spatial), per_image)
+    pooled, flat = gather and not per_image, labels.reshape(-1)  # pooled: regions that reach across ranks
+    grid = _grid(labels, region_size, per_image)
     pairs, region_ids, stray = _plan(
         labels, grid, num_classes, samples_per_class, max_regions, background, ignored, pooled
     )
@@ -82,19 +80,14 @@ def region_phpc_loss(
     )  # fmt: skip
     loss, counted = recipe(pairs, keys=keys)
     if local_size is not None:
-        cells = Grid(labels.shape[0], spatial, region_shape(local_size, spatial, "local_size"), per_image)
+        cells = _grid(labels, local_size, per_image, "local_size")
         loss = loss + contrast_with_cells(
             recipe, rows, pairs, features, flat, grid, cells, region_ids, background, normalize, pooled
         )
 
-    regions = None
-    if reduction == "region":
-        regions = pairs.intervals.region()
-        regions = distinct(regions) if gather and per_image else regions
+    regions = _region_ids(pairs, distinct_by_rank=gather and per_image) if reduction == "region" else None
     result = reduce(loss, counted, reduction, pairs.order, labels, regions, gather=gather)
-    if not return_stats:
-        return result
-    return result, _stats(rows, pairs, keys, hardness, counted, stray, gather)
+    return (result, _stats(rows, pairs, keys, hardness, counted, stray, gather)) if return_stats else result
 
 
 class RegionPHPCLoss(Loss):
@@ -274,6 +267,18 @@ class RegionSupConLoss(Loss):
         """features [B, D, *S], labels [B, *S] or [B, 1, *S], as in `RegionPHPCLoss.forward`."""
         return_stats = boolean("return_stats", return_stats)
         return unchecked(region_supcon_loss)(features, labels, **self.options, return_stats=return_stats)
+
+
+def _grid(labels: Tensor, size: int | Sequence[int] | None, per_image: bool, name: str = "region_size") -> Grid:
+    """The cells of this size of a label map [B, *S]."""
+    spatial = tuple(labels.shape[1:])
+    return Grid(labels.shape[0], spatial, region_shape(size, spatial, name), per_image)
+
+
+def _region_ids(pairs: Pairs, distinct_by_rank: bool) -> Tensor:
+    """The region of each row [N], by a number that no other rank has if asked."""
+    regions = pairs.intervals.region()
+    return distinct(regions) if distinct_by_rank else regions
 
 
 def _plan(

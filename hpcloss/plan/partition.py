@@ -159,6 +159,11 @@ class ClassRows(NamedTuple):
         first = number * self.num_classes
         return self.replace(offsets=self.offsets[first : first + self.num_classes + 1])
 
+    def segment_of_row(self) -> Tensor:
+        """The segment of each row [N]; the number of segments for the dead tail."""
+        rows = torch.arange(self.order.numel(), dtype=self.offsets.dtype, device=self.order.device)
+        return torch.searchsorted(self.offsets[1:], rows, right=True)
+
     def sampled(self, k: int | None, largest: int | None = None) -> ClassRows:
         """At most k rows of each segment, drawn uniformly with torch's generator; None: all of them.
 
@@ -184,8 +189,7 @@ class ClassRows(NamedTuple):
         An anchor meets the keys of its region, and its positives are the keys of its class. No key is an anchor itself.
         """
         offsets, dtype = self.offsets, index_dtype(max(self.order.numel(), 1))
-        rows = torch.arange(self.order.numel(), dtype=offsets.dtype, device=self.order.device)
-        segment = torch.searchsorted(offsets[1:], rows, right=True).clamp_(max=offsets.numel() - 2)
+        segment = self.segment_of_row().clamp_(max=offsets.numel() - 2)
         starts, ends = keys.offsets[:-1], keys.offsets[1:]
         classes, first = self.num_classes, int(self.background_first)
         return Pairs(

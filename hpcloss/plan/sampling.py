@@ -133,15 +133,7 @@ def sample_anchors(
     k, num_classes = count("k", k), count("num_classes", num_classes)
     ignored = integers("ignore_index", ignore_index)
     check_classes_and_ignored(num_classes, ignored)
-    maps = {"weights": weights, "scores": scores, "wrong": wrong}
-    given = {name: values for name, values in maps.items() if values is not None}
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other, got both")
-    for name, values in given.items():
-        if values.shape != labels.shape:
-            raise ValueError(f"{name} must have shape {list(labels.shape)}, as labels, got {list(values.shape)}")
-        if values.device != labels.device:
-            raise ValueError(f"{name} must be on {labels.device}, as labels, got {values.device}")
+    _check_one_map(labels, weights=weights, scores=scores, wrong=wrong)
     check_sizes("region_size", region_size)
     boolean("per_image", per_image)
     spatial = tuple(labels.shape[1:])
@@ -326,6 +318,17 @@ def _check_k(k: int) -> None:
 def _check_integers(name: str, values: Tensor) -> None:
     if values.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {values.dtype}")
+
+
+def _check_one_map(labels: Tensor, **maps: Tensor | None) -> None:
+    given = {name: values for name, values in maps.items() if values is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other, got both")
+    for name, values in given.items():
+        if values.shape != labels.shape:
+            raise ValueError(f"{name} must have shape {list(labels.shape)}, as labels, got {list(values.shape)}")
+        if values.device != labels.device:
+            raise ValueError(f"{name} must be on {labels.device}, as labels, got {values.device}")
 
 
 def _check_map(name: str, values: Tensor, order: Tensor, boolean: bool = False) -> None:

@@ -39,15 +39,9 @@ def multiscale_contrast_loss(
 
     features1, features2 [B, D, *S]; labels [B, *S'] or [B, 1, *S'], those outside [0, num_classes) ignored.
     """
-    batch, dim, *spatial = features1.shape
+    (batch, dim, *spatial), classes = features1.shape, num_classes or 1
     x = torch.cat([features1, features2]).movedim(1, -1).reshape(-1, dim)
-    classes = num_classes or 1
-    if labels is None:
-        y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        valid = torch.ones_like(y, dtype=torch.bool)
-    else:
-        y = labels_at(labels.squeeze(1) if labels.dim() == features1.dim() else labels, spatial).reshape(-1).repeat(2)
-        valid = is_valid(y, ignore_index) & (y >= 0) & (y < classes)
+    y, valid = pixel_labels(x, features1, labels, classes, ignore_index)
     x = torch.where(valid[:, None], x, 0.0)
 
     def mean(s: Tensor, pair: Tensor, positive: Tensor) -> Tensor:
@@ -61,10 +55,7 @@ def multiscale_contrast_loss(
 
     scales = []
     for size in (patch_size,) if isinstance(patch_size, int) else patch_size:
-        cell = cells(spatial, [size] * len(spatial)).to(x.device)
-        number = int(cell.max()) + 1 if cell.numel() else 1
-        patch = cell.repeat(2 * batch) + torch.arange(2 * batch, device=x.device).repeat_interleave(len(cell)) * number
-        member = ((torch.arange(2 * batch * number, device=x.device)[:, None] == patch) & valid).to(x.dtype)
+        member, number = members(x, valid, spatial, size, batch)
         pixels = member.sum(1)
         patches, exists = member @ x / pixels.clamp(min=1)[:, None], pixels > 0
         if patch_positives == "majority":
@@ -72,10 +63,29 @@ def multiscale_contrast_loss(
             scales.append(supervised(patches, votes.argmax(1), exists))
             continue
         q1, q2 = unit(patches, normalize).chunk(2)
-        image = torch.arange(batch, device=x.device).repeat_interleave(number)
-        exists = exists[: batch * number]
+        image, exists = torch.arange(batch, device=x.device).repeat_interleave(number), exists[: batch * number]
         pair = exists[:, None] & exists & (image[:, None] == image)
         same = torch.eye(len(image), dtype=torch.bool, device=x.device)
         scales.append((mean(q1 @ q2.detach().T, pair, same) + mean(q2 @ q1.detach().T, pair, same)) / 2)
     loss = patch_weight * torch.stack(scales).mean()
     return loss if labels is None else loss + pixel_weight * supervised(x, y, valid)
+
+
+def pixel_labels(
+    x: Tensor, features: Tensor, labels: Tensor | None, classes: int, ignore_index: int | Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The label of each pixel of both branches, and whether it takes part; without labels all are of one class."""
+    if labels is None:
+        y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return y, torch.ones_like(y, dtype=torch.bool)
+    labels = labels.squeeze(1) if labels.dim() == features.dim() else labels
+    y = labels_at(labels, features.shape[2:]).reshape(-1).repeat(2)
+    return y, is_valid(y, ignore_index) & (y >= 0) & (y < classes)
+
+
+def members(x: Tensor, valid: Tensor, spatial: Sequence[int], size: int, batch: int) -> tuple[Tensor, int]:
+    """Which pixels take part in each patch of both branches, as numbers 0 and 1; and the patches of one image."""
+    cell = cells(spatial, [size] * len(spatial)).to(x.device)
+    number = int(cell.max()) + 1 if cell.numel() else 1
+    patch = cell.repeat(2 * batch) + torch.arange(2 * batch, device=x.device).repeat_interleave(len(cell)) * number
+    return ((torch.arange(2 * batch * number, device=x.device)[:, None] == patch) & valid).to(x.dtype), number

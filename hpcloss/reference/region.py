@@ -1,7 +1,7 @@
 """Region-based pixel contrast, dense."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +67,58 @@ def labels_at(labels: Tensor, spatial: Sequence[int]) -> Tensor:
     return labels
 
 
+def check_denominator(denominator: str, discount: float) -> None:
+    """ValueError where there is no such denominator, or none that a discount has a part in."""
+    if denominator not in ("own", "all", "negatives"):
+        raise ValueError(f"denominator must be own, all or negatives, got {denominator}")
+    if discount and denominator != "own":
+        raise ValueError(f"discount needs denominator own, got {denominator}")
+
+
+def regions_and_cells(
+    features: Tensor, region_size: int | Sequence[int] | None, local_size: int | Sequence[int] | None, per_image: bool
+) -> tuple[Tensor, Tensor | None, int]:
+    """The region of each pixel; with `local_size` its small cell as well, and how many of these make a region."""
+    batch, spatial = features.shape[0], features.shape[2:]
+    whole = tuple(max(length, 1) for length in spatial)
+    sizes = whole if region_size is None else per_axis(region_size, len(spatial), "region_size")
+    cell = cells(spatial, sizes)
+    image = torch.arange(batch).repeat_interleave(cell.numel())
+    region = (cell.repeat(batch) + image * cell.numel() * per_image).to(features.device)
+    if local_size is None:
+        return region, None, 1
+    small_sizes = per_axis(local_size, len(spatial), "local_size")
+    if region_size is None or any(size % part for size, part in zip(sizes, small_sizes, strict=True)):
+        raise ValueError(f"local_size must divide region_size, got {local_size} and {region_size}")
+    small = cells(spatial, small_sizes).repeat(batch).to(features.device)
+    return region, small, math.prod(size // part for size, part in zip(sizes, small_sizes, strict=True))
+
+
+def pairs_of(label: Tensor, background: int | None) -> tuple[Tensor, Tensor]:
+    """Which pairs are positives, which are negatives. Background is keys only: without a positive it does not count."""
+    positive = (label[:, None] == label) & ~torch.eye(len(label), dtype=torch.bool, device=label.device)
+    if background is not None:
+        positive = positive & (label != background)[:, None]
+    return positive, label[:, None] != label
+
+
+def mean_over_cells(
+    cell: Tensor,
+    s: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    of_anchors: Callable[..., tuple[Tensor, Tensor]],
+    multiplicity: int,
+) -> Tensor:
+    """Mean of the contrast of each anchor with the keys of one small cell, over the cells where it counts."""
+    parts, number = torch.zeros_like(s[:, 0]), torch.zeros_like(s[:, 0])
+    for c in cell.unique():
+        inside = cell == c
+        part, counts = of_anchors(s, positive & inside, negative & inside, multiplicity)
+        parts, number = parts + part, number + counts.to(s.dtype)
+    return parts / number.clamp(min=1)
+
+
 def region_phpc_loss(
     features: Tensor,
     labels: Tensor,
@@ -104,46 +156,25 @@ def region_phpc_loss(
     features [B, D, *S]; labels [B, *S'] or [B, 1, *S']. Returns a scalar, or [B, *S] with reduction="none"; "class" and
     "region" average the means of classes and of regions. ValueError where the hyper-parameters contradict one another.
     """
-    if denominator not in ("own", "all", "negatives"):
-        raise ValueError(f"denominator must be own, all or negatives, got {denominator}")
-    if discount and denominator != "own":
-        raise ValueError(f"discount needs denominator own, got {denominator}")
+    check_denominator(denominator, discount)
     batch, dim, *spatial = features.shape
-    whole = tuple(max(length, 1) for length in spatial)
-    sizes = whole if region_size is None else per_axis(region_size, len(spatial), "region_size")
-    cell = cells(spatial, sizes)
-    image = torch.arange(batch).repeat_interleave(cell.numel())
-    region = (cell.repeat(batch) + image * cell.numel() * per_image).to(features.device)
-    small, multiplicity = None, 1
-    if local_size is not None:
-        small_sizes = per_axis(local_size, len(spatial), "local_size")
-        if region_size is None or any(size % part for size, part in zip(sizes, small_sizes, strict=True)):
-            raise ValueError(f"local_size must divide region_size, got {local_size} and {region_size}")
-        small = cells(spatial, small_sizes).repeat(batch).to(features.device)
-        multiplicity = math.prod(size // part for size, part in zip(sizes, small_sizes, strict=True))
-
+    region, small, multiplicity = regions_and_cells(features, region_size, local_size, per_image)
     y = labels_at(labels.squeeze(1) if labels.dim() == features.dim() else labels, spatial).reshape(-1)
-    pixels = features.movedim(1, -1).reshape(-1, dim)
-    valid = is_valid(y, ignore_index)
+    pixels, valid = features.movedim(1, -1).reshape(-1, dim), is_valid(y, ignore_index)
+
+    def of_anchors(s: Tensor, positive: Tensor, negative: Tensor, times: int) -> tuple[Tensor, Tensor]:
+        form = temperature, hardness, discount, denominator, detach_weights, times
+        return contrast(s, positive, negative, *form)
+
     loss = torch.zeros_like(pixels[:, 0]) + pixels[:0].sum()  # an empty sum: joined to the graph, whatever the pixels
     counted = torch.zeros_like(valid)
     for r in region[valid].unique():
         here = (valid & (region == r)).nonzero().squeeze(1)
         x, label = unit(pixels[here], normalize), y[here]
-        s = x @ x.T
-        positive = (label[:, None] == label) & ~torch.eye(len(here), dtype=torch.bool, device=s.device)
-        negative = label[:, None] != label
-        if background is not None:  # keys only: without a positive a row does not count
-            positive = positive & (label != background)[:, None]
-        form = (temperature, hardness, discount, denominator, detach_weights)
-        value, counts = contrast(s, positive, negative, *form)
-        if small is not None:
-            parts, number = torch.zeros_like(value), torch.zeros_like(value)
-            for c in small[here].unique():
-                inside = small[here] == c
-                part, part_counts = contrast(s, positive & inside, negative & inside, *form, multiplicity)
-                parts, number = parts + part, number + part_counts.to(s.dtype)
-            value = value + parts / number.clamp(min=1)  # who counts in a cell counts in its region
+        s, (positive, negative) = x @ x.T, pairs_of(label, background)
+        value, counts = of_anchors(s, positive, negative, 1)
+        if small is not None:  # who counts in a cell counts in its region
+            value = value + mean_over_cells(small[here], s, positive, negative, of_anchors, multiplicity)
         loss = loss.index_put((here,), value)
         counted[here] = counts
     loss = reduce(loss, counted, reduction, {"class": y, "region": region})

@@ -180,7 +180,7 @@ def copied(folder, path, old, new):
 def test_a_smoke_test_that_fails_ends_the_run(tmp_path):
     """At once, with its trace, and with an exit status; nothing else is begun."""
     root = copied(
-        tmp_path / "sources", "hpcloss/backends/triton/pack.py",
+        tmp_path / "sources", "hpcloss/backends/triton/rows.py",
         "        x *= tl.expand_dims(inverse, C)\n", "        x *= tl.expand_dims(1.05 * inverse, C)\n",
     )  # fmt: skip
     done = run("--dry", "--out", tmp_path / "out", root=root, seconds=150)

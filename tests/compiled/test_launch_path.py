@@ -21,7 +21,10 @@ if shutil.which("cc") is None:
 
 CAPABILITIES, DTYPES = (80, 90, 120), ("float16", "bfloat16", "float32")
 # Kernels that more rows need: sums of blocks of them.
-OF_MANY = {f"segments.{name}_kernel" for name in ("block_sums", "linear_forward", "linear_backward", "segment_mean")}
+OF_MANY = {
+    "segment_mean.block_sums_kernel", "segment_mean.segment_mean_kernel",
+    "linear_mean.forward_kernel", "linear_mean.backward_kernel",
+}  # fmt: skip
 # Losses whose only kernels are those that pack rows and unpack their gradient.
 NO_SUMS = {"PrototypeAssignmentLoss"}
 
@@ -67,8 +70,8 @@ def test_step(machine, capability, dtype, name):
     for n in (*FIRST_SIZES, *SIZES):
         step = gpu.step(name, n, dtype)
         sums = CASES[name].loss not in NO_SUMS
-        assert "pack.pack_kernel" in step["forward"] and len(step["forward"]) > sums, step
-        assert "pack.unpack_kernel" in step["backward"] and len(step["backward"]) > sums, step
+        assert "rows.pack_kernel" in step["forward"] and len(step["forward"]) > sums, step
+        assert "rows.unpack_kernel" in step["backward"] and len(step["backward"]) > sums, step
         if n in FIRST_SIZES[1:]:
             assert set(step["new"]) <= OF_MANY, f"{n} rows: {step}"
         if n in SIZES:
@@ -127,8 +130,8 @@ def test_wrong_numbers_are_told_once_and_serve_nobody(machine):
     assert re.match(f"hpcloss runs its PyTorch tiles on this GPU, not its kernels: {wrong}", told)
     assert re.match(f"backend 'triton' cannot run this call: {wrong}", found["refused"])
     assert set(found["launched"]) == {
-        "probe._touch", "pack.pack_kernel", "pair_lse.forward_kernel", "tile.largest_kernel",
-        "pair_lse.statistics_kernel", "backward.backward_kernel", "pack.unpack_kernel",
+        "probe._touch", "rows.pack_kernel", "pair_lse.forward_kernel", "backward.largest_kernel",
+        "pair_lse.statistics_kernel", "backward.backward_kernel", "rows.unpack_kernel",
     }  # fmt: skip
     assert set(found["launched"].values()) == {1}
 

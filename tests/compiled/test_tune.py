@@ -57,7 +57,7 @@ def test_the_fastest_shapes_are_tried_with_fewer_registers():
     asked = []
 
     def time(call):
-        shape = tune.backend.config("pair_lse", None)
+        shape = tune.configs.config("pair_lse", None)
         asked.append(shape)
         if shape.block_j == 128:
             raise RuntimeError("out of resource: shared memory")

@@ -265,7 +265,7 @@ def test_offsets_beyond_two_to_the_31st(tmp_path):
 
 def test_one_kernel_serves_every_size():
     """The constants of a launch depend on the kind of layout alone: nothing is compiled anew for N, H or W."""
-    layout_of = load("triton").pack_kernels._layout
+    layout_of = load("triton.rows")._layout
     for layout in ("contiguous", "channels last", "cropped"):
         for channels in (64, 100, 7):
             shapes = [(2, channels, 3, 5), (4, channels, 8, 16), (3, channels, 7, 9)]

@@ -785,9 +785,9 @@ def test_the_gradient_of_a_row_without_pairs_means_nothing(value):
 
 def test_the_largest_gradient_lifts_all_slopes(monkeypatch):
     """Of all rows, in several blocks of them; where all have the same, as under a mean, one number is read."""
-    from hpcloss.backends import triton as backend
+    from hpcloss.backends.triton import launch
 
-    monkeypatch.setattr(backend, "ROWS", 16)
+    monkeypatch.setattr(launch, "ROWS", 16)
     problem = Problem("self", torch.float16)
     x, at, n = problem.anchors.to(DEVICE), list(problem.pairs.intervals), problem.count
     scale = torch.tensor(2.0, device=DEVICE)
@@ -796,10 +796,10 @@ def test_the_largest_gradient_lifts_all_slopes(monkeypatch):
     of_both = OPS.pair_cross_entropy(x, None, scale, None, 0.0, at, "triton")[2:]
     beside = torch.tensor([1e30, 1e-9, *[1e30] * n], device=DEVICE)
     one = beside[1:2].expand(n)
-    first = torch.arange(n, device=DEVICE) <= n // backend.ROWS  # as many rows as there are blocks
+    first = torch.arange(n, device=DEVICE) <= n // launch.ROWS  # as many rows as there are blocks
     small_first, no_first = (torch.ones(n, device=DEVICE).masked_fill(first, g) for g in (1e-30, 0.0))
-    of_lse = torch.ones(n, device=DEVICE).index_fill(0, torch.arange(backend.ROWS, device=DEVICE), 1e-9)
-    assert n > 2 * backend.ROWS and one.stride() == (0,)
+    of_lse = torch.ones(n, device=DEVICE).index_fill(0, torch.arange(launch.ROWS, device=DEVICE), 1e-9)
+    assert n > 2 * launch.ROWS and one.stride() == (0,)
     for op, arguments in (
         (OPS.pair_lse_backward, (lse, x, None, None, scale, None, at, "every")),
         (OPS.pair_mean_backward, (out, mass, x, None, lse, None, scale, None, 1.0, 0.0, True, at)),

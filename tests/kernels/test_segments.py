@@ -35,7 +35,7 @@ SELF_CONTRAST = [name for name, plan in PLANS.items() if plan().num_keys is None
 def blocks(request, monkeypatch):
     """Sizes at which few rows make sums, and sums of sums; and those of the package."""
     if request.param == "tiny":
-        kernels = load("triton.segments")
+        kernels = load("triton.segment_mean")
         monkeypatch.setattr(kernels, "BLOCK", 8)
         monkeypatch.setattr(kernels, "FEW", 16)
         monkeypatch.setattr(kernels, "ROWS", 32)
@@ -163,7 +163,7 @@ def test_rows_of_any_length(blocks):
 
 
 def test_only_what_is_wanted():
-    kernels, pairs = load("triton.segments"), on_device(partition(runs(9, 20)))
+    kernels, pairs = load("triton.linear_mean"), on_device(partition(runs(9, 20)))
     x, scale = rows(29, 5, dtype=torch.float32).to(DEVICE), torch.tensor(2.0, device=DEVICE)
     at, upstream = list(pairs.intervals), rows(29, seed=1, dtype=torch.float32).to(DEVICE)
     out, mass, slope = kernels.linear_mean(x, scale, at)
@@ -178,7 +178,7 @@ def test_only_what_is_wanted():
 @pytest.mark.parametrize("options", [{"hardness": 0.5}, {"log_weight": True}, {"keys": True}, {"stat": True}])
 def test_other_means_keep_their_pairs(options, monkeypatch):
     """The closed form is for the linear term with uniform weights in self-contrast alone."""
-    monkeypatch.setattr(load("triton.segments"), "linear_mean", None)
+    monkeypatch.setattr(load("triton.pair_mean"), "linear_mean", None)
     x = rows(12, 4, dtype=torch.float32).to(DEVICE)
     pairs, scale = on_device(partition(runs(5, 7))), Scale(torch.tensor(2.0, device=DEVICE))
     given = {

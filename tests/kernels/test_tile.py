@@ -14,7 +14,7 @@ from tests.tools.kernels import DEVICE, needs_kernels
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton import language as tl  # noqa: E402
 
-from hpcloss.backends.triton.tile import hulls, meeting, meeting_in_any_order, spans  # noqa: E402
+from hpcloss.backends.triton.tiles import Positives, hull_of, meeting, meeting_in_any_order, spans_of  # noqa: E402
 
 pytestmark = needs_kernels
 
@@ -24,15 +24,16 @@ REGION = (8, 8 + KEYS)
 
 @triton.jit
 def spans_kernel(
-    starts, ends, owns, members, bounds, first: tl.constexpr, last: tl.constexpr, RULE: tl.constexpr, ROWS: tl.constexpr
-):
+    starts, ends, selves, members, bounds, first: tl.constexpr, last: tl.constexpr, RULE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
     rows = tl.arange(0, ROWS)
-    hull = hulls(tl.load(starts + rows), tl.load(ends + rows), tl.load(owns + rows), tl.load(members + rows) != 0)
-    begin, hole, rest, stop = spans(hull[0], hull[1], hull[2], hull[3], first, last, RULE)
-    tl.store(bounds, begin)
-    tl.store(bounds + 1, hole)
-    tl.store(bounds + 2, rest)
-    tl.store(bounds + 3, stop)
+    positives = Positives(tl.load(starts + rows), tl.load(ends + rows), tl.load(selves + rows))
+    spans = spans_of(hull_of(positives, tl.load(members + rows) != 0), first, last, RULE)
+    tl.store(bounds, spans.begin)
+    tl.store(bounds + 1, spans.hole)
+    tl.store(bounds + 2, spans.rest)
+    tl.store(bounds + 3, spans.stop)
 
 
 @triton.jit

@@ -67,7 +67,8 @@ def expected(made: offline.Compiled, launch: offline.Launch, resident: int, trip
     warps = launch.options["num_warps"]
     rows, columns, channels = (launch.constants[name] for name in ("BLOCK_I", "BLOCK_J", "BLOCK_D"))
     # A backward pass multiplies twice, but for the part of the scale's gradient alone.
-    products = 1 + (dict(zip(launch.kernel.arg_names, launch.args)).get("gradient") is not None)
+    gradients = dict(zip(launch.kernel.arg_names, launch.args)).get("gradients")
+    products = 1 + (gradients is not None and gradients.rows is not None)
     units = (
         trip["instructions"] * warps / WARP_INSTRUCTIONS,
         trip["special"] * 32 * warps / SPECIAL,

@@ -332,7 +332,7 @@ class Driver:
     def expect(self, function: int, ttir: str) -> None:
         """Tell it which arguments a kernel takes for aligned pointers."""
         header = re.search(r"tt\.func public @\w+\((.*)\)", ttir)[1]
-        parameters = re.findall(r"%\w+: (\S+)(?: \{tt\.divisibility = (\d+) : i32\})?", header)
+        parameters = re.findall(r"%[\w.]+: (\S+)(?: \{tt\.divisibility = (\d+) : i32\})?", header)
         alignments = [int(alignment or 0) if kind.startswith("!tt.ptr") else 0 for kind, alignment in parameters]
         self.library.stand_in_expect(
             ctypes.c_void_p(function), len(alignments), (ctypes.c_int * len(alignments))(*alignments)

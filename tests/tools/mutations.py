@@ -58,7 +58,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a tile whose first keys are positives is far", "pair_cross_entropy.py",
-        "first + BLOCK_J > outer_start", "first > outer_start",
+        "if has_positives(hull, first, first + BLOCK_J):", "if has_positives(hull, first, first):",
         f"{ENTROPY} and one and region",
     ),
     Mutation(
@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     Mutation(
         "positives of the other direction stay", "pair_cross_entropy.py",
-        "weights += weight_of(similarity, mass[None, :], hardness) * factor[None, :]", "weights += 0.0",
+        "weights += weight * anchor.factor_of_positives[None, :]", "weights += 0.0",
         f"{ENTROPY} and self",
     ),
     Mutation(
@@ -93,13 +93,12 @@ MUTATIONS = [
     ),
     Mutation(
         "keys' pass forgets the positives", "backward.py",
-        'positive = counts(starts, ends, selves, rows[:, None], "positives")',
-        "positive = (starts < 0) & (rows[:, None] < 0)",
+        "first, first + BLOCK_J) if ROW else True", "first, first + BLOCK_J) if ROW else False",
         f"{ENTROPY} and labelled",
     ),
     Mutation(
-        "the scale's gradient of separate keys halved", "__init__.py",
-        "(_fp32(scale) * (2 if keys is None else 1))", "(_fp32(scale) * 2)",
+        "the scale's gradient of separate keys halved", "pair_cross_entropy.py",
+        "(coefficients.scale * (2 if keys is None else 1))", "(coefficients.scale * 2)",
         f"{ENTROPY} and labelled",
     ),
     Mutation(
@@ -212,9 +211,9 @@ MUTATIONS = [
         "(80, 90, 120),  # whole", "(80, 89, 90, 120),  # whole",
         "test_evidence: test_tests",
     ),
-    Mutation("rows are cut to tf32", "pack.py", "(bits + 0x1000)", "bits", "rows_of_tf32"),
-    Mutation("NaN is rounded to a number", "pack.py", "tl.where(x == x, near, x)", "near", "rows_of_tf32"),
-    Mutation("all fp32 rows are rounded to tf32", "pack.py", "    if TF32:", "    if D > 0:", "exact_products"),
+    Mutation("rows are cut to tf32", "rows.py", "(bits + 0x1000)", "bits", "rows_of_tf32"),
+    Mutation("NaN is rounded to a number", "rows.py", "tl.where(x == x, near, x)", "near", "rows_of_tf32"),
+    Mutation("all fp32 rows are rounded to tf32", "rows.py", "    if TF32:", "    if D > 0:", "exact_products"),
     Mutation(
         "a learnable temperature cannot be set", "hpcloss/losses/supcon.py",
         "self.log_scale.fill_(-math.log(float(value)))", "pass",
@@ -222,33 +221,32 @@ MUTATIONS = [
     ),
     # ------------------------------------------------------------------------------ launches
     Mutation(
-        "a global that differs from itself", "hpcloss/backends/triton/pack.py",
+        "a global that differs from itself", "hpcloss/backends/triton/rows.py",
         'INF = tl.constexpr(float("inf"))', 'INF = tl.constexpr(float("nan"))',
         "test_offline: launched_and_again",
     ),
     Mutation(
-        "a loss launches a global that differs from itself", "hpcloss/backends/triton/pack.py",
+        "a loss launches a global that differs from itself", "hpcloss/backends/triton/rows.py",
         'INF = tl.constexpr(float("inf"))', 'INF = tl.constexpr(float("nan"))',
         "test_launch_path: float16-ntxent",
     ),
     Mutation(
-        "an argument is missing", "hpcloss/backends/triton/segments.py",
-        "*positives, anchor_start, anchor_end, anchors.shape[0], anchor_start.numel(), BLOCK_I",
-        "*positives, anchor_start, anchor_end, anchors.shape[0], BLOCK_I",
+        "an argument is missing", "hpcloss/backends/triton/linear_mean.py",
+        "anchors.shape[0], at.own_start.numel(), BLOCK_I", "anchors.shape[0], BLOCK_I",
         "test_launch_path: float16-ntxent",
     ),
     Mutation(
-        "a constant has no hash", "hpcloss/backends/triton/pack.py",
+        "a constant has no hash", "hpcloss/backends/triton/rows.py",
         '"TOGETHER": together', '"TOGETHER": {together}',
         "test_launch_path: float16-supcon",
     ),
     Mutation(
-        "a number is given for a pointer", "hpcloss/backends/triton/segments.py",
-        "_block_sums(sums)[0], scale, out, mass, slope,", "_block_sums(sums)[0], float(scale), out, mass, slope,",
+        "a number is given for a pointer", "hpcloss/backends/triton/linear_mean.py",
+        "sums, at, scale, out, mass, slope,", "sums, at, float(scale), out, mass, slope,",
         "test_launch_path: float16-ntxent",
     ),
     Mutation(
-        "an option is misspelt", "hpcloss/backends/triton/segments.py",
+        "an option is misspelt", "hpcloss/backends/triton/segment_mean.py",
         "**sizes | constants, num_warps=4)", "**sizes | constants, num_warp=4)",
         "test_launch_path: float16-ntxent",
     ),
@@ -258,7 +256,7 @@ MUTATIONS = [
         "test_launch_path: float16-supcon",
     ),
     Mutation(
-        "the number of programs is a fraction", "hpcloss/backends/triton/pack.py",
+        "the number of programs is a fraction", "hpcloss/backends/triton/rows.py",
         "launch.run(kernel, triton.cdiv(count, block)", "launch.run(kernel, count / block",
         "test_launch_path: float16-supcon",
     ),
@@ -268,7 +266,7 @@ MUTATIONS = [
         "test_launch_path: float16-supcon",
     ),
     Mutation(
-        "a program has 2,048 threads", "hpcloss/backends/triton/pack.py",
+        "a program has 2,048 threads", "hpcloss/backends/triton/rows.py",
         "TILE, NUM_WARPS = 8192, 8", "TILE, NUM_WARPS = 8192, 64",
         "test_launch_path: float16-supcon",
     ),
@@ -278,39 +276,39 @@ MUTATIONS = [
         "test_launch_path: float16-supcon",
     ),
     Mutation(
-        "numbers of rows are specialised", "hpcloss/backends/triton/pack.py",
+        "numbers of rows are specialised", "hpcloss/backends/triton/rows.py",
         '*PLACES, "num_rows"])  # live', "*PLACES])  # live",
         "test_launch_path: float16-supcon",
     ),
     Mutation(
-        "strides of a map are specialised", "hpcloss/backends/triton/pack.py",
+        "strides of a map are specialised", "hpcloss/backends/triton/rows.py",
         '"channel_stride", *PLACES, "num_rows"', '"channel_stride", "num_rows"',
         "test_launch_path: float16-region and batch",
     ),
     Mutation(
-        "the number of live rows is specialised on where it lies", "hpcloss/backends/triton/pack.py",
+        "the number of live rows is specialised on where it lies", "hpcloss/backends/triton/rows.py",
         '(do_not_specialize=["live", *PLACES', "(do_not_specialize=[*PLACES",
         "test_launch_path: float16-region and batch",
     ),
     Mutation(
-        "some numbers of rows leave vectors unaligned", "hpcloss/backends/triton/segments.py",
+        "some numbers of rows leave vectors unaligned", "hpcloss/backends/triton/linear_mean.py",
         "(torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(3))",
         "torch.empty(3, anchors.shape[0], dtype=torch.float32, device=anchors.device)",
         "test_launch_path: float16-ntxent",
     ),
     Mutation(
-        "a loop starts at the largest number", "tile.py",
-        "start = tl.minimum(tl.maximum(outer_start, start), end)", "start = tl.maximum(outer_start, start)",
+        "a loop starts at the largest number", "tiles.py",
+        "start = tl.minimum(tl.maximum(hull.outer_start, start), end)", "start = tl.maximum(hull.outer_start, start)",
         "test_spans_are_keys_of_the_region",
     ),
     Mutation(
-        "a loop over no regions starts at the largest number", "tile.py",
+        "a loop over no regions starts at the largest number", "tiles.py",
         "return tl.minimum(low, high), high", "return low, high",
         "test_intervals_in_any_order",
     ),
     Mutation(
-        "a loop that loads ahead starts at the largest number", "hpcloss/backends/triton/tile.py",
-        "start = tl.minimum(tl.maximum(outer_start, start), end)", "start = tl.maximum(outer_start, start)",
+        "a loop that loads ahead starts at the largest number", "hpcloss/backends/triton/tiles.py",
+        "start = tl.minimum(tl.maximum(hull.outer_start, start), end)", "start = tl.maximum(hull.outer_start, start)",
         "test_ptx: blocks_that_have_none",
     ),
     Mutation(
@@ -321,83 +319,84 @@ MUTATIONS = [
     ),
     # ------------------------------------------------------------------------------ which pairs count
     Mutation(
-        "interval starts one late", "tile.py",
+        "interval starts one late", "tiles.py",
         "inside = (keys >= start) & (keys < end)", "inside = (keys > start) & (keys < end)",
         f"{LSE} and cells and positives",
     ),
     Mutation(
-        "interval ends one late", "tile.py",
+        "interval ends one late", "tiles.py",
         "inside = (keys >= start) & (keys < end)", "inside = (keys >= start) & (keys <= end)",
         f"{LSE} and cells and positives",
     ),
     Mutation(
-        "self is a positive", "tile.py",
-        "counted = inside & (keys != own)", "counted = inside",
+        "self is a positive", "tiles.py",
+        "counted = inside & (keys != self_key)", "counted = inside",
         f"{LSE} and background and positives",
     ),
     Mutation(
-        "self is among the others", "tile.py",
-        "counted = keys != own", "counted = keys == keys",
+        "self is among the others", "tiles.py",
+        "counted = keys != self_key", "counted = keys == keys",
         f"{LSE} and background and others",
     ),
     Mutation(
-        "a hole where classes differ", "tile.py",
-        "if inner_start < inner_end:", "if outer_start < outer_end:",
+        "a hole where classes differ", "tiles.py",
+        "if hull.inner_start < hull.inner_end:", "if hull.outer_start < hull.outer_end:",
         f"{LSE} and short and negatives",
     ),
     Mutation(
-        "hole one too wide", "tile.py",
-        "hole = tl.minimum(tl.maximum(inner_start, start), end)",
-        "hole = tl.minimum(tl.maximum(inner_start - 1, start), end)",
+        "hole one too wide", "tiles.py",
+        "hole = tl.minimum(tl.maximum(hull.inner_start, start), end)",
+        "hole = tl.minimum(tl.maximum(hull.inner_start - 1, start), end)",
         f"{LSE} and short and negatives",
     ),
     Mutation(
-        "clean by the hull of the positives", "tile.py",
-        "(first >= inner_start) & (last <= inner_end)", "(first >= outer_start) & (last <= outer_end)",
+        "clean by the hull of the positives", "tiles.py",
+        "(first >= hull.inner_start) & (last <= hull.inner_end)",
+        "(first >= hull.outer_start) & (last <= hull.outer_end)",
         f"{EDGE} and runs",
     ),
     Mutation(
-        "clean although self is there", "tile.py",
-        "clean = (last <= own_start) | (first >= own_end)", "clean = True",
+        "clean although self is there", "tiles.py",
+        "clean = (last <= hull.self_start) | (first >= hull.self_end)", "clean = True",
         f"{EDGE} and whole",
     ),
     Mutation(
-        "clean by the last row's positives", "tile.py",
+        "clean by the last row's positives", "tiles.py",
         "tl.minimum(inner_end, other_inner_end)", "tl.minimum(tl.maximum(inner_end, other_inner_end), FARTHEST - 1)",
         f"{EDGE} and runs",
     ),
     Mutation(
-        "rows of no region visit keys", "tile.py",
-        "end = tl.where(inner_end == FARTHEST, start, end)", "end = end",
+        "rows of no region visit keys", "tiles.py",
+        "end = tl.where(hull.inner_end == FARTHEST, start, end)", "end = end",
         "test_spans_are_keys_of_the_region and others",
     ),
     Mutation(
-        "region that ends on a block's first row", "tile.py",
+        "region that ends on a block's first row", "tiles.py",
         "low += tl.sum((end <= first)", "low += tl.sum((end <= first + 1)",
         f"{EDGE} and regions and not without",
     ),
     Mutation(
-        "region that starts on a block's last row", "tile.py",
+        "region that starts on a block's last row", "tiles.py",
         "high += tl.sum((start < last)", "high += tl.sum((start < last - 1)",
         f"{EDGE} and regions and not without",
     ),
     Mutation(
-        "a search of many regions in one trip", "tile.py",
+        "a search of many regions in one trip", "tiles.py",
         "if count > 2**8:", "if count > 2**8 + 1:",
         "test_ascending_intervals and 257",
     ),
     Mutation(
-        "a search that looks at the first of each piece", "tile.py",
+        "a search that looks at the first of each piece", "tiles.py",
         "tl.arange(0, SCAN) * step + (step - 1)", "tl.arange(0, SCAN) * step",
         "test_ascending_intervals and 513",
     ),
     Mutation(
-        "keys of regions in no order miss the last", "tile.py",
+        "keys of regions in no order miss the last", "tiles.py",
         "tl.max(tl.where(meets, number + 1, 0))", "tl.max(tl.where(meets, number, 0))",
         "test_intervals_in_any_order",
     ),
     Mutation(
-        "keys whose regions are in no order are searched", "__init__.py",
+        "keys whose regions are in no order are searched", "pair_lse.py",
         "if key_start.numel() > 1:", "if key_start.numel() < 1:",
         "test_pair_lse_both and any and float32",
     ),
@@ -407,13 +406,14 @@ MUTATIONS = [
         "test_nan_among_positives",
     ),
     Mutation(
-        "the own key of another anchor", "tile.py",
-        "tl.where(which == 1, pos_end, self_pos)", "tl.where(which == 1, pos_end, pos_end)",
+        "the own key of another anchor", "tiles.py",
+        "tl.where(which == 1, intervals.pos_end, intervals.self_pos)",
+        "tl.where(which == 1, intervals.pos_end, intervals.pos_end)",
         f"{LSE} and labelled and others",
     ),
     Mutation(
         "keys past the region counted", "pair_lse.py",
-        "if not (clean & whole & (first + BLOCK_J <= last)):", "if not (clean & whole):",
+        "& whole & (first + BLOCK_J <= last)):", "& whole):",
         f"{LSE} and class and every",
     ),
     Mutation(
@@ -430,7 +430,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients of rows of other regions", "backward.py",
-        "counted = counted & member[:, None] & inside[None, :]", "counted = counted & inside[None, :]",
+        "RULE) & member[:, None] & inside[None, :]", "RULE) & inside[None, :]",
         f"{LSE} and many and every",
     ),
     Mutation(
@@ -446,7 +446,7 @@ MUTATIONS = [
     ),
     Mutation(
         "keys miss the last anchor they meet", "backward.py",
-        "begin, stop = begin + low_met, begin + high_met", "begin, stop = begin + low_met, begin + high_met - 1",
+        "begin, stop = begin + low, begin + high", "begin, stop = begin + low, begin + high - 1",
         f"{LSE} and labelled and positives",
     ),
     # ----------------------------------------------------------------------------------------- values
@@ -467,8 +467,9 @@ MUTATIONS = [
         f"{MEAN} and one and region",
     ),
     Mutation(
-        "self among the number of positives", "tile.py",
-        "(end - start - tl.where((own >= start) & (own < end), 1, 0)).to(tl.float32)", "(end - start).to(tl.float32)",
+        "self among the number of positives", "tiles.py",
+        "(end - start - tl.where((self_key >= start) & (self_key < end), 1, 0)).to(tl.float32)",
+        "(end - start).to(tl.float32)",
         f"{MEAN} and one and region",
     ),
     Mutation(
@@ -478,24 +479,24 @@ MUTATIONS = [
     ),
     Mutation(
         "slope of stat not a mean", "pair_mean.py",
-        "tl.store(slope_of_stat + rows, shares / whole_weight, mask=there)",
-        "tl.store(slope_of_stat + rows, shares, mask=there)",
+        "tl.store(results.slope + rows, shares / divisor, mask=there)",
+        "tl.store(results.slope + rows, shares, mask=there)",
         f"{MEAN} and background",
     ),
     Mutation(
-        "logistic function mirrored", "tile.py",
+        "logistic function mirrored", "tiles.py",
         "tl.where(x < 0, small, 1.0)", "tl.where(x > 0, small, 1.0)",
         f"{MEAN} and background",
     ),
     # -------------------------------------------------------------------------------------- gradients
     Mutation(
         "gradient of the wrong sign", "pair_lse.py",
-        "slopes += weight * factor[:, None]", "slopes -= weight * factor[:, None]",
+        "slopes += weight * anchor.factor[:, None]", "slopes -= weight * anchor.factor[:, None]",
         f"{LSE} and background and every",
     ),
     Mutation(
         "the other direction dropped", "backward.py",
-        "other = load_statistics(other_statistics, columns, inside)", "other = None",
+        "of_other = load_statistics(other.statistics, columns, inside) if COL else None", "of_other = None",
         f"{LSE} and background and every",
     ),
     Mutation(
@@ -505,26 +506,26 @@ MUTATIONS = [
     ),
     Mutation(
         "bias of the wrong side", "pair_lse.py",
-        "weight = directed(exponent, other_bias, shift[:, None], ONLINE)",
-        "weight = directed(exponent, own_bias, shift[:, None], ONLINE)",
+        "weight = directed(exponent, other_bias, anchor.shift[:, None], ONLINE)",
+        "weight = directed(exponent, own_bias, anchor.shift[:, None], ONLINE)",
         f"{LSE} and background",
     ),
     Mutation(
         "d scale times the scale", "pair_lse.py",
-        "along_scale = weight * (scale_factor[:, None] * similarity)",
-        "along_scale = weight * (factor[:, None] * similarity)",
+        "by_scale = weight * (anchor.scale_factor[:, None] * similarity)",
+        "by_scale = weight * (anchor.factor[:, None] * similarity)",
         f"{LSE} and background and every",
     ),
     Mutation(
         "d scale of both directions", "pair_lse.py",
-        "slopes += directed(exponent, own_bias, shift[None, :], ONLINE) * factor[None, :]",
-        "part = directed(exponent, own_bias, shift[None, :], ONLINE) * factor[None, :]\n"
-        "        slopes += part\n        along_scale += part * similarity",
+        "slopes += directed(exponent, own_bias, anchor.shift[None, :], ONLINE) * anchor.factor[None, :]",
+        "part = directed(exponent, own_bias, anchor.shift[None, :], ONLINE) * anchor.factor[None, :]\n"
+        "        slopes += part\n        by_scale += part * similarity",
         f"{LSE} and background and every",
     ),
     Mutation(
         "d scale of pairs that do not count", "backward.py",
-        "along_scale = tl.where(counted, along_scale, 0.0)", "along_scale = along_scale",
+        "along_scale = tl.where(count, along_scale, 0.0)", "along_scale = along_scale",
         f"{LSE} and background and negatives",
     ),
     Mutation(
@@ -534,81 +535,81 @@ MUTATIONS = [
     ),
     Mutation(
         "weights pull the wrong way", "pair_mean.py",
-        "by_similarity += pull * (term - out)", "by_similarity -= pull * (term - out)",
+        "by_similarity += coefficients.pull * (term - out)", "by_similarity -= coefficients.pull * (term - out)",
         f"{MEAN} and background",
     ),
     Mutation(
         "discount of the wrong sign in the bounded slope", "pair_mean.py",
-        "slopes -= discount * always", "slopes += discount * always",
+        "slopes -= coefficients.discount * always", "slopes += coefficients.discount * always",
         f"{MEAN} and background",
     ),
     Mutation(
         "the other direction dropped from the bounded slope", "pair_mean.py",
-        "part = part * other_whole + numerator[None, :] * whole", "part = part * other_whole",
+        "part = part * other_whole + anchor.numerator[None, :] * whole", "part = part * other_whole",
         f"{MEAN} and background",
     ),
     Mutation(
         "lift not undone", "backward.py",
-        "store_rows(gradient, rows, there, total * unlift, D, BLOCK_D)",
-        "store_rows(gradient, rows, there, total, D, BLOCK_D)",
+        "store_rows(gradients.rows, rows, there, total * unlift, D, BLOCK_D)",
+        "store_rows(gradients.rows, rows, there, total, D, BLOCK_D)",
         "test_gradients_at_the_weights and online",
     ),
     Mutation(
-        "no lift of small gradients", "tile.py",
+        "no lift of small gradients", "backward.py",
         "tl.where((largest > 2.0**-100) & (largest < 2.0**100), power, 1.0)",
         "tl.where((largest > 2.0**100) & (largest < 2.0**100), power, 1.0)",
         "test_gradients_at_the_weights and online",
     ),
     Mutation(
-        "the largest of many gradients is the first", "__init__.py",
+        "the largest of many gradients is the first", "backward.py",
         "if grad_lse is None and grad.stride(0) == 0:", "if grad_lse is None:", "the_largest_gradient",
     ),
     Mutation(
-        "one gradient is read as many", "tile.py",
+        "one gradient is read as many", "backward.py",
         "tl.where(grad_stride == 0, 1, tl.cdiv(num_rows, BLOCK))", "tl.cdiv(num_rows, BLOCK)", "the_largest_gradient",
     ),
     Mutation(
-        "a gradient with a second one is searched with the stride of the first", "__init__.py",
+        "a gradient with a second one is searched with the stride of the first", "backward.py",
         "bound = grad = grad.contiguous()", "bound = grad", "the_largest_gradient",
     ),
     # --------------------------------------------------------------------------------------- launches
     Mutation(
-        "statistics of the wrong side for the keys", "__init__.py",
+        "statistics of the wrong side for the keys", "pair_lse.py",
         "(keys, anchors, of_keys, of_anchors, _exchanged", "(keys, anchors, of_anchors, of_keys, _exchanged",
         "test_pair_lse_both and float32 and one",
     ),
     Mutation(
-        "regions not exchanged", "__init__.py",
+        "regions not exchanged", "pair_lse.py",
         "return [*positives, key_start, key_end, anchor_start, anchor_end]",
         "return [*positives, anchor_start, anchor_end, key_start, key_end]",
         "test_pair_lse_both and float32 and labelled",
     ),
     Mutation(
-        "weights differentiated although detached", "__init__.py",
+        "weights differentiated although detached", "pair_mean.py",
         "pull = None if detach_weights or hardness == 0 else -hardness", "pull = None if hardness == 0 else -hardness",
         f"{MEAN} and background",
     ),
     # --------------------------------------------------------------------------------- pack, segments
     Mutation(
-        "norm's part of the gradient added", "pack.py",
+        "norm's part of the gradient added", "rows.py",
         "g -= unit * tl.expand_dims(tl.sum(g * unit, C), C)", "g += unit * tl.expand_dims(tl.sum(g * unit, C), C)",
         PACK,
     ),
-    Mutation("dead rows packed", "pack.py", "alive = there & (rows < tl.load(live))", "alive = there", PACK),
-    Mutation("gradient of dead pixels not written", "pack.py", "written = there", "written = alive", PACK),
+    Mutation("dead rows packed", "rows.py", "alive = there & (rows < tl.load(live))", "alive = there", PACK),
+    Mutation("gradient of dead pixels not written", "rows.py", "written = there", "written = alive", PACK),
     Mutation(
-        "self in the sum of the class", "segments.py",
+        "self in the sum of the class", "linear_mean.py",
         "others = shared[None, :] - tl.where(inside[:, None], x, 0.0)", "others = shared[None, :]",
         LINEAR,
     ),
     Mutation(
-        "self once in the gradient of the class sum", "segments.py",
+        "self once in the gradient of the class sum", "linear_mean.py",
         "total -= 2 * weight[:, None] * itself", "total -= weight[:, None] * itself",
         LINEAR,
     ),
     Mutation(
-        "self among few positives", "segments.py",
-        "counted = short & (key < end) & (key != own)", "counted = short & (key < end)",
+        "self among few positives", "linear_mean.py",
+        "counted = short & (key < end) & (key != self_key)", "counted = short & (key < end)",
         LINEAR,
     ),
     # ------------------------------------------------------------------------------ partition on CUDA
@@ -871,7 +872,7 @@ MUTATIONS = [
         "companion = torch.empty((),", "companion = torch.zeros((),", "test_launches: SupCon and 512",
     ),
     Mutation(
-        "the gradient of a mean is searched for its largest", "hpcloss/backends/triton/__init__.py",
+        "the gradient of a mean is searched for its largest", "hpcloss/backends/triton/backward.py",
         "if grad_lse is None and grad.stride(0) == 0:", "if False:", "test_launches: SupCon and 512",
     ),
     Mutation(

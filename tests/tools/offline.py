@@ -84,7 +84,7 @@ def recorded(capability: int, tiles: configs.Config | None = None):
         stack.enter_context(mock.patch.object(launch, "run", record))
         stack.enter_context(mock.patch.object(configs, "capability", lambda device: capability))
         if tiles is not None:
-            stack.enter_context(mock.patch.object(backend, "config", lambda *_: tiles))
+            stack.enter_context(mock.patch.object(configs, "config", lambda *_: tiles))
         yield launches
 
 
@@ -143,21 +143,27 @@ def kernels() -> set[Any]:
 
 def build(recorded_launch: Launch, target: GPUTarget) -> Any:
     """A recorded launch compiled for a target."""
-    names = recorded_launch.kernel.arg_names
-    given = dict(zip(names, recorded_launch.args)) | recorded_launch.constants
-    signature, constants, attributes = {}, {}, {}
-    for position, name in enumerate(names):
-        value, parameter = given[name], recorded_launch.kernel.params[position]
+    kernel = recorded_launch.kernel
+    given = dict(zip(kernel.arg_names, recorded_launch.args)) | recorded_launch.constants
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        """The type of an argument, or of each member of a group of them."""
+        parameter = kernel.params[path[0]]
+        if isinstance(value, tuple):
+            return type(value)(*(kind(member, (*path, number)) for number, member in enumerate(value)))
         if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
             if not parameter.do_not_specialize:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, bool) or value is None or isinstance(value, str | triton.JITFunction) or name.isupper():
-            signature[name] = "constexpr"
-            constants[name] = value
-        else:
-            signature[name] = parameter.annotation_type or ("i32" if isinstance(value, int) else "fp32")
-    source = ASTSource(recorded_launch.kernel, signature, constants, attributes)
+                attributes[path] = [["tt.divisibility", 16]]
+            return TYPES[value.dtype]
+        if value is None or isinstance(value, bool | str | triton.JITFunction) or parameter.is_constexpr:
+            constants[path] = value
+            return "constexpr"
+        return parameter.annotation_type or ("i32" if isinstance(value, int) else "fp32")
+
+    signature = {name: kind(given[name], (position,)) for position, name in enumerate(kernel.arg_names)}
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=recorded_launch.options | {"enable_fp_fusion": True})
 
 

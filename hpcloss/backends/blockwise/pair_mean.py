@@ -121,21 +121,9 @@ def pair_mean_backward(
         slopes = []
         for side in sides(tile, both=tile.mirrored or tile.diagonal):
             weight = weights(similarity, side) * side.along(grad)
-            if stat is None:
-                terms = similarity * scale if differentiated else None
-                by_scale, slope = weight * similarity if needs_scale else None, weight * scale
-            else:
-                logits = side.along(stat) - similarity * (scale - discount)
-                terms = softplus(logits, threshold=SOFTPLUS_LINEAR) if differentiated else None
-                if terms is not None and discount:
-                    terms -= discount * similarity
-                share = logits.sigmoid_().mul_(weight)
-                by_scale = share * -similarity if needs_scale else None
-                slope = share.mul_(discount - scale)
-                if discount:
-                    slope -= discount * weight
-            if terms is not None:
-                slope = slope + weight * terms.sub_(side.along(out)).mul_(-hardness)
+            slope, by_scale = _slope(
+                similarity, side, weight, out, stat, scale, hardness if differentiated else 0.0, discount, needs_scale
+            )
             if by_scale is not None and (side.dim == 1 or tile.mirrored):
                 d_scale += tiles.exclude(tile, by_scale, 0.0).sum()
             slopes.append(slope)
@@ -144,6 +132,36 @@ def pair_mean_backward(
         total = tiles.exclude(tile, total.expand_as(similarity).contiguous(), 0.0)
         tiles.scatter(tile, total, d_anchors, d_keys)
     return gradients(anchors, d_anchors, None if keys is None else d_keys, d_scale)
+
+
+def _slope(
+    similarity: Tensor,
+    side: Side,
+    weight: Tensor,
+    out: Tensor,
+    stat: Tensor | None,
+    scale: Tensor,
+    hardness: float,
+    discount: float,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """g w (dt/ds - hardness (t - out)) and g w dt/dscale of the pairs of a tile; weight: g w. hardness 0: detached."""
+    if stat is None:
+        terms = similarity * scale if hardness else None
+        by_scale, slope = weight * similarity if needs_scale else None, weight * scale
+    else:
+        logits = side.along(stat) - similarity * (scale - discount)
+        terms = softplus(logits, threshold=SOFTPLUS_LINEAR) if hardness else None
+        if terms is not None and discount:
+            terms -= discount * similarity
+        share = logits.sigmoid_().mul_(weight)
+        by_scale = share * -similarity if needs_scale else None
+        slope = share.mul_(discount - scale)
+        if discount:
+            slope -= discount * weight
+    if terms is not None:
+        slope = slope + weight * terms.sub_(side.along(out)).mul_(-hardness)
+    return slope, by_scale
 
 
 def _own_mean(

@@ -13,6 +13,11 @@ FEW = 4  # rows are few where the map has more than this many times as many pixe
 ROWS = 1 << 12  # handled at a time in the backward pass, to keep temporaries small
 
 
+def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
+    """Dtype in which features are packed for this backend."""
+    return statistics_dtype(features.dtype)
+
+
 def _by_pixel(features: Tensor) -> Tensor:
     """[B, D, *S] as [B, S, D] without a copy where the spatial axes can be joined."""
     return (features.unsqueeze(-1) if features.dim() == 2 else features.flatten(2)).transpose(1, 2)

@@ -7,131 +7,297 @@ separate keys, ROW alone gives the anchors' gradient and COL alone the keys'. No
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from hpcloss.backends.triton.pair_cross_entropy import subtract_positives
-from hpcloss.backends.triton.tile import (
+from hpcloss.backends.triton import launch
+from hpcloss.backends.triton.tiles import (
+    INF,
+    Coefficients,
+    Intervals,
+    Spans,
+    block_of,
     column_intervals,
-    counts,
-    counts_read,
-    hulls,
+    columns_count,
+    has_positives,
+    hull_of,
+    in_region,
     is_clean,
     load_rows,
     load_statistics,
-    meeting,
     meeting_in_any_order,
+    others_met,
+    regions_met,
     row_intervals,
+    rows_count_read,
     similarities,
-    spans,
+    spans_of,
     store_rows,
+    tile_of,
 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_others", "num_regions"])
+class Side(NamedTuple):
+    """The rows that a program owns, or those that it streams."""
+
+    rows: Any  # [N, D]
+    statistics: Any  # [N, 4]; None where the rows are keys alone
+
+
+class Gradients(NamedTuple):
+    """What a pass over the other rows writes; None: not wanted."""
+
+    rows: Any  # [N, D] of the own rows
+    scale: Any  # [N]: the part of each anchor
+
+
+class Tile(NamedTuple):
+    """The own rows and a tile of the others."""
+
+    rows: Any
+    there: Any  # which of the rows are
+    columns: Any
+    inside: Any  # which of the columns are
+    positives: Any  # of the columns, where these are the anchors; None: of the rows, which are loaded anew
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def backward_kernel(
-    rows_of_own, rows_of_other, own_statistics, other_statistics, key_bias, scale, hardness, pull, discount, lift,
-    gradient, scale_gradient, pos_start, pos_end, self_pos,
-    own_start, own_end, other_start, other_end, anchor_start, anchor_end, num_rows, num_others, num_regions,
-    D: tl.constexpr, SLOPE: tl.constexpr, TERM: tl.constexpr, RULE: tl.constexpr, ONLINE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    own, other, coefficients, gradients, intervals, num_rows, num_regions,
+    D: tl.constexpr, SLOPE: tl.constexpr, SUBTRACT: tl.constexpr, TERM: tl.constexpr, RULE: tl.constexpr,
+    ONLINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gradient_i = sum_j dS_ij y_j of BLOCK_I own rows, and each anchor's part of d scale.
 
-    own_statistics None: the own rows are keys alone, and intervals are those of the other rows. other_statistics None:
-    the other rows are keys alone. anchor_start, anchor_end: in self-contrast, which rows of a region are anchors.
+    own, other: a `Side` each. The intervals are the anchors': the own rows', if these have statistics, else the other
+    rows'. SLOPE: the slopes of all pairs. SUBTRACT: those of positive pairs from them, or None.
     """
-    ROW: tl.constexpr = own_statistics is not None
-    COL: tl.constexpr = other_statistics is not None
-    first_row = tl.program_id(0) * BLOCK_I
-    rows = first_row + tl.arange(0, BLOCK_I)
-    there = rows < num_rows
-    x = load_rows(rows_of_own, rows, there, D, BLOCK_D)
-    logit_scale = tl.load(scale)
+    ROW: tl.constexpr = own.statistics is not None
+    COL: tl.constexpr = other.statistics is not None
+    first_row, rows, there = block_of(num_rows, BLOCK_I)
+    x = load_rows(own.rows, rows, there, D, BLOCK_D)
+    scale, bias = tl.load(coefficients.scale), coefficients.key_bias
     total = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     by_scale = tl.zeros([BLOCK_I], tl.float32)
-    own_side, own_bias = None, None
-    if ROW:
-        start, end, own = row_intervals(pos_start, pos_end, self_pos, rows, there)
-        own_side = load_statistics(own_statistics, rows, there)
-    if COL and key_bias is not None:
-        own_bias = tl.load(key_bias + rows, mask=there, other=0.0)[:, None]
-    if ROW:
-        low, high = meeting(own_start, own_end, num_regions, first_row, first_row + BLOCK_I)
-    else:
-        low, high = meeting_in_any_order(own_start, own_end, num_regions, first_row, first_row + BLOCK_I)
+    positives = row_intervals(intervals, rows, there) if ROW else None
+    of_own = load_statistics(own.statistics, rows, there) if ROW else None
+    own_bias = load_bias(bias, rows, there)[:, None] if COL and bias is not None else None
+    low, high = regions_of(intervals, num_regions, first_row, ROW, BLOCK_I)
     for region in range(low, high):
-        first_own, last_own = tl.load(own_start + region), tl.load(own_end + region)
-        member = (rows >= first_own) & (rows < last_own)
-        whole = (first_row >= first_own) & (first_row + BLOCK_I <= last_own)
-        begin, stop = tl.load(other_start + region), tl.load(other_end + region)
-        hole, rest = stop, stop
-        if ROW:
-            outer_start, outer_end, inner_start, inner_end, key_start, key_end = hulls(start, end, own, member)
-            begin, hole, rest, stop = spans(outer_start, outer_end, inner_start, inner_end, begin, stop, RULE)
-        elif RULE == "positives":
-            # The anchors whose positives are among the own rows.
-            low_met, high_met = meeting_in_any_order(
-                pos_start + begin, pos_end + begin, stop - begin, first_row, first_row + BLOCK_I
-            )
-            begin, stop = begin + low_met, begin + high_met
-            hole, rest = stop, stop
-        if anchor_start is not None:
-            # Rows that are keys alone meet anchors alone.
-            first_anchor, last_anchor = tl.load(anchor_start + region), tl.load(anchor_end + region)
-            if (first_row >= last_anchor) | (first_row + BLOCK_I <= first_anchor):
-                begin, hole = tl.maximum(begin, first_anchor), tl.minimum(hole, last_anchor)
-                rest, stop = tl.maximum(rest, first_anchor), tl.minimum(stop, last_anchor)
-        before = tl.maximum(tl.cdiv(hole - begin, BLOCK_J), 0)
-        for tile in range(before + tl.maximum(tl.cdiv(stop - rest, BLOCK_J), 0)):
-            first = tl.where(tile < before, begin + tile * BLOCK_J, rest + (tile - before) * BLOCK_J)
-            last = tl.where(tile < before, hole, stop)
+        member, whole = in_region(intervals, region, first_row, rows, BLOCK_I)
+        met = others_met(intervals, region)
+        hull = hull_of(positives, member) if ROW else None
+        spans = spans_of(hull, *met, RULE) if ROW else anchors_met(intervals, *met, first_row, RULE, BLOCK_I)
+        if intervals.anchor_start is not None:
+            spans = spans_of_keys(spans, intervals, region, first_row, BLOCK_I)
+        before = tl.maximum(tl.cdiv(spans.hole - spans.begin, BLOCK_J), 0)
+        for number in range(before + tl.maximum(tl.cdiv(spans.stop - spans.rest, BLOCK_J), 0)):
+            first, last = tile_of(spans, number, before, BLOCK_J)
             columns = first + tl.arange(0, BLOCK_J)
             inside = columns < last
-            y = load_rows(rows_of_other, columns, inside, D, BLOCK_D)
+            y = load_rows(other.rows, columns, inside, D, BLOCK_D)
             similarity = similarities(x, y, PRECISION)
-            other, other_bias = None, None
-            if COL:
-                other = load_statistics(other_statistics, columns, inside)
-            if ROW and key_bias is not None:
-                other_bias = tl.load(key_bias + columns, mask=inside, other=0.0)[None, :]
+            of_other = load_statistics(other.statistics, columns, inside) if COL else None
+            other_bias = load_bias(bias, columns, inside)[None, :] if ROW and bias is not None else None
             slopes, along_scale = SLOPE(
-                similarity, own_side, other, own_bias, other_bias, logit_scale, hardness, pull, discount, TERM, ONLINE
+                similarity, of_own, of_other, own_bias, other_bias, scale, coefficients, TERM, ONLINE
             )
-            # The intervals are the anchors': the own rows', or where these are keys alone those of the other rows.
-            if not ROW:
-                starts, ends, selves = column_intervals(pos_start, pos_end, self_pos, columns, inside)
-                starts, ends, selves = starts[None, :], ends[None, :], selves[None, :]
-            if TERM == "cross_entropy":
-                if ROW:
-                    if (first < outer_end) & (first + BLOCK_J > outer_start):
-                        positive = counts_read(pos_start, pos_end, self_pos, rows, there, columns, "positives")
-                        slopes = subtract_positives(slopes, similarity, positive, own_side, other, hardness)
-                else:
-                    positive = counts(starts, ends, selves, rows[:, None], "positives")
-                    slopes = subtract_positives(slopes, similarity, positive, own_side, other, hardness)
-            clean = RULE == "every"
-            if ROW:
-                clean = is_clean(
-                    outer_start, outer_end, inner_start, inner_end, key_start, key_end, first, first + BLOCK_J, RULE
-                )
+            of_columns = None if ROW else column_intervals(intervals, columns, inside)
+            tile = Tile(rows, there, columns, inside, of_columns)
+            if SUBTRACT is not None:
+                near = has_positives(hull, first, first + BLOCK_J) if ROW else True
+                if near:
+                    positive = counted(tile, intervals, "positives")
+                    slopes = SUBTRACT(slopes, similarity, positive, of_own, of_other, coefficients)
+            clean = is_clean(hull, first, first + BLOCK_J, RULE) if ROW else RULE == "every"
             if not (clean & whole & (first + BLOCK_J <= last)):
-                if ROW:
-                    counted = counts_read(pos_start, pos_end, self_pos, rows, there, columns, RULE)
-                else:
-                    counted = counts(starts, ends, selves, rows[:, None], RULE)
-                counted = counted & member[:, None] & inside[None, :]
-                slopes = tl.where(counted, slopes, 0.0)
-                if scale_gradient is not None:
-                    along_scale = tl.where(counted, along_scale, 0.0)
-            if scale_gradient is not None:
+                count = counted(tile, intervals, RULE) & member[:, None] & inside[None, :]
+                slopes = tl.where(count, slopes, 0.0)
+                if gradients.scale is not None:
+                    along_scale = tl.where(count, along_scale, 0.0)
+            if gradients.scale is not None:
                 by_scale += tl.sum(along_scale, 1)
-            if gradient is not None:
+            if gradients.rows is not None:
                 total += tl.dot(slopes.to(y.dtype), y, input_precision=PRECISION)
+    store_gradients(gradients, rows, there, total, by_scale, coefficients.lift, D, BLOCK_D)
+
+
+@triton.jit
+def counted(tile, intervals, RULE: tl.constexpr):
+    """Whether the rule counts each pair of a tile, all being of one region."""
+    if tile.positives is None:
+        count = rows_count_read(intervals, tile.rows, tile.there, tile.columns, RULE)
+    else:
+        count = columns_count(tile.positives, tile.rows, RULE)
+    return count
+
+
+@triton.jit
+def load_bias(key_bias, keys, there):
+    """The bias of some keys, 0 where none is."""
+    return tl.load(key_bias + keys, mask=there, other=0.0)
+
+
+@triton.jit
+def store_gradients(gradients, rows, there, total, by_scale, lift, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write what is wanted, without the lift."""
     unlift = 1.0
     if lift is not None:
         unlift = 1.0 / tl.load(lift)
-    if gradient is not None:
-        store_rows(gradient, rows, there, total * unlift, D, BLOCK_D)
-    if scale_gradient is not None:
-        tl.store(scale_gradient + rows, by_scale * unlift, mask=there)
+    if gradients.rows is not None:
+        store_rows(gradients.rows, rows, there, total * unlift, D, BLOCK_D)
+    if gradients.scale is not None:
+        tl.store(gradients.scale + rows, by_scale * unlift, mask=there)
+
+
+@triton.jit
+def regions_of(intervals, num_regions, first_row, ROW: tl.constexpr, BLOCK_I: tl.constexpr):
+    """Range of the regions that meet a block of own rows. Those of rows that are keys alone may come in any order."""
+    if ROW:
+        low, high = regions_met(intervals, num_regions, first_row, BLOCK_I)
+    else:
+        low, high = meeting_in_any_order(
+            intervals.own_start, intervals.own_end, num_regions, first_row, first_row + BLOCK_I
+        )
+    return low, high
+
+
+@triton.jit
+def anchors_met(intervals, begin, stop, first_row, RULE: tl.constexpr, BLOCK_I: tl.constexpr):
+    """The anchors of begin:stop that the own rows meet as keys."""
+    if RULE == "positives":
+        # The anchors whose positives are among the own rows.
+        low, high = meeting_in_any_order(
+            intervals.pos_start + begin, intervals.pos_end + begin, stop - begin, first_row, first_row + BLOCK_I
+        )
+        begin, stop = begin + low, begin + high
+    return Spans(begin, stop, stop, stop)
+
+
+@triton.jit
+def spans_of_keys(spans, intervals, region, first_row, BLOCK_I: tl.constexpr):
+    """The spans that a block of rows visits in self-contrast: rows that are keys alone meet anchors alone."""
+    begin, stop, hole, rest = spans
+    first_anchor, last_anchor = tl.load(intervals.anchor_start + region), tl.load(intervals.anchor_end + region)
+    if (first_row >= last_anchor) | (first_row + BLOCK_I <= first_anchor):
+        begin, hole = tl.maximum(begin, first_anchor), tl.minimum(hole, last_anchor)
+        rest, stop = tl.maximum(rest, first_anchor), tl.minimum(stop, last_anchor)
+    return Spans(begin, stop, hole, rest)
+
+
+@triton.jit(do_not_specialize=["grad_stride", "num_rows"])
+def largest_kernel(grad, grad_stride, empty, largest_grads, num_rows, BLOCK: tl.constexpr):
+    """Largest |grad| of each block of rows; of a row that is -inf in `empty` the gradient means nothing."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    counts = tl.load(empty + rows, mask=rows < num_rows, other=-INF) != -INF
+    tl.store(
+        largest_grads + tl.program_id(0), tl.max(tl.abs(tl.load(grad + rows * grad_stride, mask=counts, other=0.0)), 0)
+    )
+
+
+@triton.jit
+def largest_of(largest_grads, grad_stride, num_rows, BLOCK: tl.constexpr):
+    """The largest of what `largest_kernel` left; where all rows have one gradient, of stride 0, that alone."""
+    largest = tl.zeros([BLOCK], tl.float32)
+    num_blocks = tl.where(grad_stride == 0, 1, tl.cdiv(num_rows, BLOCK))
+    for first in range(0, num_blocks, BLOCK):
+        blocks = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(largest_grads + blocks, mask=blocks < num_blocks, other=0.0)))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def lift_of(largest_grad, bound):
+    """Power of two that brings the largest fp16 slope, at most largest_grad * bound, near 8192: small ones survive.
+
+    The two directions of a pair add up, which stays far below the largest fp16 number, 65504.
+    """
+    largest = largest_grad * bound
+    power = tl.exp2(tl.floor(tl.log2(8192.0 / largest)))
+    return tl.where((largest > 2.0**-100) & (largest < 2.0**100), power, 1.0)
+
+
+def gradients_of_pairs(
+    anchors: Tensor,
+    keys: Tensor | None,
+    statistics: Tensor,
+    coefficients: Coefficients,
+    intervals: list[Tensor],
+    constants: dict[str, Any],
+    shape: str,
+    needs_anchors: bool,
+    needs_keys: bool,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients from the anchors' statistics: one pass in self-contrast, else one for each side that needs it."""
+    *positives, anchor_start, anchor_end, key_start, key_end = launch.int32(intervals)
+    of_anchors, of_keys, given = (anchor_start, anchor_end), (key_start, key_end), (coefficients, constants, shape)
+    by_scale = torch.empty_like(statistics[:, 0]) if needs_scale else None
+    d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
+    if keys is None:
+        # Here every row of a region is a key, and meets its region.
+        side, at = Side(anchors, statistics), Intervals(*positives, *of_keys, *of_keys, *of_anchors)
+        d_anchors = gradient_of_side(side, side, at, *given, needs_anchors, by_scale)
+    else:
+        side, other = Side(anchors, statistics), Side(launch.as_anchors(anchors, keys), None)
+        at = Intervals(*positives, *of_anchors, *of_keys)
+        d_anchors = gradient_of_side(side, other, at, *given, needs_anchors, by_scale)
+        if needs_keys:
+            at = Intervals(*positives, *of_keys, *of_anchors)
+            d_keys = gradient_of_side(other, side, at, *given, True, None)
+    return d_anchors, d_keys, sum_if_wanted(by_scale, anchors)
+
+
+def gradient_of_side(
+    own: Side,
+    other: Side,
+    intervals: Intervals,
+    coefficients: Coefficients,
+    constants: dict[str, Any],
+    shape: str,
+    wanted: bool,
+    by_scale: Tensor | None,
+) -> Tensor:
+    """The gradient of the own rows, from one pass over the other rows; by_scale [N] is written where it is given."""
+    gradient = torch.empty(own.rows.shape if wanted else (0,), dtype=torch.float32, device=own.rows.device)
+    if wanted or by_scale is not None:
+        launch.over_tiles(
+            backward_kernel, shape, own.rows,
+            own, other, coefficients, Gradients(gradient if wanted else None, by_scale), intervals,
+            own.rows.shape[0], intervals.own_start.numel(), **constants,
+        )  # fmt: skip
+    return gradient
+
+
+def sum_if_wanted(by_scale: Tensor | None, rows: Tensor) -> Tensor:
+    """The gradient of the scale; what nobody asked for is not even written."""
+    return torch.empty((), dtype=torch.float32, device=rows.device) if by_scale is None else by_scale.sum()
+
+
+def room_for_statistics(
+    grad: Tensor, empty: Tensor, rows: Tensor, grad_lse: Tensor | None = None, total: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Room for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradients.
+
+    empty [N]: -inf for a row without pairs, whose incoming gradient means nothing. grad_lse: a second gradient, which
+    means nothing where `total` [N] is 0.
+    """
+    grad = grad.to(torch.float32)  # that of a mean has stride 0
+    statistics = grad.new_empty(grad.numel(), 4)
+    if rows.dtype != torch.float16 or not grad.numel():
+        return statistics, None, None, grad
+    lift = grad.new_empty(())
+    if grad_lse is None and grad.stride(0) == 0:
+        return statistics, lift, grad, grad  # one gradient for all rows
+    bound = grad = grad.contiguous()
+    if grad_lse is not None:
+        bound = torch.where(empty == -math.inf, 0.0, grad.abs()) + torch.where(total == 0, 0.0, grad_lse.abs())
+        empty = bound
+    largest = grad.new_empty(triton.cdiv(grad.numel(), launch.ROWS))
+    launch.row_by_row(largest_kernel, bound, bound, bound.stride(0), empty, largest, bound.numel())
+    return statistics, lift, largest, grad

@@ -6,7 +6,12 @@ import contextlib
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+
+from hpcloss.backends.triton import configs
+
+ROWS = 1024  # of a program that works row by row
 
 
 def run(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) -> None:
@@ -19,6 +24,36 @@ def run(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) ->
         kernel[(programs,)](*args, **options, enable_fp_fusion=True)
 
 
+def row_by_row(kernel: Any, like: Tensor, *args: Any, **constants: Any) -> None:
+    """Run one program for each ROWS entries of `like`."""
+    run(kernel, triton.cdiv(like.numel(), ROWS), like, *args, **constants, BLOCK=ROWS)
+
+
+def over_tiles(kernel: Any, shape: str, rows: Tensor, *args: Any, **constants: Any) -> None:
+    """Run one program for each block of `rows` [N, D], in the tile shape of that name (`configs.config`)."""
+    tiles = configs.config(shape, rows)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    if tiles.maxnreg is not None:
+        options["maxnreg"] = tiles.maxnreg
+    run(
+        kernel, triton.cdiv(rows.shape[0], tiles.block_i), rows, *args, **constants,
+        D=rows.shape[1], BLOCK_I=tiles.block_i, BLOCK_J=tiles.block_j,
+        BLOCK_D=max(triton.next_power_of_2(rows.shape[1]), 16),
+        PRECISION="tf32" if configs.precision(rows) == "tf32" else "ieee",  # of no meaning for half precision
+        **options,
+    )  # fmt: skip
+
+
 def int32(indices: list[Tensor]) -> list[Tensor]:
     """Row numbers as kernels read them."""
     return [index.to(torch.int32).contiguous() for index in indices]
+
+
+def fp32(values: Any) -> Any:
+    """Row vectors and scalars as kernels read them; None stays None."""
+    return None if values is None else values.to(torch.float32).contiguous()
+
+
+def as_anchors(anchors: Tensor, keys: Tensor | None) -> Tensor:
+    """The keys, in the anchors' dtype: a matrix unit multiplies equals (fp16 views meet an fp32 memory bank)."""
+    return anchors if keys is None else keys.to(anchors.dtype)

@@ -38,9 +38,9 @@ class Machine:
             self.kernels[ptx] = Kernel(self.change(ptx), built.metadata.shared)
         given = dict(zip(function.arg_names, args)) | options
         taken = [
-            (name, float(value) if kind in ("fp32", "fp64") else value)
+            (member, float(value) if kind in ("fp32", "fp64") else value)
             for name in function.arg_names
-            for kind, value in _flat(built.src.signature[name], given.get(name))
+            for member, kind, value in _flat(name, built.src.signature[name], given.get(name))
         ]
         values, names = [value for _, value in taken], [name for name, _ in taken]
         self.launch(self.kernels[ptx], ptx, built.metadata.shared, *grid, values, names)
@@ -65,13 +65,13 @@ class Machine:
             yield
 
 
-def _flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
-    """What a kernel takes of an argument: nothing of a constant, the members of a tuple."""
+def _flat(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
+    """What a kernel takes of an argument: nothing of a constant, the members of a group. Name, type and value."""
     if isinstance(kind, tuple):
-        for part in zip(kind, value):
-            yield from _flat(*part)
+        for member, *part in zip(getattr(value, "_fields", range(len(kind))), kind, value):
+            yield from _flat(f"{name}.{member}", *part)
     elif kind != "constexpr":
-        yield kind, value
+        yield name, kind, value
 
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

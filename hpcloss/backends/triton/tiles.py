@@ -2,9 +2,15 @@
 
 A program owns a block of rows of one side and streams tiles of the other. For each region it meets it reads the hull of
 its rows' intervals, from which follow the tiles to visit and whether a tile needs a mask at all.
+
+Kernels take the arguments that belong together as one NamedTuple. A member that a call lacks is None, and the compiler
+leaves out what would read it. Numbers of rows stay arguments of their own: of a member of a tuple Triton cannot be told
+not to compile a kernel for each multiple of 16.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,7 +22,66 @@ FARTHEST = tl.constexpr(2**31 - 1)
 SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals looked at together
 
 
+# ---------------------------------------------------------------------------------------------- groups of arguments
+
+
+class Intervals(NamedTuple):
+    """Which pairs count: positives of each anchor [N], and regions [R], whose own rows meet their other rows.
+
+    A program owns rows of one side and streams the other. `Pairs.intervals()` has the first seven for own anchors.
+    """
+
+    pos_start: Any
+    pos_end: Any
+    self_pos: Any  # the key that is the anchor itself, -1 for none
+    own_start: Any
+    own_end: Any
+    other_start: Any = None
+    other_end: Any = None
+    anchor_start: Any = None  # in self-contrast, where own and other rows are all keys: the anchors among them
+    anchor_end: Any = None
+
+
+class Coefficients(NamedTuple):
+    """What makes weights and slopes of similarities; None: a loss has none."""
+
+    key_bias: Any  # [M], added to exponents
+    scale: Any  # one number
+    hardness: Any = None  # a number; None: uniform weights
+    pull: Any = None  # -hardness where weights are differentiated
+    discount: Any = None  # a number: how much less the scale of a positive is
+    lift: Any = None  # one number, by which fp16 slopes are multiplied
+
+
 # ---------------------------------------------------------------------------------------------------- intervals
+
+
+class Positives(NamedTuple):
+    """The `Intervals` of some rows, as they were loaded."""
+
+    start: Any
+    end: Any
+    self_key: Any
+
+
+class Hull(NamedTuple):
+    """What the positives of a block of rows have in common; empty intervals end at 0."""
+
+    outer_start: Any  # the smallest interval that holds all positives
+    outer_end: Any
+    inner_start: Any  # the keys that are positives of every row
+    inner_end: Any
+    self_start: Any  # the smallest interval that holds all rows' own keys
+    self_end: Any
+
+
+class Spans(NamedTuple):
+    """Keys that a block of rows visits: begin:stop without hole:rest."""
+
+    begin: Any
+    stop: Any
+    hole: Any
+    rest: Any
 
 
 @triton.jit
@@ -62,118 +127,172 @@ def meeting_in_any_order(starts, ends, count, first, last):
 
 
 @triton.jit
-def row_intervals(pos_start, pos_end, self_pos, rows, there):
-    """Interval of the positives and own key of each row; an empty interval and no key where no row is."""
-    start = tl.load(pos_start + rows, mask=there, other=0)
-    end = tl.load(pos_end + rows, mask=there, other=0)
-    own = tl.load(self_pos + rows, mask=there, other=-1)
-    return start, end, own
+def block_of(num_rows, BLOCK: tl.constexpr):
+    """The rows of this program: the first, all of them, and which are there."""
+    first_row = tl.program_id(0) * BLOCK
+    rows = first_row + tl.arange(0, BLOCK)
+    return first_row, rows, rows < num_rows
 
 
 @triton.jit
-def column_intervals(pos_start, pos_end, self_pos, columns, there):
+def regions_met(intervals, num_regions, first_row, BLOCK: tl.constexpr):
+    """Range of the regions that meet a block of own rows; they ascend."""
+    return meeting(intervals.own_start, intervals.own_end, num_regions, first_row, first_row + BLOCK)
+
+
+@triton.jit
+def in_region(intervals, region, first_row, rows, BLOCK: tl.constexpr):
+    """Which own rows of a block are in the region, and whether it holds the whole block."""
+    first, last = tl.load(intervals.own_start + region), tl.load(intervals.own_end + region)
+    return (rows >= first) & (rows < last), (first_row >= first) & (first_row + BLOCK <= last)
+
+
+@triton.jit
+def others_met(intervals, region):
+    """First row of the other side in a region, and the one behind its last."""
+    return tl.load(intervals.other_start + region), tl.load(intervals.other_end + region)
+
+
+@triton.jit
+def row_intervals(intervals, rows, there):
+    """The positives and own key of each row; an empty interval and no key where no row is."""
+    start = tl.load(intervals.pos_start + rows, mask=there, other=0)
+    end = tl.load(intervals.pos_end + rows, mask=there, other=0)
+    self_key = tl.load(intervals.self_pos + rows, mask=there, other=-1)
+    return Positives(start, end, self_key)
+
+
+@triton.jit
+def column_intervals(intervals, columns, there):
     """As `row_intervals`, for the columns of a tile; all zero where no column is.
 
     One load of a table: of a vector shorter than a program Triton 3.6 makes a load for each thread and entry.
     """
     which = tl.arange(0, 4)[None, :]
-    bound = tl.where(which == 0, pos_start, tl.where(which == 1, pos_end, self_pos))
+    bound = tl.where(which == 0, intervals.pos_start, tl.where(which == 1, intervals.pos_end, intervals.self_pos))
     four = tl.load(bound + columns[:, None], mask=there[:, None], other=0)
     even, odd = tl.split(tl.reshape(four, [four.shape[0], 2, 2]))
-    start, own = tl.split(even)
+    start, self_key = tl.split(even)
     end, _ = tl.split(odd)
-    return start, end, own
+    return Positives(start, end, self_key)
 
 
 @triton.jit
-def number_of_positives(start, end, own):
+def number_of_positives(start, end, self_key):
     """How many keys are positives of each row, as fp32."""
-    return (end - start - tl.where((own >= start) & (own < end), 1, 0)).to(tl.float32)
+    return (end - start - tl.where((self_key >= start) & (self_key < end), 1, 0)).to(tl.float32)
 
 
 @triton.jit
-def hulls(start, end, own, member):
-    """Over the member rows: hull and intersection of the positives, hull of the own keys. Empty ones end at 0."""
+def hull_of(positives, member):
+    """The hull of the member rows' positives."""
+    start, end, self_key = positives
     filled = member & (start < end)
     # One reduction of all six: each has barriers of its own.
-    outer_start, outer_end, inner_start, inner_end, own_start, own_end = tl.reduce(
+    outer_start, outer_end, inner_start, inner_end, self_start, self_end = tl.reduce(
         (
             tl.where(filled, start, FARTHEST), tl.where(filled, end, 0),
             tl.where(member, start, 0), tl.where(member, end, FARTHEST),
-            tl.where(member & (own >= 0), own, FARTHEST), tl.where(member, own + 1, 0),
+            tl.where(member & (self_key >= 0), self_key, FARTHEST), tl.where(member, self_key + 1, 0),
         ),
         0, joined_hulls,
     )  # fmt: skip
-    return outer_start, outer_end, inner_start, inner_end, own_start, own_end
+    return Hull(outer_start, outer_end, inner_start, inner_end, self_start, self_end)
 
 
 @triton.jit
 def joined_hulls(
-    outer_start, outer_end, inner_start, inner_end, own_start, own_end,
-    other_outer_start, other_outer_end, other_inner_start, other_inner_end, other_own_start, other_own_end,
+    outer_start, outer_end, inner_start, inner_end, self_start, self_end,
+    other_outer_start, other_outer_end, other_inner_start, other_inner_end, other_self_start, other_self_end,
 ):  # fmt: skip
     return (
         tl.minimum(outer_start, other_outer_start), tl.maximum(outer_end, other_outer_end),
         tl.maximum(inner_start, other_inner_start), tl.minimum(inner_end, other_inner_end),
-        tl.minimum(own_start, other_own_start), tl.maximum(own_end, other_own_end),
+        tl.minimum(self_start, other_self_start), tl.maximum(self_end, other_self_end),
     )  # fmt: skip
 
 
 @triton.jit
-def spans(outer_start, outer_end, inner_start, inner_end, start, end, RULE: tl.constexpr):
+def spans_of(hull, start, end, RULE: tl.constexpr):
     """The keys of start:end that a rule can count, as two spans; the second is empty but for a hole in the middle.
 
     No bound lies behind `end`, even where the positives have none (see `meeting_in_any_order`). Both are empty where no
     row of the block is in the region: then the intersection of the positives is everything.
     """
-    end = tl.where(inner_end == FARTHEST, start, end)
+    end = tl.where(hull.inner_end == FARTHEST, start, end)
     if RULE == "positives":
-        end = tl.minimum(outer_end, end)
-        start = tl.minimum(tl.maximum(outer_start, start), end)
+        end = tl.minimum(hull.outer_end, end)
+        start = tl.minimum(tl.maximum(hull.outer_start, start), end)
     hole, rest = end, end
     if RULE == "negatives":
-        if inner_start < inner_end:
-            hole = tl.minimum(tl.maximum(inner_start, start), end)
-            rest = tl.minimum(tl.maximum(inner_end, start), end)
-    return start, tl.maximum(hole, start), rest, end
+        if hull.inner_start < hull.inner_end:
+            hole = tl.minimum(tl.maximum(hull.inner_start, start), end)
+            rest = tl.minimum(tl.maximum(hull.inner_end, start), end)
+    return Spans(start, end, tl.maximum(hole, start), rest)
 
 
 @triton.jit
-def is_clean(outer_start, outer_end, inner_start, inner_end, own_start, own_end, first, last, RULE: tl.constexpr):
+def tile_of(spans, tile, before, BLOCK_J: tl.constexpr):
+    """Key bounds first:last of a tile of the spans, `before` of which lie before the hole."""
+    first = tl.where(tile < before, spans.begin + tile * BLOCK_J, spans.rest + (tile - before) * BLOCK_J)
+    return first, tl.where(tile < before, spans.hole, spans.stop)
+
+
+@triton.jit
+def is_clean(hull, first, last, RULE: tl.constexpr):
     """Whether each pair of the block's rows with keys first:last counts (all being in the region)."""
     clean = True
     if RULE != "every":
-        clean = (last <= own_start) | (first >= own_end)
+        clean = (last <= hull.self_start) | (first >= hull.self_end)
     if RULE == "positives":
-        clean = clean & (first >= inner_start) & (last <= inner_end)
+        clean = clean & (first >= hull.inner_start) & (last <= hull.inner_end)
     if RULE == "negatives":
-        clean = clean & ((last <= outer_start) | (first >= outer_end))
+        clean = clean & ((last <= hull.outer_start) | (first >= hull.outer_end))
     return clean
 
 
 @triton.jit
-def counts(start, end, own, keys, RULE: tl.constexpr):
+def has_positives(hull, first, last):
+    """Whether keys first:last may be positives of the block's rows."""
+    return (first < hull.outer_end) & (last > hull.outer_start)
+
+
+@triton.jit
+def counts(start, end, self_key, keys, RULE: tl.constexpr):
     """Whether the rule counts each pair of anchors and keys of one region; the intervals are those of the anchors."""
     inside = (keys >= start) & (keys < end)
     if RULE == "positives":
-        counted = inside & (keys != own)
+        counted = inside & (keys != self_key)
     elif RULE == "negatives":
-        counted = (~inside) & (keys != own)
+        counted = (~inside) & (keys != self_key)
     elif RULE == "others":
-        counted = keys != own
+        counted = keys != self_key
     else:
         counted = keys == keys
     return counted
 
 
 @triton.jit
-def counts_read(pos_start, pos_end, self_pos, rows, there, keys, RULE: tl.constexpr):
-    """`counts` of all pairs of rows and keys, with the rows' intervals read anew.
+def rows_count(positives, keys, RULE: tl.constexpr):
+    """`counts` of all pairs of rows and keys, the rows being the anchors."""
+    start, end, self_key = positives
+    return counts(start[:, None], end[:, None], self_key[:, None], keys[None, :], RULE)
+
+
+@triton.jit
+def columns_count(positives, rows, RULE: tl.constexpr):
+    """`counts` of all pairs of rows and columns, the columns being the anchors and the rows the keys."""
+    start, end, self_key = positives
+    return counts(start[None, :], end[None, :], self_key[None, :], rows[:, None], RULE)
+
+
+@triton.jit
+def rows_count_read(intervals, rows, there, keys, RULE: tl.constexpr):
+    """`rows_count` with the rows' intervals read anew.
 
     Loads in a branch keep it one. Without them the compiler computes both ways for every tile, and selects.
     """
-    start, end, own = row_intervals(pos_start, pos_end, self_pos, rows, there)
-    return counts(start[:, None], end[:, None], own[:, None], keys[None, :], RULE)
+    return rows_count(row_intervals(intervals, rows, there), keys, RULE)
 
 
 # ------------------------------------------------------------------------------------------------------- memory
@@ -201,12 +320,12 @@ def store_rows(pointer, rows, there, values, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def load_statistics(pointer, rows, there):
-    """The four statistics of each row, read as one 16-byte piece."""
+    """The four statistics of each row, read as one 16-byte piece; each primitive has names for them."""
     four = tl.load(pointer + rows.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], mask=there[:, None], other=0.0)
     even, odd = tl.split(tl.reshape(four, [four.shape[0], 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+    column_0, column_2 = tl.split(even)
+    column_1, column_3 = tl.split(odd)
+    return column_0, column_1, column_2, column_3
 
 
 # --------------------------------------------------------------------------------------------------- arithmetic
@@ -242,35 +361,3 @@ def softplus(x):
 def similarities(x, y, PRECISION: tl.constexpr):
     """<x_i, y_j> of two tiles of rows, fp32."""
     return tl.dot(x, tl.trans(y), input_precision=PRECISION)
-
-
-@triton.jit(do_not_specialize=["grad_stride", "num_rows"])
-def largest_kernel(grad, grad_stride, empty, largest_grads, num_rows, BLOCK: tl.constexpr):
-    """Largest |grad| of each block of rows; of a row that is -inf in `empty` the gradient means nothing."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    counts = tl.load(empty + rows, mask=rows < num_rows, other=-INF) != -INF
-    tl.store(
-        largest_grads + tl.program_id(0), tl.max(tl.abs(tl.load(grad + rows * grad_stride, mask=counts, other=0.0)), 0)
-    )
-
-
-@triton.jit
-def largest_of(largest_grads, grad_stride, num_rows, BLOCK: tl.constexpr):
-    """The largest of what `largest_kernel` left; where all rows have one gradient, of stride 0, that alone."""
-    largest = tl.zeros([BLOCK], tl.float32)
-    num_blocks = tl.where(grad_stride == 0, 1, tl.cdiv(num_rows, BLOCK))
-    for first in range(0, num_blocks, BLOCK):
-        blocks = first + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.abs(tl.load(largest_grads + blocks, mask=blocks < num_blocks, other=0.0)))
-    return tl.max(largest, 0)
-
-
-@triton.jit
-def lift_of(largest_grad, bound):
-    """Power of two that brings the largest fp16 slope, at most largest_grad * bound, near 8192: small ones survive.
-
-    The two directions of a pair add up, which stays far below the largest fp16 number, 65504.
-    """
-    largest = largest_grad * bound
-    power = tl.exp2(tl.floor(tl.log2(8192.0 / largest)))
-    return tl.where((largest > 2.0**-100) & (largest < 2.0**100), power, 1.0)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hpcloss.backends.triton import configs, launch
+from hpcloss.backends.triton.probe import interpreted
 from hpcloss.operators import NORM_EPS
 
 # Entries of a tile, and the warps that share it: 32 entries a thread, two tiles of which (gradient and row) and their
@@ -150,8 +151,22 @@ def unpack_kernel(
     tl.store(grad_features + places, g.to(grad_features.dtype.element_ty), mask=tl.expand_dims(written, C) & real)
 
 
-def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows `order` of the map in `dtype`, those from `live` on zero, and the inverse norm by which each was scaled."""
+def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
+    """fp16 for unit rows of half precision (there it is 8 times as exact as bf16), else bf16 for its range."""
+    if features.dtype == torch.float64:
+        raise NotImplementedError("float64 needs backend 'blockwise', and here one of several inputs is float64")
+    if features.dtype == torch.float32:
+        return torch.float32
+    if normalize:
+        return torch.float16
+    # No bf16 in the matrix unit of Turing, nor right in the interpreter.
+    no_bf16 = interpreted() or configs.capability(features.device) < 80
+    return torch.float32 if no_bf16 else torch.bfloat16
+
+
+def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Rows `order` of the map [n, D], those from `live` on zero, and the inverse norm by which each was scaled [n]."""
+    dtype = rows_dtype(features, normalize)
     if len(_axes(features.shape, features.stride())) > MAX_AXES:
         features = features.contiguous()
     count, channels = order.numel(), features.shape[1]
