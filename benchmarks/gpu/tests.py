@@ -16,7 +16,11 @@ from typing import Any
 from benchmarks.gpu import GPU, INTERPRETER, MACHINE, limits
 from benchmarks.gpu.processes import end, how, start
 
-FILES = tuple(f"kernels/test_{name}.py" for name in ("gpu", "primitives", "pack", "segments"))
+KERNELS = (
+    "gpu", "pack", "pair_lse", "pair_lse_keys", "pair_mean", "pair_mean_keys", "pair_cross_entropy", "edges",
+    "gradients", "operators", "losses", "segments", "linear_mean",
+)  # fmt: skip
+FILES = tuple(f"kernels/test_{name}.py" for name in KERNELS)
 PROCESSES = 13  # one for the large tests, twelve for the rest
 WITHOUT_KERNELS = ("repository/test_numerics.py",)  # for a run without a GPU
 SKIP_PREFIX = "Skipped: "

@@ -8,7 +8,7 @@ import torch
 from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
-from tests.compiled import test_launch_path, test_offline, test_ptx  # noqa: E402
+from tests.compiled import test_launch_path, test_offline, test_offline_hopper, test_ptx  # noqa: E402
 
 import hpcloss  # noqa: E402
 from hpcloss import backends  # noqa: E402
@@ -18,10 +18,11 @@ from hpcloss.backends.triton import configs, trial  # noqa: E402
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
-def capabilities(test):
-    """Those a test is given, the slow ones among them."""
+def capabilities(*tests):
+    """Those tests are given, the slow ones among them."""
     cases = [
         case.values[0]
+        for test in tests
         for mark in test.pytestmark
         if mark.name == "parametrize" and mark.args[0][0] == "capability"
         for case in mark.args[1]
@@ -31,15 +32,15 @@ def capabilities(test):
 
 
 @pytest.mark.parametrize(
-    ("what", "test"),
+    ("what", "tests"),
     [
-        ("compiled", test_offline.test_budget),
-        ("executed (PTX interpreter)", test_ptx.test_losses),
-        ("launched (stand-in driver)", test_launch_path.test_step),
+        ("compiled", (test_offline.test_budget, test_offline_hopper.test_budget)),
+        ("executed (PTX interpreter)", (test_ptx.test_losses,)),
+        ("launched (stand-in driver)", (test_launch_path.test_step,)),
     ],
 )
-def test_tests(what, test):
-    assert list(evidence.SEEN[what]) == capabilities(test)
+def test_tests(what, tests):
+    assert list(evidence.SEEN[what]) == capabilities(*tests)
 
 
 def measured(found):

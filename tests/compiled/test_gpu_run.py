@@ -5,7 +5,6 @@ without time, tests that are skipped. What this cannot see: times, and what only
 that the profiler counts, host syncs, the native library and the sanitizer on a device).
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -15,44 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.tools.gpu_run import ROOT, document_of, keys, listed, needs_cc, needs_interpreter, run
 from tests.tools.kernels import compile_or_skip
 
-from benchmarks.gpu import cache, check, interpreter, library, sanitizer, supervisor
+from benchmarks.gpu import check, interpreter, library, sanitizer, supervisor
 from benchmarks.gpu import tests as stage
-
-ROOT = Path(__file__).parents[2]
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_interpreter = pytest.mark.skipif(
-    not HAS_TRITON or importlib.util.find_spec("numpy") is None, reason="needs Triton, and numpy for its interpreter"
-)
-needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-
-
-def run(*arguments, seconds=300, root=ROOT, module="benchmarks.gpu", **environment):
-    """The command in a process of its own: its exit status, what it printed, and where it says so its document."""
-    around = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HPCLOSS_MACHINE")}
-    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], cwd=root, capture_output=True, text=True,
-        timeout=seconds, env=around | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-
-
-def document_of(folder):
-    return json.loads((folder / "gpu.json").read_text())
-
-
-def keys(value):
-    """Every key in a document, at any depth."""
-    if isinstance(value, dict):
-        yield from value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from keys(inner)
-
-
-def listed():
-    return set(run("--list", "--dry").stdout.split("\n")) - {""}
-
 
 # ---------------------------------------------------------------------------------------------------- the whole of it
 
@@ -118,101 +84,11 @@ def test_tests_and_sanitizer_are_commands_that_can_run(launched):
     assert {"test_sizes", "test_edges", "test_pair_lse_both", "test_native_is_the_same_on_the_gpu"} <= found
 
 
-@needs_interpreter
-def test_every_row_is_interpreted(tmp_path):
-    """`--dry`: every row that can run without a GPU does, and the others say why not."""
-    done = run("--dry", "--quick", "--out", tmp_path, seconds=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    text = (tmp_path / "gpu.txt").read_text()
-    assert done.stdout.rstrip().endswith(text.rstrip()) and text.startswith("NO MEASUREMENT: Triton's interpreter")
-    document = document_of(tmp_path)
-    assert document["tests"]["status"] == "ok" and document["tests"]["passed"] > 0
-    assert all(rate > 0 for rate in document["ceilings"].values())
-    rows = {row["name"]: row for row in document["rows"]}
-    assert {*supervisor.STAGES, *rows} == listed()
-    for name, row in rows.items():
-        assert row["status"] in ("ok", "skipped"), (name, row)
-        assert row["status"] == "ok" or row["message"], name
-    measured = [row for row in rows.values() if "flops" in row]
-    assert len(measured) >= 15
-    for row in measured:
-        assert all(row[key] > 0 for key in ("n", "dim", "flops", "forward_ms", "backward_ms", "ms", "share")), row
-        assert {"dtype", "peak_bytes"} <= set(row) or row["name"].startswith("pair_"), row
-    for row in rows.values():
-        for bar in row.get("bars", ()):
-            assert set(bar) == {"bar", "ratio", "met"}
-        if "error_gradient" in row:
-            assert row["error_gradient"] <= row["allowed_error"] and row["error_value"] <= row["allowed_error"]
-    smoke = {row["name"]: row for row in document["smoke"]}
-    assert len(smoke) == 11 and smoke["native library"]["status"] == "skipped"
-    assert all(max(row["errors"]) <= row["allowed_error"] for row in smoke.values() if row["status"] == "ok")
-
-
-@needs_interpreter
-def test_some_rows_are_interpreted(tmp_path):
-    done = run("--dry", "--only", "partition", "--only", "pack, ", "--out", tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    rows = {row["name"]: row for row in document_of(tmp_path)["rows"]}
-    chosen = {name for name in listed() if "partition" in name or "pack, " in name}
-    assert set(rows) == chosen | {"ceilings"} and len(chosen) >= 6
-    assert rows["pack, channels first"]["error_value"] > 0
-    assert not {"tests", "smoke", "sanitizer"} & set(document_of(tmp_path))
-
-
 @pytest.mark.parametrize("value, gradient", [(2e-2, 0.0), (0.0, 2e-2), (float("nan"), 0.0), (float("inf"), 0.0)])
 def test_a_row_that_is_wrong_is_no_row(value, gradient):
     assert check.judged(5e-3, 5e-3, "float16")["allowed_error"] == 1e-2
     with pytest.raises(AssertionError, match="relative error"):
         check.judged(value, gradient, "float16")
-
-
-def copied(folder, path, old, new):
-    """The sources with one mistake."""
-    for name in ("hpcloss", "benchmarks", "tests", "csrc"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "results", "__pycache__"))
-    text = (folder / path).read_text()
-    assert text.count(old) == 1
-    (folder / path).write_text(text.replace(old, new))
-    return folder
-
-
-@needs_interpreter
-def test_a_smoke_test_that_fails_ends_the_run(tmp_path):
-    """At once, with its trace, and with an exit status; nothing else is begun."""
-    root = copied(
-        tmp_path / "sources", "hpcloss/backends/triton/rows.py",
-        "        x *= tl.expand_dims(inverse, C)\n", "        x *= tl.expand_dims(1.05 * inverse, C)\n",
-    )  # fmt: skip
-    done = run("--dry", "--out", tmp_path / "out", root=root, seconds=150)
-    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Traceback" in done.stdout and "AssertionError: relative errors" in done.stdout
-    document = document_of(tmp_path / "out")
-    assert [row["status"] for row in document["smoke"]] == ["skipped", "error"]  # no device for the library
-    assert document["rows"] == [] and not {"tests", "sanitizer"} & set(document)
-
-
-@needs_cc
-@pytest.mark.parametrize("capability", [90])
-def test_prepared_kernels_are_found_in_another_place(tmp_path, capability):
-    """The copy holds machine code and its description alone. A second process builds nothing, in a folder elsewhere;
-    without the keys of a carried cache it builds all of them."""
-    compile_or_skip()
-    out, only = tmp_path / "prepared", ["--only", "pack, channels last"]
-    done = run("--capability", capability, "--out", out, *only, module="benchmarks.gpu.prepare")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    compiled, loaded = map(int, re.search(r"(\d+) kernels compiled, (\d+) loaded", done.stdout).groups())
-    assert compiled == 0 and loaded >= 2
-    assert {path.suffix for path in out.rglob("*") if path.is_file()} == {".cubin", ".json"}
-    manifest = cache.unpack(out, tmp_path / "elsewhere")
-    assert manifest["capability"] == capability and manifest["kernels"] == loaded
-    environment = {"TRITON_CACHE_DIR": str(tmp_path / "elsewhere")}
-    for carried, built in (("1", 0), ("", loaded)):
-        done = run(
-            "--stand-in", capability, "--full-size", *only, "--out", tmp_path / "again",
-            **environment, **{cache.CARRIED: carried},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert document_of(tmp_path / "again")["kernels"]["bars"]["compiled"] == built
 
 
 # ------------------------------------------------------------------------------------------------ what it is made with

@@ -396,7 +396,7 @@ def evaluate(name, functions, tested, dtype, shift=0, **backend):
 
 
 def plain(name, tested, dtype, exact):
-    """The reference in `dtype`, which may be lucky: its worst of three counts, as in `test_kernels.Problem.check`.
+    """The reference in `dtype`, which may be lucky: its worst of three counts, as in `problems.Problem.check`.
 
     Each has another order of channels. The log-sum that both passes share is at least log N; one place up or down of it
     is a factor of the gradient.

@@ -2,7 +2,7 @@
 
 There is no GPU here. `resolve` is asked about a tensor that says it is on one, and the trial runs on the CPU, with the
 PyTorch tiles in place of the kernels; then each test breaks something. Real kernels are tried, right and wrong, in
-test_ptx.py, test_launch_path.py and test_kernels_trial.py.
+test_ptx.py, test_launch_path.py and tests/kernels/test_trial.py.
 """
 
 import math

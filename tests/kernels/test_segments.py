@@ -7,15 +7,15 @@ import math
 
 import pytest
 import torch
-from tests.primitives.test_backends import PLANS, Plan, allowed, as_rows
 from tests.primitives.test_segments import OFFSETS, plain
-from tests.tools.cases import choice, integers, rows, runs
+from tests.tools.cases import choice, rows, runs
 from tests.tools.kernels import DEVICE, needs_kernels
+from tests.tools.linear_means import SIZED, check_linear, dense, linear, on_device
 from tests.tools.numerics import assert_within_budget
+from tests.tools.plans import PLANS, as_rows
 
-from hpcloss import reference
 from hpcloss.operators import load
-from hpcloss.plan.partition import Intervals, Pairs, paired, partition
+from hpcloss.plan.partition import Intervals, Pairs, partition
 from hpcloss.primitives.pair_lse import pair_lse
 from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import Rows, pack
@@ -31,99 +31,11 @@ HALF_AND_FULL = [torch.float32, torch.float16]
 SELF_CONTRAST = [name for name, plan in PLANS.items() if plan().num_keys is None]
 
 
-@pytest.fixture(params=["tiny", "shipped"])
-def blocks(request, monkeypatch):
-    """Sizes at which few rows make sums, and sums of sums; and those of the package."""
-    if request.param == "tiny":
-        kernels = load("triton.segment_mean")
-        monkeypatch.setattr(kernels, "BLOCK", 8)
-        monkeypatch.setattr(kernels, "FEW", 16)
-        monkeypatch.setattr(kernels, "ROWS", 32)
-
-
-def anywhere(n):
-    """Each row with one positive anywhere, a symmetric relation; the last of an odd number is its own."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(3))
-    partner = torch.arange(n)
-    half = n // 2
-    partner[order[:half]], partner[order[half : 2 * half]] = order[half : 2 * half], order[:half]
-    return paired(partition(torch.zeros(n, dtype=torch.int64)), partner)
-
-
-def runs_in_reverse(n):
-    """Long intervals anywhere: class c has its positives in class -c; rows alike are not next to each other."""
-    size = n // 6
-    start = torch.tensor([5, 4, 3, 2, 1, 0]).repeat_interleave(size) * size
-    start = torch.nn.functional.pad(start, (0, n - 6 * size), value=n).int()
-    end = torch.where(start < n, start + size, start).int()
-    pairs = partition(torch.zeros(n, dtype=torch.int64))
-    return pairs.replace(pos_start=start, pos_end=end)
-
-
-SIZED = {
-    "mixed": lambda n: partition(
-        choice([0, 1, 1, 1, 2, 3, 255], n), integers(4, n, seed=1), 3, background=0, ignore_index=(255,)
-    ),
-    "one class": lambda n: partition(torch.zeros(n, dtype=torch.int64)),
-    "two classes": lambda n: partition((torch.arange(n) > 0.37 * n).long()),
-    "singletons": lambda n: partition(torch.arange(n)),
-    "twos": lambda n: partition(torch.arange(n) // 2),
-    "around nine": lambda n: partition(runs(*[7, 8, 9, 10, 1] * (n // 35 + 1))[:n], background=2),
-    "anywhere": anywhere,
-    "reversed": runs_in_reverse,
-}
-
-
-def on_device(pairs):
-    return pairs.to(DEVICE)
-
-
-def linear(x, pairs, scale, upstream, backend="triton"):
-    """out, mass, d rows, d scale of the primitive."""
-    companion = x.to(DEVICE, torch.float32, copy=True).requires_grad_()
-    scale = torch.tensor(scale, device=DEVICE, requires_grad=True)
-    rows_of_x = Rows(x.to(DEVICE), companion, backend)
-    out, mass = pair_mean(rows_of_x, on_device(pairs), "logit", Scale(scale))
-    return out.detach(), mass, *torch.autograd.grad(out, (companion, scale), upstream.to(DEVICE, torch.float32))
-
-
-def dense(x, pairs, scale, upstream, dtype):
-    x = x.to(dtype).requires_grad_()
-    mask = allowed(Plan(pairs, None), "positives")
-    out, mass = reference.pair_mean(x, x, mask, scale, 0.0, None, "logit")
-    (grad,) = torch.autograd.grad(out, x, upstream.to(dtype))
-    return out.detach(), mass, grad
-
-
-def check_linear(x, pairs, scale=3.0):
-    upstream = rows(x.shape[0], seed=99).to(x.dtype)
-    out, mass, grad, d_scale = linear(x, pairs, scale, upstream)
-    exact, near = (dense(x, pairs, scale, upstream, dtype) for dtype in (torch.float64, torch.float32))
-    assert out.dtype == mass.dtype == grad.dtype == torch.float32
-    for actual, kind, plainly, expected in zip((out, mass, grad), ("loss", "lse", "grad"), near, exact, strict=True):
-        assert_within_budget(actual, plainly, expected, kind)
-    parts = upstream.double() * exact[0] / scale  # they may cancel
-    assert abs(d_scale.double().item() - parts.sum().item()) <= 2e-6 * parts.abs().sum().item()
-
-
 @pytest.mark.parametrize("name", SELF_CONTRAST)
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
 def test_linear_mean_of_plans(name, dtype, blocks):
     pairs = PLANS[name]().pairs
     check_linear(rows(pairs.order.numel(), 7, dtype=dtype), pairs)
-
-
-@pytest.mark.parametrize("name", SIZED)
-@pytest.mark.parametrize("n,dim,dtype", [
-    (0, 7, torch.float32), (1, 64, torch.float16), (2, 1, torch.float32), (31, 100, torch.float16),
-    (257, 64, torch.float32), (600, 7, torch.float32),
-])  # fmt: skip
-def test_linear_mean_of_sizes(name, n, dim, dtype, blocks):
-    check_linear(rows(n, dim, dtype=dtype), SIZED[name](n), -0.7 if dim == 7 else 3.0)
-
-
-def test_linear_mean_of_wide_rows(blocks):
-    check_linear(rows(70, 512, dtype=torch.float16), partition(runs(2, 1, 40, 27)))
 
 
 def test_rows_out_of_reach_may_hold_anything(blocks):

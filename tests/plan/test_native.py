@@ -2,14 +2,11 @@
 
 import contextlib
 import ctypes
-import importlib.util
 import multiprocessing
-import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -523,51 +520,3 @@ def test_forked_children_can_call_it(monkeypatch):
     order = partition.class_sort(choice([0, 1, 2], 300_000), num_classes=3).order
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert all(pool.map(_in_a_child, [order, order]))
-
-
-# ---------------------------------------------------------------------------- sanitizers
-
-OVERRUN = """
-import ctypes, torch
-from hpcloss.plan import native
-labels = (ctypes.c_int64 * 1000)()
-lying = torch.zeros(0, dtype=torch.int64)
-lying.data_ptr, lying.numel = lambda: ctypes.addressof(labels), lambda: 5000
-native.class_sort(lying, None, [], [], False, 1, range(2), None, [], torch.int32)
-"""
-
-
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    """Environment in which the library checks every access, shift and sum."""
-    library = tmp_path_factory.mktemp("sanitized") / "libhpcloss.so"
-    flags = "-std=c++17 -O1 -g -ffp-contract=off -fPIC -shared -pthread -fsanitize=address,undefined".split()
-    sources = sorted((ROOT / "csrc").glob("*.cpp"))
-    subprocess.run(["g++", *flags, "-fno-sanitize-recover=all", *sources, "-o", library], check=True)
-    runtime = [
-        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    if not all(Path(name).is_absolute() for name in runtime):
-        pytest.skip("no runtime of the sanitizers")
-    python = {"PYTHONPATH": str(ROOT), "PYTHONMALLOC": "malloc"}
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": " ".join(runtime), "HPCLOSS_LIBRARY": str(library)}
-    return os.environ | python | options
-
-
-@needs_gnu
-def test_sanitizers_see_an_overrun(sanitized):
-    done = subprocess.run([sys.executable, "-c", OVERRUN], env=sanitized, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
-
-
-@needs_gnu
-@pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist to switch it off")
-def test_sanitizers_have_nothing_to_say(sanitized):
-    """The tests of the partition, the samples and the errors, over a library that checks itself."""
-    files = ["tests/plan/test_partition.py", "tests/plan/test_sampling.py", "tests/plan/test_native.py"]
-    chosen = "(native and not cuda and not torch) and not sanitizers and not forked and not emulated and not library"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", chosen]
-    done = subprocess.run(command, env=sanitized, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout and "failed" not in done.stdout

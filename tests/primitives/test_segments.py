@@ -1,4 +1,4 @@
-"""`segment_mean` on the PyTorch backend against its plain form, in float64; its kernels: test_kernels_segments.py."""
+"""`segment_mean` on PyTorch tiles against its plain form, in float64. Its kernels: tests/kernels."""
 
 import math
 

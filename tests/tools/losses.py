@@ -175,3 +175,8 @@ LOSSES = {
 NAMES = tuple(LOSSES)
 FAST = {name: getattr(functional, f"{name}_loss") for name in NAMES}
 ORACLE = {name: getattr(reference, f"{name}_loss") for name in NAMES}
+
+
+def both(name, *args, **options):
+    """The fast loss and the oracle with everything but the features bound."""
+    return (lambda *x: FAST[name](*x, *args, **options)), (lambda *x: ORACLE[name](*x, *args, **options))

@@ -877,23 +877,24 @@ MUTATIONS = [
     ),
     Mutation(
         "each class counts the anchors of all", "hpcloss/functional/arithmetic.py",
-        "members = seen[end] - seen[start]", "members = seen[end]", "test_losses: test_region_supcon_loss and class",
+        "members = seen[end] - seen[start]", "members = seen[end]",
+        "test_region_phpc: test_region_supcon_loss and class",
     ),
     # ------------------------------------------------------------------------------ losses
     Mutation(
         "the one positive is the anchor itself", "hpcloss/backends/blockwise/linear_mean.py",
         "start + (at.self_pos[i] == start)", "start",
-        "test_backends: test_pair_mean and logit and two",
+        "test_pair_mean: test_pair_mean and logit and two",
     ),
     Mutation(
         "the own key stays in the sum of a class among other keys", "hpcloss/backends/blockwise/linear_mean.py",
         "for i in at.self_is_positive().nonzero()[:, 0].split(ROWS):", "for i in ():",
-        "test_backends: test_pair_mean and logit and gathered",
+        "test_pair_mean: test_pair_mean and logit and gathered",
     ),
     Mutation(
         "a class's keys get the gradient of its first anchor alone", "hpcloss/backends/blockwise/linear_mean.py",
         "torch.mv(anchors[i0:i1].T, per_pair[i0:i1])", "anchors[i0] * per_pair[i0]",
-        "test_backends: test_pair_mean and logit and gathered",
+        "test_pair_mean: test_pair_mean and logit and gathered",
     ),
     Mutation(
         "the queue replaces the batch in the denominator", "hpcloss/functional/pixel.py",
