@@ -504,7 +504,7 @@ def test_the_emulated_gpu_loads_every_kernel():
 
 
 def test_importing_the_package_loads_no_library():
-    script = "import sys, hpcloss; from hpcloss import native; sys.exit(native._find.cache_info().currsize)"
+    script = "import sys, hpcloss; from hpcloss.plan import native; sys.exit(native._find.cache_info().currsize)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

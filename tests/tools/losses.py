@@ -51,7 +51,8 @@ class Loss(NamedTuple):
     inputs: the arguments of a call by name, in their order; the first one gets a gradient. kind: what the first inputs
     are: "map" (features [B, D, *S], labels), "rows" (embeddings [N, D], labels) or "views" (two times [N, D]).
     changed: for each option that changes the value, one that does. sampled: options that draw, or that keep something
-    between calls. constants: inputs that get no gradient. required: options that these inputs need.
+    between calls. constants: inputs that get no gradient. required: options that these inputs need. oracle: the dense
+    form, where `hpcloss.reference` does not name it.
     """
 
     module: type[torch.nn.Module]
@@ -61,6 +62,7 @@ class Loss(NamedTuple):
     constants: tuple[str, ...] = ()
     required: dict[str, Any] = {}
     sampled: dict[str, Any] = {}
+    oracle: Callable[..., Tensor] | None = None
 
     def build(self, **options: Any) -> torch.nn.Module:
         return self.module(**{**self.required, **options})
@@ -174,7 +176,7 @@ LOSSES = {
 }  # fmt: skip
 NAMES = tuple(LOSSES)
 FAST = {name: getattr(functional, f"{name}_loss") for name in NAMES}
-ORACLE = {name: getattr(reference, f"{name}_loss") for name in NAMES}
+ORACLE = {name: loss.oracle or getattr(reference, f"{name}_loss") for name, loss in LOSSES.items()}
 
 
 def both(name, *args, **options):

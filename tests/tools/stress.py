@@ -624,9 +624,11 @@ def any_call(loss: Loss, sizes: Sizes, scale: float):
     """Of the parts of a `Call`: where labels are ignored, the first input takes no part."""
     inputs = loss.inputs(sizes)
     first = next(iter(inputs))
+    if "labels" in inputs:  # -1 is ignored by losses of maps and of rows
+        inputs["labels"] = torch.where(inputs["labels"] == 255, -1, inputs["labels"])
     tensors = {key: x for key, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()}
     tensors[first] = scale * tensors[first]
-    used = {} if loss.kind == "views" else {first: inputs["labels"] != 255}
+    used = {} if loss.kind == "views" else {first: inputs["labels"] != -1}
     return tensors, used, {key: x for key, x in inputs.items() if key not in tensors} | loss.required
 
 

@@ -1,4 +1,4 @@
-"""Samples and errors over a library that checks itself."""
+"""The tests of partitions, samples and errors over a native library that checks itself."""
 
 import importlib.util
 import shutil
@@ -15,24 +15,12 @@ needs_gnu = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "l
 
 
 @needs_gnu
-@pytest.mark.parametrize("name", ["sampling", "native"])
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist to switch it off")
-def test_sanitizers_have_nothing_to_say(sanitized, name):
+def test_sanitizers_have_nothing_to_say(sanitized):
     """The tests of the partition, the samples and the errors, over a library that checks itself."""
+    files = ["tests/plan/test_partition.py", "tests/plan/test_sampling.py", "tests/plan/test_native.py"]
     chosen = "(native and not cuda and not torch) and not sanitizers and not forked and not emulated and not library"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        f"tests/plan/test_{name}.py",
-        "-k",
-        chosen,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", chosen]
     done = subprocess.run(command, env=sanitized, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout and "failed" not in done.stdout
