@@ -1,20 +1,26 @@
 """A native library that checks itself."""
 
+import hashlib
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 from tests.tools.cases import ROOT
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    """Environment in which the library checks every access, shift and sum."""
-    library = tmp_path_factory.mktemp("sanitized") / "libhpcloss.so"
+@pytest.fixture(scope="session")
+def sanitized():
+    """Environment in which the library checks every access, shift and sum. It is built once for each text of it."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").iterdir())))
+    library = Path(tempfile.gettempdir()) / f"hpcloss-sanitized-{digest.hexdigest()[:16]}.so"
     flags = "-std=c++17 -O1 -g -ffp-contract=off -fPIC -shared -pthread -fsanitize=address,undefined".split()
     sources = sorted((ROOT / "csrc").glob("*.cpp"))
-    subprocess.run(["g++", *flags, "-fno-sanitize-recover=all", *sources, "-o", library], check=True)
+    if not library.exists():
+        made = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(["g++", *flags, "-fno-sanitize-recover=all", *sources, "-o", made], check=True)
+        made.rename(library)  # whole or not at all: test processes share it
     runtime = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")

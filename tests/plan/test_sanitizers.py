@@ -1,5 +1,6 @@
-"""A native library that checks itself sees an overrun."""
+"""A native library that checks itself: it sees an overrun, and the tests of partitions make none."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -26,3 +27,15 @@ native.class_sort(lying, None, [], [], False, 1, range(2), None, [], torch.int32
 def test_sanitizers_see_an_overrun(sanitized):
     done = subprocess.run([sys.executable, "-c", OVERRUN], env=sanitized, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
+
+
+@needs_gnu
+@pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist to switch it off")
+def test_sanitizers_have_nothing_to_say(sanitized):
+    """The tests of the partition, over a library that checks itself."""
+    files = ["tests/plan/test_partition.py"]
+    chosen = "(native and not cuda and not torch) and not sanitizers and not forked and not emulated and not library"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", chosen]
+    done = subprocess.run(command, env=sanitized, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout
