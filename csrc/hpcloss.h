@@ -1,8 +1,8 @@
 // The native library of hpcloss: which pixels belong together, and which of them are sampled.
 //
 // A plain C interface: no torch, no Python. Every function checks its arguments and returns an error code; nothing
-// throws across the boundary. What a function computes is defined in hpcloss/plan/sorting.py and hpcloss/plan/sampling.py; the
-// results here are those, bit for bit.
+// throws across the boundary. What a function computes is defined in hpcloss/plan/sorting.py and
+// hpcloss/plan/sampling.py; the results here are those, bit for bit.
 //
 // Every function exists twice: `hpcloss_X` for arrays in host memory, and `hpcloss_cuda_X` for arrays in memory of the
 // current CUDA device, queued on `stream` without waiting for it. The CUDA half may be absent from a build.
