@@ -13,37 +13,53 @@ WHEEL := .venv-wheel
 TRITON_OF_TORCH_2_11 := 3.6.0
 OLDEST_TRITON := 3.4.0
 NUMPY_OF_OLDER_TRITON := 2.3.5
-OF_TRITON := tests/test_launch_path.py tests/test_offline.py tests/test_ptx.py tests/test_gpu_run.py
+OF_TRITON := $(addprefix tests/compiled/test_,launch_path.py offline*.py ptx.py gpu_run*.py)
 # Of the interpreter's tests those that reach every kernel, rule and mask; dtypes, shapes and options are for the newest.
-IN_THE_INTERPRETER := tests/test_kernels*.py -k "losses or recipes or edges or both or of_plans or segment_mean or spans"
-OF_THE_WHEEL := tests/test_modules.py tests/test_reference.py tests/test_native.py -k "not cuda and not sanitizers"
+IN_THE_INTERPRETER := tests/kernels -k "losses or recipes or edges or both or of_plans or segment_mean or spans"
+OF_THE_WHEEL := tests/losses/test_modules.py tests/losses/test_reference.py tests/plan/test_native.py \
+	-k "not cuda and not sanitizers"
+# One test of each kind. The kernels' are in Triton's interpreter, which wants a process of its own.
+QUICK := tests/repository/test_layers.py tests/losses/test_every_loss.py \
+	"tests/plan/test_partition.py::test_intervals[native]" "tests/plan/test_partition.py::test_intervals[torch]" \
+	"tests/compat/test_compat.py::test_formula[lightly]"
+QUICK_KERNELS := tests/kernels/test_every_loss.py
 
-.PHONY: demo test test-all wheel parity bench check format clean
+.PHONY: demo quick test test-all wheel parity bench check format clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-demo
 	$(BIN)/python -m examples.three_stage --data builtin --out demo --resume
 
-# The second run is that of the GPU kernels, on the CPU in Triton's interpreter.
+# The loop while writing code: layers, every loss on the tiles and on the kernels, a plan, a class of compat. Under 60 s.
+quick: $(VENV)/installed-quick
+	@began=$$(date +%s); log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(PYTEST) -q $(QUICK_KERNELS) > "$$log" 2>&1 & kernels=$$!; \
+	$(PYTEST) -q $(QUICK); others=$$?; \
+	wait $$kernels; kernels=$$?; cat "$$log"; \
+	echo "make quick: $$(($$(date +%s) - began)) s"; \
+	exit $$((others ? others : kernels))
+
+# The second run is that of the GPU kernels, which a machine without a GPU has in Triton's interpreter.
 test: $(VENV)/installed
-	$(PYTEST) tests -n 2 --timeout 400
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels*.py -n 2 --timeout 400
+	$(PYTEST) tests --ignore tests/kernels -n 2 --timeout 400
+	$(PYTEST) tests/kernels -n 2 --timeout 400
 
 # Also every shipped tile shape on every GPU target, every loss launched and its PTX interpreted for more of them, and every
 # planted mistake; and the tests of kernels on older versions of Triton.
 test-all: test test-triton-$(TRITON_OF_TORCH_2_11) test-triton-$(OLDEST_TRITON)
-	$(PYTEST) tests -n 2 -m slow --timeout 5400
-	$(BIN)/python tests/mutations.py
-	$(BIN)/python tests/ptx_mutations.py --of-a-kind 2
+	$(PYTEST) tests --ignore tests/kernels -n 2 -m slow --timeout 5400
+	$(BIN)/python -m tests.tools.mutations
+	$(BIN)/python -m tests.tools.ptx_mutations --of-a-kind 2
 
 # `make test-triton-3.6.0`: the kernels on this version of Triton. Launched, compiled within their budgets, executed from
 # their PTX, and in Triton's interpreter; and the acceptance run, dry and on the stand-in for a driver.
 test-triton-%: .venv-triton-%/installed
 	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__file__"
 	PYTHONPATH=$(CURDIR)/$(<D) $(PYTEST) $(OF_TRITON) -n 2 --timeout 400
-	PYTHONPATH=$(CURDIR)/$(<D) TRITON_INTERPRET=1 $(PYTEST) $(IN_THE_INTERPRETER) -n 2 --timeout 400
+	PYTHONPATH=$(CURDIR)/$(<D) $(PYTEST) $(IN_THE_INTERPRETER) -n 2 --timeout 400
 
-# What a release uploads, installed beside torch alone, and tests of it: `pytest` does not see the sources, `python -m` would.
-wheel: $(VENV)/installed
+# What a release uploads, installed beside torch alone, and tests of it. `pytest` does not see the sources; `python -m`
+# would, and so would tests that are imported from the root of the repository.
+wheel: $(VENV)/installed-dev
 	rm -rf dist $(WHEEL)
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
@@ -52,27 +68,27 @@ wheel: $(VENV)/installed
 	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check --no-index --find-links dist hpcloss
 	$(WHEEL)/bin/python $(INSTALL) pytest pytest-timeout pytest-xdist hypothesis numpy
 	$(WHEEL)/bin/python -I -c "import hpcloss; print(hpcloss.__file__); print(hpcloss.info())"
-	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest --override-ini pythonpath= --timeout 400 -n 2 $(OF_THE_WHEEL)
+	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest --override-ini pythonpath= --import-mode importlib --timeout 400 -n 2 $(OF_THE_WHEEL)
 
 # 10,000 random configurations over all losses, hostile values, long runs, threads, workers, kills.
 stress: $(VENV)/installed
-	$(PYTEST) tests/stress.py tests/test_stress.py -n 2 --timeout 1200
+	$(PYTEST) tests/tools/stress.py tests/repository/test_stress.py -n 2 --timeout 1200
 
 # hpcloss.compat against the libraries themselves, which get an environment of their own.
 parity: $(PEERS)/installed
-	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/parity_with_peers.py
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/tools/parity_with_peers.py
 
 # Every row (without `-m ""` the quick ones), then the tables and figures made from them. Wants an idle machine.
 bench: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest benchmarks --benchmark-only -m "" --results benchmarks/results/cpu.json
 	$(PEERS)/bin/python -m benchmarks.plot
 
-check: $(VENV)/installed
+check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/installed
+format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -85,11 +101,24 @@ $(VENV)/torch: constraints.txt
 	$(PIP) torch
 	touch $@
 
+# The package, and what a target needs beside it. Each builds the native library again where its sources changed.
+$(VENV)/installed-quick: $(VENV)/torch setup.py $(wildcard csrc/*)
+	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/installed-demo: $(VENV)/torch setup.py $(wildcard csrc/*)
+	$(PIP) -e ".[examples]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/torch setup.py $(wildcard csrc/*)
+	$(PIP) -e ".[dev]"
+	touch $@
+
 # nnU-Net without its transformers' timm, which needs a torchvision made for this very torch; before it what it imports.
 $(VENV)/installed: $(VENV)/torch setup.py $(wildcard csrc/*)
-	$(PIP) -e ".[test,dev,examples]" simpleitk scikit-image seaborn blosc2 connected-components-3d einops
+	$(PIP) -e ".[test,examples]" simpleitk scikit-image seaborn blosc2 connected-components-3d einops
 	$(PIP) --no-deps nnunetv2 dynamic-network-architectures batchgenerators batchgeneratorsv2 acvl-utils
-	touch $@
+	touch $(VENV)/installed-quick $(VENV)/installed-demo $@
 
 # The libraries without their dependencies: those would choose another build of torch.
 $(PEERS)/installed: constraints.txt setup.py $(wildcard csrc/*)

@@ -6,8 +6,11 @@ operations: each tile's similarities once per pass and used for both of its side
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import peers
@@ -16,6 +19,10 @@ from torch import Tensor
 
 import hpcloss
 from hpcloss import reference
+
+sys.path.append(str(Path(__file__).parents[1]))  # last: the package that is measured may be an installed one
+
+from tests.tools import losses as tests  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -299,17 +306,35 @@ def _by_name(*makes: Callable[..., Case | Draw]) -> dict[str, Callable[..., Case
 
 
 VECTORS, MAPS = {"count": 4096}, {"batch": 4, "height": 64, "width": 64}
-# Every public loss, and what it is measured on in `bench_every_loss`.
-LOSSES = {
-    "supcon": VECTORS, "infonce": VECTORS, "ntxent": VECTORS, "hard_negative_nce": VECTORS, "ihpc": VECTORS,
-    "prototype_contrast": VECTORS,
-    "region_phpc": {**MAPS, "region_size": 16}, "region_supcon": MAPS, "pixel_contrast": MAPS, "local_contrast": MAPS,
-    "entropy_guided_contrast": MAPS, "multiscale_contrast": MAPS, "prototype_assignment": MAPS,
-}  # fmt: skip
+
+
+def of_the_tests(name: str) -> Callable[..., Case]:
+    """A loss without a case above, on larger inputs of the kind that its tests use."""
+    loss = tests.LOSSES[name]
+
+    def case(sizes: tests.Sizes) -> Case:
+        first, *rest = loss.inputs(sizes).values()
+        known = inspect.signature(tests.ORACLE[name]).parameters
+        exact = partial(tests.ORACLE[name], **{key: x for key, x in loss.required.items() if key in known})
+        return Case(loss.build(), (first.requires_grad_(), *rest), exact)
+
+    def of_vectors(count: int, dim: int = 128) -> Case:
+        return case(tests.Sizes(rows=count, channels=dim, dtype=torch.float32))
+
+    def of_maps(batch: int, height: int, width: int, dim: int = 128) -> Case:
+        return case(tests.Sizes(batch, (height, width), channels=dim, dtype=torch.float32))
+
+    return of_maps if loss.kind == "map" else of_vectors
+
+
 OURS = _by_name(
     supcon, infonce, ntxent, hard_negative_nce, ihpc, prototype_contrast, region_phpc, published_phpc, region_supcon,
     pixel_contrast, local_contrast, entropy_guided_contrast, multiscale_contrast, prototype_assignment, anchors,
 )  # fmt: skip
+OURS |= {name: of_the_tests(name) for name in tests.NAMES if name not in OURS}
+# Every public loss, and what it is measured on in `bench_every_loss`.
+LOSSES = {name: MAPS if loss.kind == "map" else VECTORS for name, loss in tests.LOSSES.items()}
+LOSSES["region_phpc"] = {**MAPS, "region_size": 16}
 CASES = OURS | _by_name(
     eager_supcon, compiled_supcon, pml_supcon, eager_infonce, linear_cross_entropy, info_nce_pytorch,
     lightly_ntxent, monai_contrastive, pml_ntxent, eager_phpc, block_loop, committed_block_loop, contrastiveseg,

@@ -1,7 +1,7 @@
 // What the CUDA sources share: launches, dynamic shared memory, errors.
 //
 // Kernels are launched through `launch` and get dynamic shared memory from `dynamic_shared`, so that tests can compile
-// the same sources for a CPU (tests/cuda_on_cpu.h).
+// the same sources for a CPU (tests/tools/cuda_on_cpu.h).
 #pragma once
 
 #include <stdint.h>

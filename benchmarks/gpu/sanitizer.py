@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.gpu import GPU, processes, tests
 
-FILES = ("test_kernels.py", "test_kernels_segments.py", "test_gpu.py")
+FILES = tuple(f"kernels/test_{name}.py" for name in ("pair_cross_entropy", "edges", "pair_lse", "segments", "gpu"))
 CHOSEN = (
     "(test_sizes and 33) or (test_edges and runs) or test_pair_lse_both or test_prototypes"
     " or (test_native_is_the_same and not 4096) or test_native_reads"

@@ -19,7 +19,7 @@ LARGE = "beyond_two_to"
 
 
 def chosen(items: list[Any], part: int, parts: int) -> list[Any]:
-    """This part's tests. Of tests/test_gpu.py those for a GPU: the others repeat them in the interpreter."""
+    """This part's tests. Of tests/kernels/test_gpu.py those for a GPU: the others repeat them in the interpreter."""
     wanted = [item for item in items if item.path.name != "test_gpu.py" or item.get_closest_marker("gpu")]
     large = [item for item in wanted if LARGE in item.name]
     small = [item for item in wanted if item not in large]

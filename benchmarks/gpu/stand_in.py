@@ -1,4 +1,4 @@
-"""The stand-in for NVIDIA's driver that the tests keep (tests/launch_path.py), for runs that only launch kernels."""
+"""The tests' stand-in for NVIDIA's driver (tests/tools/launch_path.py), for runs that only launch kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.machine import CAPABILITY
 
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT))
 
-import launch_path  # noqa: E402
+from tests.tools import launch_path  # noqa: E402
 
 
 def environment(folder: Path) -> dict[str, str]:

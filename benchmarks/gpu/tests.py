@@ -16,9 +16,13 @@ from typing import Any
 from benchmarks.gpu import GPU, INTERPRETER, MACHINE, limits
 from benchmarks.gpu.processes import end, how, start
 
-FILES = ("test_gpu.py", "test_kernels.py", "test_kernels_pack.py", "test_kernels_segments.py")
+KERNELS = (
+    "gpu", "pack", "pair_lse", "pair_lse_keys", "pair_mean", "pair_mean_keys", "pair_cross_entropy", "edges",
+    "gradients", "operators", "losses", "segments", "linear_mean",
+)  # fmt: skip
+FILES = tuple(f"kernels/test_{name}.py" for name in KERNELS)
 PROCESSES = 13  # one for the large tests, twelve for the rest
-WITHOUT_KERNELS = ("test_numerics.py",)  # for a run without a GPU
+WITHOUT_KERNELS = ("repository/test_numerics.py",)  # for a run without a GPU
 SKIP_PREFIX = "Skipped: "
 
 

@@ -1,11 +1,11 @@
-"""What has been seen of the Triton kernels on each compute capability. `tests/test_evidence.py` compares."""
+"""What has been seen of the Triton kernels on each compute capability. `tests/compiled/test_evidence.py` compares."""
 
 from __future__ import annotations
 
 SEEN: dict[str, tuple[int, ...]] = {
-    "compiled": (75, 80, 86, 89, 90, 100, 120),  # registers, spills, shared memory: tests/test_offline.py
-    "executed (PTX interpreter)": (80, 90, 120),  # whole losses against float64: tests/test_ptx.py
-    "launched (stand-in driver)": (80, 90, 120),  # Triton's binder and launcher: tests/test_launch_path.py
+    "compiled": (75, 80, 86, 89, 90, 100, 120),  # registers, spills, shared memory: tests/compiled/test_offline.py
+    "executed (PTX interpreter)": (80, 90, 120),  # whole losses against float64: tests/compiled/test_ptx.py
+    "launched (stand-in driver)": (80, 90, 120),  # Triton's binder and launcher: tests/compiled/test_launch_path.py
     "measured on a GPU": (),  # benchmarks/results
 }
 AMD = "kernels on AMD devices: compiled for gfx90a and gfx942; never run"

@@ -1,9 +1,9 @@
 """Whether a change that must not touch numbers has not: values and gradients of many configurations, bit for bit.
 
-    python tests/tools/same_bits.py --record before.json        # in a checkout of the commit before
-    python tests/tools/same_bits.py --compare before.json       # in the changed one
+    python -m tests.tools.same_bits --record before.json        # in a checkout of the commit before
+    python -m tests.tools.same_bits --compare before.json       # in the changed one
 
-The configurations are those of `tests/stress.py` in fp32 and float64, and some with several tiles. One thread, as
+The configurations are those of `tests/tools/stress.py` in fp32 and float64, and some with several tiles. One thread, as
 sums over threads would depend on their number. Recorded are digests, so a difference is named and not measured.
 """
 
@@ -14,13 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
+from tests.tools import stress
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import stress  # noqa: E402
-
-from hpcloss import functional  # noqa: E402
+from hpcloss import functional
 
 DRAWN = [seed for seed in range(400) if stress.DTYPES[seed // len(stress.NAMES) % 4] in (torch.float32, torch.float64)]
 

@@ -11,7 +11,7 @@ tensor memory (sm_100), TMA, mbarrier, atomics, branches in which the threads of
 nor how hardware rounds inside a matrix instruction.
 """
 
-from tools.ptx.hazards import Fault
-from tools.ptx.launch import Kernel
+from tests.tools.ptx.hazards import Fault
+from tests.tools.ptx.launch import Kernel
 
 __all__ = ["Fault", "Kernel"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-
-from tools.ptx.memory import RAW
-from tools.ptx.parser import members
-from tools.ptx.registers import SIGNED, TYPES, Registers, Step, bits_of, not_modelled
+from tests.tools.ptx.memory import RAW
+from tests.tools.ptx.parser import members
+from tests.tools.ptx.registers import SIGNED, TYPES, Registers, Step, bits_of, not_modelled
 
 U32, U64 = np.uint32, np.uint64
 FLOATS = (np.float16, np.float32, np.float64)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import offline
 import torch
+from tests.tools import offline
+from tests.tools.ptx.launch import Kernel
+from tests.tools.ptx.memory import POISON
 
 from hpcloss import backends
 from hpcloss.backends.triton import probe, trial
-from tools.ptx.launch import Kernel
-from tools.ptx.memory import POISON
 
 
 class Machine:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
-from tools.ptx.hazards import Fault
-from tools.ptx.memory import SharedMemory
-from tools.ptx.registers import TYPES, Registers, Step, not_modelled
+from tests.tools.ptx.hazards import Fault
+from tests.tools.ptx.memory import SharedMemory
+from tests.tools.ptx.registers import TYPES, Registers, Step, not_modelled
 
 EVERY_LANE = 0xFFFFFFFF
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from tools.ptx.arithmetic import Arithmetic
-from tools.ptx.hazards import Fault, Hazards
-from tools.ptx.matrices import Matrices, Running
-from tools.ptx.memory import RAW, GlobalMemory, SharedMemory
-from tools.ptx.parser import Instruction, parse
-from tools.ptx.registers import Step, not_modelled
-from tools.ptx.transfers import Transfers
+from tests.tools.ptx.arithmetic import Arithmetic
+from tests.tools.ptx.hazards import Fault, Hazards
+from tests.tools.ptx.matrices import Matrices, Running
+from tests.tools.ptx.memory import RAW, GlobalMemory, SharedMemory
+from tests.tools.ptx.parser import Instruction, parse
+from tests.tools.ptx.registers import Step, not_modelled
+from tests.tools.ptx.transfers import Transfers
 
 BRANCHES = ("bra", "ret", "exit")
 # Instructions that whole warps execute.

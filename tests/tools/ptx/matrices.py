@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 
 import numpy as np
-
-from tools.ptx.arithmetic import f32, widen
-from tools.ptx.exchange import Exchange
-from tools.ptx.hazards import Fault
-from tools.ptx.memory import SHARED_BASE
-from tools.ptx.parser import members
-from tools.ptx.registers import Step, not_modelled
+from tests.tools.ptx.arithmetic import f32, widen
+from tests.tools.ptx.exchange import Exchange
+from tests.tools.ptx.hazards import Fault
+from tests.tools.ptx.memory import SHARED_BASE
+from tests.tools.ptx.parser import members
+from tests.tools.ptx.registers import Step, not_modelled
 
 U32 = np.uint32
 FLYING = 0xFFC0BAD2  # a NaN

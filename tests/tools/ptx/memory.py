@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-
-from tools.ptx.hazards import Fault, Hazards, Races
+from tests.tools.ptx.hazards import Fault, Hazards, Races
 
 RAW = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}  # what registers and memory hold, by bits
 POISON = {2: 0x7FED, 4: 0x7FED7FED, 8: 0x7FED7FED7FED7FED}  # by bytes: a NaN of fp16, bf16 and fp32

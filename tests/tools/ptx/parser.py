@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from tools.ptx.hazards import Fault
+from tests.tools.ptx.hazards import Fault
 
 
 class Instruction(NamedTuple):

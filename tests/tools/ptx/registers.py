@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-
-from tools.ptx.hazards import Fault
-from tools.ptx.memory import RAW, SHARED_BASE
-from tools.ptx.parser import Program, members
+from tests.tools.ptx.hazards import Fault
+from tests.tools.ptx.memory import RAW, SHARED_BASE
+from tests.tools.ptx.parser import Program, members
 
 UNSET = {16: 0x7FED, 32: 0xFFC0BAD1, 64: 0xFFFFBAD1BAD1BAD1}  # by bits: a NaN that a register nobody wrote holds
 TYPES = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-
-from tools.ptx.hazards import Fault
-from tools.ptx.memory import RAW, GlobalMemory, SharedMemory
-from tools.ptx.parser import members
-from tools.ptx.registers import SIGNED, TYPES, Registers, Step, bits_of, not_modelled
+from tests.tools.ptx.hazards import Fault
+from tests.tools.ptx.memory import RAW, GlobalMemory, SharedMemory
+from tests.tools.ptx.parser import members
+from tests.tools.ptx.registers import SIGNED, TYPES, Registers, Step, bits_of, not_modelled
 
 
 def widened(words: np.ndarray, kind: str, register: int) -> np.ndarray:

@@ -1,0 +1,119 @@
+"""The benchmarks: every loss has a row, cases are what they say, counts count, pages show the results."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tests.tools.cases import ROOT
+
+import hpcloss
+from benchmarks import plot
+
+# In a process of its own: modules in benchmarks/ import each other by name, and both folders have a `cases`.
+CASES = """
+import inspect, json, sys
+sys.path.insert(0, "benchmarks")
+import cases, fresh, peers, torch
+from measure import assert_same_as
+
+def asking(x):
+    values = x.detach()
+    values[values > 0], values.masked_select(values > 0), values.nonzero(), torch.unique(values)
+    values.tolist(), values.sum().item(), bool(values.sum() > 0), values.numpy(), values.cpu()
+    torch.equal(values, values), torch.where(values > 0), values[0], values.sum(), values[torch.tensor([1])]
+    return x.sum()
+
+found = {"losses": sorted(cases.LOSSES), "syncs": {}}
+found["asked"] = fresh.host_syncs(cases.Case(asking, (torch.ones(3, requires_grad=True),), None), "cpu")
+for name in sys.argv[1:]:
+    make = cases.CASES[name]
+    case = make(**{key: value for key, value in fresh.SMALL.items() if key in inspect.signature(make).parameters})
+    assert_same_as(case)
+    found["syncs"][name] = len(fresh.host_syncs(case, "meta" if name in cases.OURS else "cpu"))
+found["step"] = fresh.main('{"case": "supcon", "count": 4096, "thorough": true}')
+found["too much"] = fresh.main('{"case": "eager_supcon", "count": 8192, "max_gigabytes": 0.05}')
+print(json.dumps(found))
+"""
+OURS = sorted(name.removesuffix("_loss") for name in hpcloss.__all__ if name.endswith("_loss"))
+PEERS = ["eager_supcon", "eager_infonce", "contrastiveseg", "block_loop"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CASES, *OURS, *PEERS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_loss_has_a_row(found):
+    """And equals its dense form on a small input, as the peers written here do."""
+    assert found["losses"] == OURS
+    assert set(found["syncs"]) == {*OURS, *PEERS}
+
+
+def test_host_syncs(found):
+    asked = (
+        "index masked_select nonzero _unique2 tolist _local_scalar_dense _local_scalar_dense numpy cpu equal nonzero"
+    )
+    assert found["asked"] == asked.split()
+    assert all(found["syncs"][name] == 0 for name in [*OURS, "eager_supcon", "eager_infonce"])
+    # In each image once which classes there are; of each of 4 whether it is one, its size, hard and easy pixels.
+    assert found["syncs"]["contrastiveseg"] == 2 * (1 + 4 * 4)
+
+
+def test_a_step_in_a_process(found):
+    names = {"extra_mb", "seconds", "loss", "gradient", "forward_seconds", "backward_seconds", "syncs"}
+    assert set(found["step"]) == names and all(found["step"][name] > 0 for name in names - {"syncs"})
+    if sys.platform == "linux":
+        assert found["too much"] == {"out_of_memory": True}
+
+
+@pytest.fixture(scope="module")
+def document():
+    return json.loads(plot.RESULTS.read_text())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/numbers.md"])
+def test_pages_show_the_results(document, page):
+    text = (ROOT / page).read_text()
+    assert plot.with_figures(text, document) == text, "python -m benchmarks.plot"
+    assert plot.BLOCK.search(text) or plot.FIGURE.search(text)
+
+
+def test_the_tables_are_those_of_the_results(document):
+    assert plot.RESULTS.with_suffix(".md").read_text() == "\n".join(plot.tables(document)), "python -m benchmarks.plot"
+
+
+def rows(method, group, **figures):
+    return {"name": f"{method} {group}", "method": method, "group": group, **figures}
+
+
+PASSES = {"seconds": 0.5, "forward_seconds": 0.2, "backward_seconds": 0.3, "peak_mb": 12.4, "syncs": 0}
+MADE_UP = [
+    rows("ntxent", "NT-Xent against N", n=1024, **PASSES),
+    rows("ntxent", "NT-Xent against N", n=2048, **PASSES),
+    rows("pml_ntxent", "NT-Xent against N", n=1024, **{**PASSES, "syncs": 4, "peak_mb": 0.2}),
+    rows("pml_ntxent", "NT-Xent against N", n=2048, seconds=None, note="more than 5 GB"),
+    rows("contrastiveseg", "sampled pixels", images=4, side=64, classes=3, **{**PASSES, "syncs": 68}),
+    rows("ihpc", "every loss", **PASSES),
+]
+
+
+def test_made_up_tables(document):
+    lines = "\n".join(plot.tables({**document, "rows": MADE_UP}))
+    assert "| seconds, forward + backward (peak MB) | host syncs | N = 1024 | N = 2048 |" in lines
+    assert "| hpcloss NT-Xent | 0 | 0.2 + 0.3 (12) | 0.2 + 0.3 (12) |" in lines
+    assert "| pytorch-metric-learning NTXentLoss | 4 | 0.2 + 0.3 (<1) | more than 5 GB |" in lines
+    assert "by images, side, classes | host syncs | 4 x 64 x 3 |" in lines and "| 68 | 0.2 + 0.3 (12) |" in lines
+    assert "| `ihpc_loss` | 0.2 + 0.3 (12) | 0 |" in lines
+
+
+def test_figures(document, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = plot.draw({**document, "rows": document["rows"] + MADE_UP}, tmp_path)
+    assert [path.name for path in written] == ["time.png", "memory.png"]
+    assert all(path.stat().st_size > 10_000 for path in written)

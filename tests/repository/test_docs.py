@@ -1,0 +1,120 @@
+"""The pages in docs/ and the README: their code runs, their links lead somewhere, their numbers are those measured."""
+
+import inspect
+import json
+import re
+import runpy
+
+import pytest
+import torch
+from tests.tools.cases import ROOT
+from tests.tools.documents import blocks, headings, links, run
+
+import hpcloss
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+EVERY = ["README.md", "examples/README.md", "hpcloss/DESIGN.md", *PAGES]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_the_code_of_a_page_runs(page, capsys):
+    """Pages state what comes out as assertions."""
+    if any("from monai" in block for block in blocks(page)):
+        pytest.importorskip("monai")
+    names = run(page)
+    for name, value in names.items():
+        if isinstance(value, torch.Tensor) and value.is_leaf and value.grad is not None:
+            assert value.grad.isfinite().all(), name
+
+
+def test_the_code_of_the_readme_runs():
+    features, teacher_features = (torch.randn(2, 64, 32, 32, requires_grad=True) for _ in range(2))
+    labels, layers = torch.randint(4, (2, 32, 32)), torch.randint(8, (2, 32, 32))
+    logits = torch.randn(2, 4, 32, 32)
+    body = torch.nn.Conv2d(1, 68, 1)
+    batches = [(torch.randn(2, 1, 32, 32), labels)] * 2
+    names = run(
+        "README.md",
+        torch=torch,
+        hpcloss=hpcloss,
+        features=features,
+        teacher_features=teacher_features,
+        labels=labels,
+        layers=layers,
+        logits=logits,
+        prediction=logits.argmax(1),
+        entropy=torch.special.entr(logits.softmax(1)).sum(1),
+        height=32,
+        width=32,
+        supcon=lambda x, y: hpcloss.region_supcon_loss(x, y, None),
+        network=lambda images: body(images).split((4, 64), dim=1),
+        optimiser=torch.optim.SGD(body.parameters(), lr=0.1),
+        batches=batches,
+    )
+    assert names["anchors"].shape == (2 * 4 * 256, 64) and names["filled"].sum() <= labels.numel()
+    assert names["rows"].shape == (labels.numel(), 8)
+    assert (names["queue"].filled > 0).any() and (names["bank"].prototypes.norm(dim=-1) > 0).any()
+    assert names["loss"] > 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
+def test_the_losses_with_statistics_are_those_that_are_named(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (paragraph,) = [part for part in text.split("\n\n") if "return_stats=True" in part and "host" in part]
+    losses = [thing for name, thing in vars(hpcloss).items() if name.endswith("Loss")]
+    having = {loss.__name__ for loss in losses if "return_stats" in inspect.signature(loss.forward).parameters}
+    assert set(re.findall(r"`(\w+Loss)`", paragraph)) == having
+
+
+@pytest.mark.parametrize("page", EVERY)
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        path, _, heading = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if heading:
+            assert heading in headings(target.resolve().relative_to(ROOT).as_posix()), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert set(PAGES) <= set(links("README.md"))
+
+
+# ------------------------------------------------------------------------------------------------------- picture
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    return runpy.run_path(str(ROOT / "docs/draw.py"))
+
+
+def test_the_picture_is_that_of_its_script(drawing):
+    assert (ROOT / "docs/partition.svg").read_text(encoding="utf-8") == drawing["picture"]()
+
+
+def test_the_pairs_of_the_picture(drawing):
+    """What the intervals say of each pair is what labels, regions and identity say of its two pixels."""
+    pairs, labels = drawing["plan"](), drawing["LABELS"]
+    region = (torch.arange(labels.shape[1]) // drawing["REGION_SIZE"]).expand(labels.shape).reshape(-1)[pairs.order]
+    label = labels.reshape(-1)[pairs.order]
+    met = (region[:, None] == region) & (label != drawing["IGNORED"]) & ((label > 0) & (label < 255))[:, None]
+    same = label[:, None] == label
+    expected = torch.where(met, torch.where(same, drawing["POSITIVE"], drawing["NEGATIVE"]), drawing["NOTHING"])
+    expected[met & torch.eye(len(label), dtype=torch.bool)] = drawing["SELF"]
+    assert torch.equal(drawing["relations"](pairs), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- numbers
+
+FIGURES = re.findall(r"^\| `(bench_[^`]+)` \| `([^`]+)` \| ([^|]+) \|", (ROOT / "docs/numbers.md").read_text(), re.M)
+
+
+def test_numbers_are_in_the_results():
+    """A row of the page names a benchmark, its figure and the value, rounded as it stands there."""
+    measured = {row["name"]: row for row in json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["rows"]}
+    assert FIGURES
+    for name, figure, text in FIGURES:
+        value = text.split()[0]
+        digits = len(value.partition(".")[2])
+        assert f"{measured[name][figure]:.{digits}f}" == value, name
