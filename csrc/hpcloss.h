@@ -1,8 +1,8 @@
 // The native library of hpcloss: which pixels belong together, and which of them are sampled.
 //
 // A plain C interface: no torch, no Python. Every function checks its arguments and returns an error code; nothing
-// throws across the boundary. What a function computes is defined in hpcloss/sorting.py and hpcloss/sampling.py; the
-// results here are those, bit for bit.
+// throws across the boundary. What a function computes is defined in hpcloss/plan/sorting.py and
+// hpcloss/plan/sampling.py; the results here are those, bit for bit.
 //
 // Every function exists twice: `hpcloss_X` for arrays in host memory, and `hpcloss_cuda_X` for arrays in memory of the
 // current CUDA device, queued on `stream` without waiting for it. The CUDA half may be absent from a build.
@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-// Error codes. A message for each is in hpcloss/native.py.
+// Error codes. A message for each is in hpcloss/plan/native.py.
 enum {
   HPCLOSS_OK = 0,
   HPCLOSS_ERROR_NULL = 1,       // a required pointer is null
@@ -92,7 +92,7 @@ HPCLOSS_API int32_t hpcloss_label_sort(const void* labels, int32_t label_type, i
                                        void* key_start, void* key_end, int32_t threads);
 
 // The number of positives and of negatives of each of n rows; zero for rows that are no anchors. The arguments are the
-// fields of `Pairs` (hpcloss/partition.py), anchor_end not descending. Everything of index_type.
+// fields of `Pairs` (hpcloss/plan/partition.py), anchor_end not descending. Everything of index_type.
 HPCLOSS_API int32_t hpcloss_pair_counts(const void* pos_start, const void* pos_end, const void* self_pos,
                                         const void* anchor_start, const void* anchor_end, const void* key_start,
                                         const void* key_end, int64_t n, int64_t num_regions, int32_t index_type,
@@ -104,7 +104,7 @@ HPCLOSS_API int32_t hpcloss_pair_counted(const void* pos_start, const void* pos_
                                          const void* key_end, int64_t n, int64_t num_regions, int32_t index_type,
                                          int32_t need_negatives, uint8_t* counted, int32_t threads);
 
-// min(k, present) elements of each interval of rows, listed by ascending row without gaps (hpcloss/sampling.py).
+// min(k, present) elements of each interval of rows, listed by ascending row without gaps (hpcloss/plan/sampling.py).
 //   order [n], offsets [num_intervals + 1], both of index_type; n < 2^32; 1 <= k <= 2^31 - 1.
 //   values [num_pixels]: see the kinds above. seed [1].
 //   chosen [num_intervals * k] <- pixels, 0 in the unused tail; chosen_offsets [num_intervals + 1]; of index_type.
@@ -114,7 +114,7 @@ HPCLOSS_API int32_t hpcloss_sample(const void* order, const void* offsets, int32
                                    int32_t threads);
 
 // min(k, candidates) distinct rows of [pos_start[i], pos_end[i]) without self_pos[i] for each of n anchors, ascending,
-// then -1 (hpcloss/sampling.py). rows [n, k] and the bounds of index_type. seed [1].
+// then -1 (hpcloss/plan/sampling.py). rows [n, k] and the bounds of index_type. seed [1].
 HPCLOSS_API int32_t hpcloss_sample_positives(const void* pos_start, const void* pos_end, const void* self_pos,
                                              int32_t index_type, int64_t n, int64_t k, const int64_t* seed, void* rows,
                                              int32_t threads);

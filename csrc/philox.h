@@ -1,4 +1,4 @@
-// Random words and sampling keys, shared by host and device. Definitions: hpcloss/sampling.py.
+// Random words and sampling keys, shared by host and device. Definitions: hpcloss/plan/sampling.py.
 #pragma once
 
 #include <stdint.h>

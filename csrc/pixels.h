@@ -69,7 +69,7 @@ inline Pixels pixels(const void* labels, int32_t label_type, const hpcloss_regio
   return made;
 }
 
-// The fields of `Pairs` (hpcloss/partition.py) but for the order.
+// The fields of `Pairs` (hpcloss/plan/partition.py) but for the order.
 template <class Index>
 struct Bounds {
   Index *pos_start, *pos_end, *self_pos, *anchor_start, *anchor_end, *key_start, *key_end;

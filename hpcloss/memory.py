@@ -110,9 +110,8 @@ class EmbeddingQueue(nn.Module):
         k = None if samples_per_class is None else count("samples_per_class", samples_per_class)
         drawn = class_sort(labels, num_classes=self.num_classes).sampled(k)
         rows = pack(embeddings, drawn.order, drawn.live(), normalize=True).data
-        self._write(
-            rows.to(self.embeddings.dtype), drawn.offsets.long(), None if groups is None else groups[drawn.order]
-        )
+        of_rows = None if groups is None else groups[drawn.order]
+        self._write(rows.to(self.embeddings.dtype), drawn.offsets.long(), of_rows)
 
     @torch.no_grad()
     def enqueue_means(self, features: Tensor, labels: Tensor) -> None:

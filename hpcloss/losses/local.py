@@ -56,11 +56,11 @@ def local_contrast_loss(
     packed = pack(features, pixels.order, pixels.live(), normalize=False, permutation=True, backend=backend)
     means = segment_mean(packed, pixels.offsets).view(-1, num_classes, features.shape[1])
     present = (pixels.offsets.diff() > 0).view(-1, num_classes)
-    keys, of_keys = _keys(means, present, None if labels.numel() == 0 else partner, normalize, backend)
+    keys, of_keys = _keys(means, present, None if labels.numel() == 0 else partner, normalize, packed.backend)
 
     anchors = pixels.sampled(samples_per_class, math.prod(spatial))
     whole = samples_per_class is None
-    rows = pack(features, anchors.order, anchors.live(), normalize=normalize, permutation=whole, backend=backend)
+    rows = pack(features, anchors.order, anchors.live(), normalize=normalize, permutation=whole, backend=packed.backend)
     pairs, scale = anchors.against(of_keys), Scale.of(temperature, rows, normalize)
     loss, counted = contrast(rows, pairs, keys=keys, scale=scale, denominator="all")
     return reduce(loss, counted, reduction, pairs.order, labels, gather=has_peers(gather))

@@ -52,22 +52,23 @@ def supcon_loss(
     if keys is not None and key_labels is not None:
         key_labels = labels_of_vectors("key_labels", keys, key_labels)
         pairs, key_order = partition_against(labels, key_labels, ignore_index=ignored)
-        live_keys = pairs.intervals.key_end
         if check_finite:
-            check_used(key_order, live_keys, keys=keys)
-        key_rows = pack(keys, key_order, live_keys, normalize=normalize, permutation=True, backend=backend)
-        if gather:
-            alive = torch.arange(key_order.numel(), device=labels.device) < live_keys
-            everyone = gather_labels(key_labels[key_order], alive.long() - 1)
-            pairs, key_order = partition_against(labels, everyone.labels, everyone.regions, ignore_index=ignored)
-            key_rows = everyone.keys(key_rows, key_order)
+            check_used(key_order, pairs.intervals.key_end, keys=keys)
     else:
         pairs = partition(labels, ignore_index=ignored)
     if check_finite:
         check_used(temperature=temperature)
         check_used(pairs.order, pairs.live(), embeddings=embeddings)
     rows = pack(embeddings, pairs.order, pairs.live(), normalize=normalize, permutation=True, backend=backend)
-    if gather and keys is None:
+    if keys is not None and key_labels is not None:
+        live = pairs.intervals.key_end
+        key_rows = pack(keys, key_order, live, normalize=normalize, permutation=True, backend=rows.backend)
+        if gather:
+            alive = torch.arange(key_order.numel(), device=labels.device) < live
+            everyone = gather_labels(key_labels[key_order], alive.long() - 1)
+            pairs, key_order = partition_against(labels, everyone.labels, everyone.regions, ignore_index=ignored)
+            key_rows = everyone.keys(key_rows, key_order)
+    elif gather:
         pairs, key_rows = gather_keys(rows, pairs, labels[pairs.order])
     scale, counted = Scale.of(temperature, rows, normalize), pairs.intervals.counted()
     if form == "out":
@@ -210,13 +211,13 @@ def infonce_loss(
     gather = has_peers(gather)
     pairs = one_to_one(query.shape[0], query.device)
     rows = pack(query, pairs.order, normalize=normalize, backend=backend)
-    keys = pack(positive, pairs.order, normalize=normalize, backend=backend)
+    keys = pack(positive, pairs.order, normalize=normalize, backend=rows.backend)
     scale = Scale.of(temperature, rows, normalize)
     own, _ = pair_mean(rows, pairs, "logit", scale.unbounded(), keys=keys)
     if negatives is not None:
         check_vectors("negatives", negatives, like=query)
         order = torch.arange(negatives.shape[0], device=query.device)
-        others = pack(negatives, order, normalize=normalize, backend=backend)
+        others = pack(negatives, order, normalize=normalize, backend=rows.backend)
         whole = pairs.replace(key_end=torch.full_like(pairs.intervals.key_end, negatives.shape[0]))
         if gather:
             met, others = gather_all(others)

@@ -1,8 +1,8 @@
 """The native library (`csrc/`): loaded with ctypes, or the reason why it is not there.
 
 It holds the partition and the samplers in C++ and, where it was built with nvcc, in CUDA, and gives the same integers
-as the PyTorch text in `sorting.py` and `sampling.py`, which serves wherever `why_not` gives a reason. Functions here
-take checked, contiguous tensors of one device and queue their work on its current stream.
+as the PyTorch implementation in `sorting.py` and `draw.py`, which serves wherever `why_not` gives a reason. Functions
+here take checked, contiguous tensors of one device and queue their work on its current stream.
 
 The environment variable HPCLOSS_LIBRARY names another library file to load, which must then load; empty, it means none.
 """

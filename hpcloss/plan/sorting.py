@@ -1,6 +1,6 @@
 """The operators behind a partition: sorting pixels by (region, class), the intervals that leaves, and their counts.
 
-Each takes the native library where it serves, else the PyTorch text here, which says the same; bit for bit.
+Each calls the native library where it serves, else the PyTorch implementation here. Results are the same bit for bit.
 """
 
 from __future__ import annotations

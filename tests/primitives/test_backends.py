@@ -355,6 +355,25 @@ def test_stat_goes_with_the_term():
         pair_mean(as_rows(anchors), plan.pairs, "logit", scale, stat=rows(40))
 
 
+def test_keys_of_another_backend_are_refused():
+    anchors, keys = inputs(PLANS["cross"]())
+    sides = as_rows(anchors), as_rows(keys, "triton")
+    with pytest.raises(ValueError, match="keys must be packed for backend 'blockwise', as anchors, got 'triton'"):
+        pair_lse(sides[0], PLANS["cross"]().pairs, "every", Scale(torch.tensor(1.0).double()), keys=sides[1])
+
+
+def test_a_scale_and_its_bound():
+    rows_of_x = as_rows(rows(3, 4))
+    scale = Scale.of(0.25, rows_of_x, normalize=True)
+    assert (scale.value.item(), scale.bound, scale.value.dtype) == (4.0, 4.0, torch.float64)
+    assert scale.times(-2)[1] == 8.0 and scale.times(-2).value.item() == -8.0
+    assert scale.raised(0.5) == (scale.value, 4.5) and scale.unbounded() == (scale.value, None)
+    assert Scale.of(0.25, rows_of_x, normalize=False).bound is None
+    learnt = torch.nn.Parameter(torch.tensor(0.5))
+    assert Scale.of(learnt, rows_of_x, normalize=True).bound is None
+    assert Scale.of(learnt, rows_of_x, normalize=True).times(3).value.requires_grad
+
+
 def test_resolve():
     x = torch.zeros(1, 1)
     assert resolve("auto", x) == "blockwise" and resolve("blockwise", x) == "blockwise"

@@ -133,15 +133,15 @@ MUTATIONS = [
         "test_backends: test_pair_lse and negatives and one",
     ),
     Mutation(
-        "one positive: two parts that cancel", "hpcloss/functional/supcon.py",
-        """    negative = pair_lse(rows, own, "negatives", scale, keys=keys, scale_bound=bound, backend=backend)
+        "one positive: two parts that cancel", "hpcloss/losses/vectors.py",
+        """    negative = pair_lse(rows, own, "negatives", scale, keys=keys)
     loss = softplus(negative - pair_mean""",
-        """    negative = pair_lse(rows, own, "others", scale, keys=keys, scale_bound=bound, backend=backend)
+        """    negative = pair_lse(rows, own, "others", scale, keys=keys)
     loss = (negative - pair_mean""",
         "test_near_minimum: NT-Xent",
     ),
     Mutation(
-        "the assignment is not subtracted", "hpcloss/functional/prototype.py",
+        "the assignment is not subtracted", "hpcloss/losses/prototype.py",
         "weight.sum(1, keepdim=True) - weight", "weight.sum(1, keepdim=True)",
         "test_near_minimum: assignment",
     ),
@@ -215,7 +215,7 @@ MUTATIONS = [
     Mutation("NaN is rounded to a number", "rows.py", "tl.where(x == x, near, x)", "near", "rows_of_tf32"),
     Mutation("all fp32 rows are rounded to tf32", "rows.py", "    if TF32:", "    if D > 0:", "exact_products"),
     Mutation(
-        "a learnable temperature cannot be set", "hpcloss/losses/supcon.py",
+        "a learnable temperature cannot be set", "hpcloss/losses/vectors.py",
         "self.log_scale.fill_(-math.log(float(value)))", "pass",
         "test_modules: learnable_temperature",
     ),
@@ -232,7 +232,8 @@ MUTATIONS = [
     ),
     Mutation(
         "an argument is missing", "hpcloss/backends/triton/linear_mean.py",
-        "anchors.shape[0], at.own_start.numel(), BLOCK_I", "anchors.shape[0], BLOCK_I",
+        "out, mass, slope,\n        anchors.shape[0], at.own_start.numel(),",
+        "out, mass, slope,\n        anchors.shape[0],",
         "test_launch_path: float16-ntxent",
     ),
     Mutation(
@@ -858,17 +859,17 @@ MUTATIONS = [
     ),
     # ------------------------------------------------------------------------------ plans in PyTorch, launches
     Mutation(
-        "segments end one row early", "hpcloss/sorting.py",
+        "segments end one row early", "hpcloss/plan/sorting.py",
         "return first[segment], first[segment + 1]", "return first[segment], first[segment + 1] - 1",
         "test_partition: torch and segment_bounds",
     ),
     Mutation(
-        "labels are sorted by torch although the library is there", "hpcloss/sorting.py",
+        "labels are sorted by torch although the library is there", "hpcloss/plan/sorting.py",
         "    if _is_countable(labels, 2 * num_regions, ignore_index):", "    if False:",
         "test_launches: test_a_step and 256",
     ),
     Mutation(
-        "the companion of rows is filled", "hpcloss/pack.py",
+        "the companion of rows is filled", "hpcloss/primitives/rows.py",
         "companion = torch.empty((),", "companion = torch.zeros((),", "test_launches: SupCon and 512",
     ),
     Mutation(
@@ -876,7 +877,7 @@ MUTATIONS = [
         "if grad_lse is None and grad.stride(0) == 0:", "if False:", "test_launches: SupCon and 512",
     ),
     Mutation(
-        "each class counts the anchors of all", "hpcloss/functional/arithmetic.py",
+        "each class counts the anchors of all", "hpcloss/losses/reduction.py",
         "members = seen[end] - seen[start]", "members = seen[end]",
         "test_region_phpc: test_region_supcon_loss and class",
     ),
@@ -897,22 +898,22 @@ MUTATIONS = [
         "test_pair_mean: test_pair_mean and logit and gathered",
     ),
     Mutation(
-        "the queue replaces the batch in the denominator", "hpcloss/functional/pixel.py",
-        "lse = merge(lse, old)", "lse = old",
+        "the queue replaces the batch in the denominator", "hpcloss/losses/pixel.py",
+        "lse = merge(lse, pair_lse(", "lse = merge(torch.full_like(lse, -torch.inf), pair_lse(",
         "test_pixel: queue and not training",
     ),
     Mutation(
-        "batch and queue swap their shares", "hpcloss/functional/pixel.py",
+        "batch and queue swap their shares", "hpcloss/losses/pixel.py",
         "(1 - share) * loss + share * mean_of_old", "share * loss + (1 - share) * mean_of_old",
         "test_pixel: queue and not training",
     ),
     Mutation(
-        "positives of the queue do not make an anchor", "hpcloss/functional/pixel.py",
+        "positives of the queue do not make an anchor", "hpcloss/losses/pixel.py",
         "positives, negatives = positives + bank.positives, negatives + bank.negatives", "pass",
         "test_pixel: queue and not training",
     ),
     Mutation(
-        "right predictions are the hard ones", "hpcloss/functional/pixel.py",
+        "right predictions are the hard ones", "hpcloss/losses/pixel.py",
         '"predictions") != labels', '"predictions") == labels',
         "test_pixel: half_of_them_hard",
     ),
@@ -933,67 +934,102 @@ MUTATIONS = [
         "test_pixel: queue and not training",
     ),
     Mutation(
-        "background is an anchor", "hpcloss/functional/local.py",
-        '(() if background is None else integers("background", background))', "()",
+        "background is an anchor", "hpcloss/losses/local.py",
+        "away = ignored if background is None else (*ignored, background)", "away = ignored",
         "test_local: not compile",
     ),
     Mutation(
-        "an image is its own partner", "hpcloss/functional/local.py",
+        "an image is its own partner", "hpcloss/losses/local.py",
         " & (partner != own)", "",
         "test_local: not compile",
     ),
     Mutation(
-        "sure pixels are the anchors", "hpcloss/functional/entropy.py",
+        "sure pixels are the anchors", "hpcloss/losses/entropy.py",
         "return entropy > total / valid", "return entropy < total / valid",
         "test_entropy: not compile",
     ),
     Mutation(
-        "ignored pixels raise the mean entropy", "hpcloss/functional/entropy.py",
+        "ignored pixels raise the mean entropy", "hpcloss/losses/entropy.py",
         "torch.where(valid, entropy, 0.0).sum(axes", "entropy.sum(axes",
         "test_entropy: not compile",
     ),
     Mutation(
-        "a probability that is NaN makes its pixel certain", "hpcloss/functional/entropy.py",
+        "a probability that is NaN makes its pixel certain", "hpcloss/losses/entropy.py",
         "loss * visible.to(loss.dtype)", "loss",
         "test_entropy: visible",
     ),
     Mutation(
-        "regions without a pair may be drawn", "hpcloss/sampling.py",
+        "regions without a pair may be drawn", "hpcloss/plan/sampling.py",
         "torch.where(possible, 0, -1)", "torch.zeros_like(anchors)",
         "test_sampling: region",
     ),
     Mutation(
-        "both directions are added", "hpcloss/functional/entropy.py",
-        "of_low, high, num_classes), keys)) / 2", "of_low, high, num_classes), keys))",
+        "both directions are added", "hpcloss/losses/entropy.py",
+        "against(of_keys.region(1)), keys)) / 2", "against(of_keys.region(1)), keys))",
         "test_entropy: not compile",
     ),
     Mutation(
-        "a patch has its rarest class", "hpcloss/functional/multiscale.py",
+        "a patch has its rarest class", "hpcloss/losses/multiscale.py",
         "votes.argmax(1)", "votes.argmin(1)",
         "test_multiscale: not compile",
     ),
     Mutation(
-        "keys of the other branch are trained", "hpcloss/functional/multiscale.py",
-        "contrast(branch1, pairs, branch2.detach())", "contrast(branch1, pairs, branch2)",
+        "keys of the other branch are trained", "hpcloss/losses/multiscale.py",
+        "mean_loss(branch1, pairs, branch2.detach())", "mean_loss(branch1, pairs, branch2)",
         "test_multiscale: not compile",
     ),
     Mutation(
-        "scales are added", "hpcloss/functional/multiscale.py",
+        "high and low entropy change places among the keys", "hpcloss/losses/entropy.py",
+        "by_entropy.region(1).against(of_keys.region(0))", "by_entropy.region(1).against(of_keys.region(1))",
+        "test_entropy: not compile",
+    ),
+    Mutation(
+        "an attribute of a module is not checked", "hpcloss/losses/module.py",
+        "value = check_each(self._function, {name: value})[name]", "pass",
+        "test_options: checked_wherever",
+    ),
+    Mutation(
+        "options that exclude each other pass", "hpcloss/losses/options.py",
+        "        rule(**options)", "        pass",
+        "test_modules: bad_hyper_parameters",
+    ),
+    Mutation(
+        "a bound of a negative scale is negative", "hpcloss/primitives/scale.py",
+        "abs(factor) * self.bound", "factor * self.bound",
+        "test_recipes: lifted",
+    ),
+    Mutation(
+        "keys of another backend are taken", "hpcloss/primitives/autograd.py",
+        "if keys.backend != anchors.backend:", "if False:",
+        "test_backends: another_backend",
+    ),
+    Mutation(
+        "groups in a queue stay behind", "hpcloss/memory.py",
+        "groups[drawn.order]", "groups.flip(0)",
+        "test_vectors: queue",
+    ),
+    Mutation(
+        "a sample of classes is of the largest segment's size alone", "hpcloss/plan/partition.py",
+        "min(k, pixels if largest is None else largest)", "(pixels if largest is None else largest)",
+        "test_region_phpc: sampl",
+    ),
+    Mutation(
+        "scales are added", "hpcloss/losses/multiscale.py",
         "torch.stack(scales).mean()", "torch.stack(scales).sum()",
         "test_multiscale: not compile",
     ),
     Mutation(
-        "unlike prototypes weigh more", "hpcloss/functional/prototype.py",
+        "unlike prototypes weigh more", "hpcloss/losses/prototype.py",
         "hardness = -1 / float(temperature)", "hardness = 1 / float(temperature)",
         "test_prototypes: not compile",
     ),
     Mutation(
-        "weights of prototypes have a mean of 1 / N", "hpcloss/functional/prototype.py",
+        "weights of prototypes have a mean of 1 / N", "hpcloss/losses/prototype.py",
         " * sum_of(counted, gather)", "",
         "test_prototypes: not compile",
     ),
     Mutation(
-        "empty prototypes are assigned", "hpcloss/functional/prototype.py",
+        "empty prototypes are assigned", "hpcloss/losses/prototype.py",
         "scores = torch.where(there[:, None], scores, -math.inf)", "pass",
         "test_prototypes: not compile",
     ),
