@@ -21,7 +21,7 @@ def tile(request, monkeypatch):
     """Kernels in tiles of this shape, on a GPU too."""
     backend = load("triton")
     config = backend.configs.INTERPRETED._replace(block_i=request.param[0], block_j=request.param[1])
-    monkeypatch.setattr(backend, "config", lambda *_, **__: config)
+    monkeypatch.setattr(backend.configs, "config", lambda *_, **__: config)
     return request.param
 
 
