@@ -13,7 +13,7 @@ from tests.tools.documents import blocks, headings, links, run
 import hpcloss
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-EVERY = ["README.md", "examples/README.md", "hpcloss/DESIGN.md", *PAGES]
+EVERY = ["README.md", "CONTRIBUTING.md", "examples/README.md", "hpcloss/DESIGN.md", *PAGES]
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch's own compiler
