@@ -13,7 +13,7 @@ WHEEL := .venv-wheel
 TRITON_OF_TORCH_2_11 := 3.6.0
 OLDEST_TRITON := 3.4.0
 NUMPY_OF_OLDER_TRITON := 2.3.5
-OF_TRITON := $(addprefix tests/compiled/test_,launch_path.py offline*.py ptx.py gpu_run*.py)
+OF_TRITON := $(addprefix tests/compiled/test_,launch_path.py budgets*.py offline.py ptx.py gpu_run*.py)
 # Of the interpreter's tests those that reach every kernel, rule and mask; dtypes, shapes and options are for the newest.
 IN_THE_INTERPRETER := tests/kernels -k "losses or recipes or edges or both or of_plans or segment_mean or spans"
 OF_THE_WHEEL := tests/losses/test_modules.py tests/losses/test_reference.py tests/plan/test_native.py \

@@ -8,13 +8,21 @@ import torch
 from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
-from tests.compiled import test_launch_path, test_offline, test_offline_hopper, test_ptx  # noqa: E402
+from tests.compiled import (  # noqa: E402
+    test_budgets_hopper,
+    test_budgets_hopper_backward,
+    test_budgets_newer,
+    test_budgets_older,
+    test_launch_path,
+    test_ptx,
+)
 
 import hpcloss  # noqa: E402
 from hpcloss import backends  # noqa: E402
 from hpcloss.backends import evidence  # noqa: E402
 from hpcloss.backends.triton import configs, trial  # noqa: E402
 
+BUDGETS = (test_budgets_older, test_budgets_newer, test_budgets_hopper, test_budgets_hopper_backward)
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
@@ -34,7 +42,7 @@ def capabilities(*tests):
 @pytest.mark.parametrize(
     ("what", "tests"),
     [
-        ("compiled", (test_offline.test_budget, test_offline_hopper.test_budget)),
+        ("compiled", [part.test_budget for part in BUDGETS]),
         ("executed (PTX interpreter)", (test_ptx.test_losses,)),
         ("launched (stand-in driver)", (test_launch_path.test_step,)),
     ],

@@ -1,4 +1,6 @@
-"""What a compiled kernel may take: registers, shared memory, spills; and which calls are compiled."""
+"""What a compiled kernel may take, and which calls are compiled: one of each kernel, at one width in fp16, in `make test`;
+every shipped tile shape and variant in `make test-all`.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def spilled(capability, dtype, dim, name):
     return SPILLED.get(VERSION, {}).get((capability, name), 0) if (dtype, dim) == (torch.float16, 128) else 0
 
 
-def targets(capabilities):
+def targets(capabilities, calls=CALLS):
     """Every part, dtype and precision, width that has shapes of its own, and call."""
     for capability in capabilities:
         for dtype, precision in PRECISIONS:
@@ -45,7 +47,7 @@ def targets(capabilities):
                 continue  # its shapes and matrix instructions are those of 86
             dims = (128,) if dtype == torch.bfloat16 else (64, 128, 256, 512)
             for dim in (16, *dims) if dtype == torch.float16 else dims:
-                for name in CALLS:
+                for name in calls:
                     quick = (dtype, dim) == (torch.float16, 128) and (name in KERNELS or capability == 90)
                     mark = [] if quick else pytest.mark.slow
                     yield pytest.param(capability, dtype, precision, dim, name, marks=mark)

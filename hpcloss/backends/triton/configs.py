@@ -1,6 +1,6 @@
 """Tile shapes, by what decides them: the part (matrix unit and shared memory), the precision, the width of a row.
 
-Chosen so that nothing spills (`tests/compiled/test_offline.py`); `python benchmarks/tune.py` searches them by time on
+Chosen so that nothing spills (`tests/compiled/test_budgets_*.py`); `python benchmarks/tune.py` searches them by time on
 a GPU.
 """
 

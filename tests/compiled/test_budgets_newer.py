@@ -1,0 +1,10 @@
+"""Shipped kernels compiled for Ada and Blackwell."""
+
+import pytest
+from tests.tools.budgets import assert_budget, targets
+
+
+@pytest.mark.parametrize(("capability", "dtype", "precision", "dim", "name"), list(targets((89, 100, 120))))
+def test_budget(capability, dtype, precision, dim, name, matmul_precision):
+    matmul_precision("highest" if precision == "half" else precision)
+    assert_budget(capability, dtype, precision, dim, name)
