@@ -1,5 +1,5 @@
-"""What the compiler makes of the kernels, besides their budgets (test_budgets_*.py): launches, machine code, the table of
-hpcloss/DESIGN.md, AMD parts, where nothing spills to memory.
+"""What the compiler makes of the kernels, besides their budgets (test_budgets_*.py): launches, machine code, the table
+of hpcloss/DESIGN.md, AMD parts, where nothing spills to memory.
 """
 
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""What a compiled kernel may take, and which calls are compiled: one of each kernel, at one width in fp16, in `make test`;
-every shipped tile shape and variant in `make test-all`.
+"""What a compiled kernel may take, and which calls are compiled: one of each kernel, at one width in fp16, in
+`make test`; every shipped tile shape and variant in `make test-all`.
 """
 
 import pytest
