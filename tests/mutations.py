@@ -232,7 +232,8 @@ MUTATIONS = [
     ),
     Mutation(
         "an argument is missing", "hpcloss/backends/triton/linear_mean.py",
-        "anchors.shape[0], at.own_start.numel(), BLOCK_I", "anchors.shape[0], BLOCK_I",
+        "mass, slope,\n        anchors.shape[0], at.own_start.numel(), BLOCK_I",
+        "mass, slope,\n        anchors.shape[0], BLOCK_I",
         "test_launch_path: float16-ntxent",
     ),
     Mutation(
