@@ -497,7 +497,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the other direction dropped", "backward.py",
-        "of_other = load_statistics(other.statistics, columns, inside) if COL else None", "of_other = None",
+        "of_other = load_statistics(statistics.other, columns, inside) if COL else None", "of_other = None",
         f"{LSE} and background and every",
     ),
     Mutation(
