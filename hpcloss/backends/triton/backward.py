@@ -74,8 +74,8 @@ def backward_kernel(
 ):  # fmt: skip
     """gradient_i = sum_j dS_ij y_j of BLOCK_I own rows, and each anchor's part of d scale.
 
-    all_rows, statistics: of both `Sides`; rows without statistics are keys alone. The intervals are the own rows' if these
-    have statistics, else the other rows'. SLOPE: slopes of all pairs. SUBTRACT: those of positive pairs, or None.
+    all_rows, statistics: of both `Sides`; rows without statistics are keys alone. The intervals are the own rows' if
+    these have statistics, else the other rows'. SLOPE: slopes of all pairs. SUBTRACT: those of positive pairs, or None.
     """
     ROW: tl.constexpr = statistics.own is not None
     COL: tl.constexpr = statistics.other is not None
@@ -267,10 +267,11 @@ def gradient_of_side(
     """The gradient of the own rows, from one pass over the other rows; by_scale [N] is written where it is given."""
     gradient = torch.empty(rows.own.shape if wanted else (0,), dtype=torch.float32, device=rows.own.device)
     if wanted or by_scale is not None:
-        launch.over_tiles(
-            backward_kernel, shape, rows.own,
+        tiling = launch.tiling(shape, rows.own)
+        launch.run(
+            backward_kernel, tiling.programs, rows.own,
             rows, statistics, coefficients, Gradients(gradient if wanted else None, by_scale), intervals,
-            rows.own.shape[0], intervals.own_start.numel(), **constants,
+            rows.own.shape[0], intervals.own_start.numel(), **constants, **tiling.constants,
         )  # fmt: skip
     return gradient
 

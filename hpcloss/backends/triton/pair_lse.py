@@ -110,10 +110,11 @@ def pair_lse(
     online = bias is not None or not is_safe(others.shape[0], scale_bound, torch.float32)
     lse = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
     at = Intervals(*launch.int32(intervals))
-    launch.over_tiles(
-        forward_kernel, "pair_lse", anchors,
+    tiling = launch.tiling("pair_lse", anchors)
+    launch.run(
+        forward_kernel, tiling.programs, anchors,
         anchors, others, Coefficients(launch.fp32(bias), launch.fp32(scale)), lse, at,
-        lse.numel(), at.own_start.numel(), RULE=rule, ONLINE=online,
+        lse.numel(), at.own_start.numel(), RULE=rule, ONLINE=online, **tiling.constants,
     )  # fmt: skip
     return lse
 
