@@ -1,4 +1,4 @@
-"""The native library: the same integers as the PyTorch text, errors with names, threads; what is said without it."""
+"""The native library: the same integers as the PyTorch implementation, errors with names, threads; what is said without it."""
 
 import contextlib
 import ctypes
@@ -434,7 +434,7 @@ def test_a_library_can_be_named(monkeypatch, forget, tmp_path):
     assert native.why_not("cpu") == "HPCLOSS_LIBRARY is empty"
     assert "native library: not available, HPCLOSS_LIBRARY is empty" in hpcloss.info()
     labels = choice([0, 1], 2, 4, 4)
-    assert len(partition.partition(labels, num_classes=2).order) == 32  # served by the PyTorch text
+    assert len(partition.partition(labels, num_classes=2).order) == 32  # served by the PyTorch implementation
     # One that is named must load: nobody wants to test another one than they think.
     broken = tmp_path / "broken.so"
     broken.write_text("not a library")

@@ -29,7 +29,7 @@ pixel_labels = st.lists(st.tuples(st.sampled_from([0, 1, 2, 3, 7, -4, 255, 2**40
 
 @pytest.fixture(scope="module", autouse=True, params=["native", "cuda", "torch"])
 def implementation(request):
-    """Everything here holds for the native library, for its CUDA sources and for the PyTorch text alike."""
+    """Everything here holds for the native library, for its CUDA sources and for the PyTorch implementation alike."""
     yield from implementations(request.param)
 
 

@@ -31,7 +31,7 @@ drawn_often = pytest.mark.usefixtures("not_emulated")
 
 @pytest.fixture(scope="module", autouse=True, params=["native", "cuda", "torch"])
 def implementation(request):
-    """Everything here holds for the native library, for its CUDA sources and for the PyTorch text alike."""
+    """Everything here holds for the native library, for its CUDA sources and for the PyTorch implementation alike."""
     yield from implementations(request.param)
 
 

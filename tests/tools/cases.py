@@ -122,7 +122,7 @@ def assert_same(loss, other, *inputs, noise=NOISE):
 
 def implementations(name):
     """Fixture body, for what several implementations must do alike: the native library, which must be there; its CUDA
-    sources, run on the CPU; or the PyTorch text."""
+    sources, run on the CPU; or the PyTorch implementation."""
     if name == "native":
         if reason := native.why_not("cpu"):
             pytest.skip(f"no native library: {reason}")
