@@ -232,8 +232,8 @@ MUTATIONS = [
     ),
     Mutation(
         "an argument is missing", "hpcloss/backends/triton/linear_mean.py",
-        "out, mass, slope,\n        anchors.shape[0], at.own_start.numel(),",
-        "out, mass, slope,\n        anchors.shape[0],",
+        "mass, slope,\n        anchors.shape[0], at.own_start.numel(), BLOCK_I",
+        "mass, slope,\n        anchors.shape[0], BLOCK_I",
         "test_launch_path: float16-ntxent",
     ),
     Mutation(
@@ -497,7 +497,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the other direction dropped", "backward.py",
-        "of_other = load_statistics(other.statistics, columns, inside) if COL else None", "of_other = None",
+        "of_other = load_statistics(statistics.other, columns, inside) if COL else None", "of_other = None",
         f"{LSE} and background and every",
     ),
     Mutation(

@@ -42,11 +42,11 @@ from hpcloss.backends.triton.tiles import (
 )
 
 
-class Side(NamedTuple):
-    """The rows that a program owns, or those that it streams."""
+class Sides(NamedTuple):
+    """Something of the rows that a program owns, and of those that it streams."""
 
-    rows: Any  # [N, D]
-    statistics: Any  # [N, 4]; None where the rows are keys alone
+    own: Any
+    other: Any
 
 
 class Gradients(NamedTuple):
@@ -68,24 +68,24 @@ class Tile(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
 def backward_kernel(
-    own, other, coefficients, gradients, intervals, num_rows, num_regions,
+    all_rows, statistics, coefficients, gradients, intervals, num_rows, num_regions,
     D: tl.constexpr, SLOPE: tl.constexpr, SUBTRACT: tl.constexpr, TERM: tl.constexpr, RULE: tl.constexpr,
     ONLINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gradient_i = sum_j dS_ij y_j of BLOCK_I own rows, and each anchor's part of d scale.
 
-    own, other: a `Side` each. The intervals are the anchors': the own rows', if these have statistics, else the other
-    rows'. SLOPE: the slopes of all pairs. SUBTRACT: those of positive pairs from them, or None.
+    all_rows, statistics: of both `Sides`; rows without statistics are keys alone. The intervals are the own rows' if
+    these have statistics, else the other rows'. SLOPE: slopes of all pairs. SUBTRACT: those of positive pairs, or None.
     """
-    ROW: tl.constexpr = own.statistics is not None
-    COL: tl.constexpr = other.statistics is not None
+    ROW: tl.constexpr = statistics.own is not None
+    COL: tl.constexpr = statistics.other is not None
     first_row, rows, there = block_of(num_rows, BLOCK_I)
-    x = load_rows(own.rows, rows, there, D, BLOCK_D)
+    x = load_rows(all_rows.own, rows, there, D, BLOCK_D)
     scale, bias = tl.load(coefficients.scale), coefficients.key_bias
     total = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     by_scale = tl.zeros([BLOCK_I], tl.float32)
     positives = row_intervals(intervals, rows, there) if ROW else None
-    of_own = load_statistics(own.statistics, rows, there) if ROW else None
+    of_own = load_statistics(statistics.own, rows, there) if ROW else None
     own_bias = load_bias(bias, rows, there)[:, None] if COL and bias is not None else None
     low, high = regions_of(intervals, num_regions, first_row, ROW, BLOCK_I)
     for region in range(low, high):
@@ -100,9 +100,9 @@ def backward_kernel(
             first, last = tile_of(spans, number, before, BLOCK_J)
             columns = first + tl.arange(0, BLOCK_J)
             inside = columns < last
-            y = load_rows(other.rows, columns, inside, D, BLOCK_D)
+            y = load_rows(all_rows.other, columns, inside, D, BLOCK_D)
             similarity = similarities(x, y, PRECISION)
-            of_other = load_statistics(other.statistics, columns, inside) if COL else None
+            of_other = load_statistics(statistics.other, columns, inside) if COL else None
             other_bias = load_bias(bias, columns, inside)[None, :] if ROW and bias is not None else None
             slopes, along_scale = SLOPE(
                 similarity, of_own, of_other, own_bias, other_bias, scale, coefficients, TERM, ONLINE
@@ -241,21 +241,22 @@ def gradients_of_pairs(
     d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
     if keys is None:
         # Here every row of a region is a key, and meets its region.
-        side, at = Side(anchors, statistics), Intervals(*positives, *of_keys, *of_keys, *of_anchors)
-        d_anchors = gradient_of_side(side, side, at, *given, needs_anchors, by_scale)
+        at = Intervals(*positives, *of_keys, *of_keys, *of_anchors)
+        sides = Sides(anchors, anchors), Sides(statistics, statistics)
+        d_anchors = gradient_of_side(*sides, at, *given, needs_anchors, by_scale)
     else:
-        side, other = Side(anchors, statistics), Side(launch.as_anchors(anchors, keys), None)
-        at = Intervals(*positives, *of_anchors, *of_keys)
-        d_anchors = gradient_of_side(side, other, at, *given, needs_anchors, by_scale)
+        keys = launch.as_anchors(anchors, keys)
+        at, sides = Intervals(*positives, *of_anchors, *of_keys), (Sides(anchors, keys), Sides(statistics, None))
+        d_anchors = gradient_of_side(*sides, at, *given, needs_anchors, by_scale)
         if needs_keys:
-            at = Intervals(*positives, *of_keys, *of_anchors)
-            d_keys = gradient_of_side(other, side, at, *given, True, None)
+            at, sides = Intervals(*positives, *of_keys, *of_anchors), (Sides(keys, anchors), Sides(None, statistics))
+            d_keys = gradient_of_side(*sides, at, *given, True, None)
     return d_anchors, d_keys, sum_if_wanted(by_scale, anchors)
 
 
 def gradient_of_side(
-    own: Side,
-    other: Side,
+    rows: Sides,
+    statistics: Sides,
     intervals: Intervals,
     coefficients: Coefficients,
     constants: dict[str, Any],
@@ -264,12 +265,13 @@ def gradient_of_side(
     by_scale: Tensor | None,
 ) -> Tensor:
     """The gradient of the own rows, from one pass over the other rows; by_scale [N] is written where it is given."""
-    gradient = torch.empty(own.rows.shape if wanted else (0,), dtype=torch.float32, device=own.rows.device)
+    gradient = torch.empty(rows.own.shape if wanted else (0,), dtype=torch.float32, device=rows.own.device)
     if wanted or by_scale is not None:
-        launch.over_tiles(
-            backward_kernel, shape, own.rows,
-            own, other, coefficients, Gradients(gradient if wanted else None, by_scale), intervals,
-            own.rows.shape[0], intervals.own_start.numel(), **constants,
+        tiling = launch.tiling(shape, rows.own)
+        launch.run(
+            backward_kernel, tiling.programs, rows.own,
+            rows, statistics, coefficients, Gradients(gradient if wanted else None, by_scale), intervals,
+            rows.own.shape[0], intervals.own_start.numel(), **constants, **tiling.constants,
         )  # fmt: skip
     return gradient
 

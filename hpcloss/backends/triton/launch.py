@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,19 +29,28 @@ def row_by_row(kernel: Any, like: Tensor, *args: Any, **constants: Any) -> None:
     run(kernel, triton.cdiv(like.numel(), ROWS), like, *args, **constants, BLOCK=ROWS)
 
 
-def over_tiles(kernel: Any, shape: str, rows: Tensor, *args: Any, **constants: Any) -> None:
-    """Run one program for each block of `rows` [N, D], in the tile shape of that name (`configs.config`)."""
-    tiles = configs.config(shape, rows)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+class Tiling(NamedTuple):
+    """How rows are cut into blocks of one program each."""
+
+    programs: int
+    constants: dict[str, Any]  # of the kernel; and how a program is run
+
+
+def tiling(shape: str, rows: Tensor) -> Tiling:
+    """Blocks of `rows` [N, D] in the tile shape of this name (`configs.config`)."""
+    tiles, channels = configs.config(shape, rows), rows.shape[1]
+    constants = {
+        "D": channels,
+        "BLOCK_I": tiles.block_i,
+        "BLOCK_J": tiles.block_j,
+        "BLOCK_D": max(triton.next_power_of_2(channels), 16),
+        "PRECISION": "tf32" if configs.precision(rows) == "tf32" else "ieee",  # of no meaning for half precision
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
     if tiles.maxnreg is not None:
-        options["maxnreg"] = tiles.maxnreg
-    run(
-        kernel, triton.cdiv(rows.shape[0], tiles.block_i), rows, *args, **constants,
-        D=rows.shape[1], BLOCK_I=tiles.block_i, BLOCK_J=tiles.block_j,
-        BLOCK_D=max(triton.next_power_of_2(rows.shape[1]), 16),
-        PRECISION="tf32" if configs.precision(rows) == "tf32" else "ieee",  # of no meaning for half precision
-        **options,
-    )  # fmt: skip
+        constants["maxnreg"] = tiles.maxnreg
+    return Tiling(triton.cdiv(rows.shape[0], tiles.block_i), constants)
 
 
 def int32(indices: list[Tensor]) -> list[Tensor]:

@@ -159,10 +159,11 @@ def pair_cross_entropy(
     results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
     at = Intervals(*launch.int32(intervals))
     coefficients = Coefficients(None, launch.fp32(scale), hardness=hardness or None)
-    launch.over_tiles(
-        forward_kernel, "weighted_cross_entropy" if hardness else "pair_cross_entropy", anchors,
+    tiling = launch.tiling("weighted_cross_entropy" if hardness else "pair_cross_entropy", anchors)
+    launch.run(
+        forward_kernel, tiling.programs, anchors,
         anchors, launch.as_anchors(anchors, keys), coefficients, Results(*results), at,
-        anchors.shape[0], at.own_start.numel(),
+        anchors.shape[0], at.own_start.numel(), **tiling.constants,
     )  # fmt: skip
     return tuple(results)
 

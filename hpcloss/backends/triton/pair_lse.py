@@ -12,7 +12,7 @@ from torch import Tensor
 from hpcloss.backends.bounds import is_safe
 from hpcloss.backends.triton import launch
 from hpcloss.backends.triton.backward import (
-    Side,
+    Sides,
     gradient_of_side,
     gradients_of_pairs,
     largest_of,
@@ -110,10 +110,11 @@ def pair_lse(
     online = bias is not None or not is_safe(others.shape[0], scale_bound, torch.float32)
     lse = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
     at = Intervals(*launch.int32(intervals))
-    launch.over_tiles(
-        forward_kernel, "pair_lse", anchors,
+    tiling = launch.tiling("pair_lse", anchors)
+    launch.run(
+        forward_kernel, tiling.programs, anchors,
         anchors, others, Coefficients(launch.fp32(bias), launch.fp32(scale)), lse, at,
-        lse.numel(), at.own_start.numel(), RULE=rule, ONLINE=online,
+        lse.numel(), at.own_start.numel(), RULE=rule, ONLINE=online, **tiling.constants,
     )  # fmt: skip
     return lse
 
@@ -237,7 +238,7 @@ def pair_lse_both_backward(
         (keys, anchors, of_keys, of_anchors, _exchanged(keys, intervals, rule), needs_keys),
     ):
         parts.append(torch.zeros_like(of_own[:, 0]) if needs_scale else None)
-        sides, at = (Side(own, of_own), Side(other, of_other)), Intervals(*launch.int32(pairs))
+        sides, at = (Sides(own, other), Sides(of_own, of_other)), Intervals(*launch.int32(pairs))
         given = at, coefficients, _constants(rule, online), "backward", wanted, parts[-1]
         gradients.append(gradient_of_side(*sides, *given))
     return *gradients, sum_if_wanted(torch.cat(parts) if needs_scale else None, anchors)

@@ -182,10 +182,11 @@ def pair_mean(
     out = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
     results = Results(out, torch.empty_like(out), torch.empty_like(out))
     at = Intervals(*launch.int32(intervals))
-    launch.over_tiles(
-        forward_kernel, "pair_mean", anchors,
+    tiling = launch.tiling("pair_mean", anchors)
+    launch.run(
+        forward_kernel, tiling.programs, anchors,
         anchors, others, launch.fp32(stat), _coefficients(scale, log_weight, hardness, discount), results,
-        at, out.numel(), at.own_start.numel(), TERM=_term(stat), ONLINE=online,
+        at, out.numel(), at.own_start.numel(), TERM=_term(stat), ONLINE=online, **tiling.constants,
     )  # fmt: skip
     return tuple(results)
 
