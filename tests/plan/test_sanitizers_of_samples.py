@@ -1,4 +1,4 @@
-"""The tests of samples and errors over a native library that checks itself."""
+"""The tests of samples over a native library that checks itself."""
 
 import importlib.util
 import shutil
@@ -17,8 +17,8 @@ needs_gnu = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "l
 @needs_gnu
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist to switch it off")
 def test_sanitizers_have_nothing_to_say(sanitized):
-    """The tests of the samples and the errors, over a library that checks itself."""
-    files = ["tests/plan/test_sampling.py", "tests/plan/test_native.py"]
+    """The tests of the samples, over a library that checks itself."""
+    files = ["tests/plan/test_sampling.py"]
     chosen = "(native and not cuda and not torch) and not sanitizers and not forked and not emulated and not library"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", chosen]
     done = subprocess.run(command, env=sanitized, capture_output=True, text=True, cwd=ROOT)
