@@ -74,8 +74,8 @@ def backward_kernel(
 ):  # fmt: skip
     """gradient_i = sum_j dS_ij y_j of BLOCK_I own rows, and each anchor's part of d scale.
 
-    all_rows, statistics: of both `Sides`; rows without statistics are keys alone. The intervals are the own rows' if these
-    have statistics, else the other rows'. SLOPE: slopes of all pairs. SUBTRACT: those of positive pairs, or None.
+    all_rows, statistics: of both `Sides`; rows without statistics are keys alone. The intervals are the own rows', if
+    these have statistics, else the other rows'. SLOPE: slopes of all pairs. SUBTRACT: those of positives, or None.
     """
     ROW: tl.constexpr = statistics.own is not None
     COL: tl.constexpr = statistics.other is not None
