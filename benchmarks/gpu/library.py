@@ -59,7 +59,7 @@ class Build:
         """Waits for the end. status: "built", "failed", or "missing" without nvcc."""
         said = {"command": " ".join(self.command)}
         if self.process is None:
-            message = "NO NATIVE LIBRARY: there is no nvcc, so partition and samples are those of the PyTorch implementation"
+            message = "NO NATIVE LIBRARY: there is no nvcc, so PyTorch computes partition and samples"
             return {"status": "missing", "message": message, **said}
         ended = "no result in time"
         with contextlib.suppress(subprocess.TimeoutExpired):

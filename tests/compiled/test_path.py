@@ -38,11 +38,15 @@ def ways(monkeypatch):
 
     def walk(module, *inputs):
         found, run = {}, launch.run
-        monkeypatch.setattr(launch, "run", lambda kernel, *args, **options: run(Kernel(kernel, found), *args, **options))
+
+        def watched(kernel, *args, **options):
+            return run(Kernel(kernel, found), *args, **options)
+
+        monkeypatch.setattr(launch, "run", watched)
         monkeypatch.setattr(row_primitives, "resolve", lambda name, tensor: "triton")
         monkeypatch.setattr(offline.configs, "capability", lambda device: 90)
         module(*inputs)
-        return {name: [call for call in way if call[1] != "<lambda>"] for name, way in found.items()}
+        return {name: [call for call in way if call[1] != "watched"] for name, way in found.items()}
 
     return walk
 

@@ -1,4 +1,4 @@
-"""The native library: the same integers as the PyTorch implementation, errors with names, threads; what is said without it."""
+"""The native library: integers of the PyTorch implementation, errors with names, threads; what is said without it."""
 
 import contextlib
 import ctypes
