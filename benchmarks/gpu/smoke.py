@@ -96,7 +96,8 @@ def native_library(built: dict[str, Any]) -> dict[str, Any]:
     for device in (DEVICE, torch.device("cpu")):
         grid, seed = Grid(3, (40, 50), (40, 50), per_image=True), torch.tensor(7, device=device)
         rows = class_sort(labels.to(device), grid, num_classes=5)
-        found.append([*rows, *sample(rows.order, rows.offsets, 9, seed=seed, num_pixels=labels.numel())])
+        drawn = sample(rows.order, rows.offsets, 9, seed=seed, num_pixels=labels.numel())
+        found.append([rows.order, rows.offsets, rows.outside, *drawn])
     if not all(torch.equal(there.cpu(), here) for there, here in zip(*found, strict=True)):
         raise AssertionError("partition and sample on the device are not those of the CPU")
     return {key: built[key] for key in ("command", "library", "build_seconds")}

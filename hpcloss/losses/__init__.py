@@ -1,4 +1,7 @@
-"""The losses as modules: hyper-parameters, documentation, nothing else."""
+"""The losses, one file per family: the function (a recipe) and its module (hyper-parameters) side by side.
+
+This names the modules; `hpcloss.functional` names the functions.
+"""
 
 from hpcloss.losses.entropy import EntropyGuidedContrastLoss
 from hpcloss.losses.image import IHPCLoss

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import hpcloss
+from hpcloss import functional
+from hpcloss.losses.module import Loss
 
 ROOT = Path(hpcloss.__file__).parent
 FILES = {
@@ -160,9 +162,20 @@ def test_all_is_complete_and_sorted():
         if not name.startswith("_") and not inspect.ismodule(thing)
     }  # fmt: skip
     assert set(hpcloss.__all__) == public | {"__version__"}
-    assert hpcloss.__all__ == sorted(hpcloss.__all__)
-    losses = importlib.import_module("hpcloss.losses")
-    assert set(losses.__all__) == {name for name in hpcloss.__all__ if name.endswith("Loss")}
+    lists = {
+        "losses/__init__.py": importlib.import_module("hpcloss.losses").__all__,
+        "functional.py": functional.__all__,
+    }
+    for file, names in lists.items():
+        assert names == sorted(names), f"__all__ of hpcloss/{file} is not sorted"
+        assert set(names) <= public, f"hpcloss lacks names of hpcloss/{file}"
+    for module in (module for module in FILES if module.startswith("hpcloss.losses.")):
+        for name, thing in vars(importlib.import_module(module)).items():
+            own = getattr(thing, "__module__", None) == module and not name.startswith("_")
+            if own and inspect.isclass(thing) and issubclass(thing, Loss) and thing is not Loss:
+                assert name in lists["losses/__init__.py"], f"hpcloss/losses/__init__.py lacks {name}"
+            if own and name.endswith("_loss"):
+                assert name in lists["functional.py"], f"hpcloss/functional.py lacks {name}"
 
 
 def test_the_package_is_typed():
