@@ -8,6 +8,11 @@ import re
 
 import pytest
 import torch
+
+import hpcloss
+import hpcloss.compat
+from hpcloss.compat import contrastiveseg, infonce, lightly, monai, open_clip, pml
+from hpcloss.compat import supcontrast as supcontrast_compat
 from tests.tools.cases import NOISE, ROOT, assert_same, choice, integers, rows, value_and_grads
 from tests.tools.numerics import assert_exact
 from tests.tools.peer_formulas import (
@@ -25,11 +30,6 @@ from tests.tools.peer_formulas import (
     pml_supcon,
     supcontrast,
 )
-
-import hpcloss
-import hpcloss.compat
-from hpcloss.compat import contrastiveseg, infonce, lightly, monai, open_clip, pml
-from hpcloss.compat import supcontrast as supcontrast_compat
 
 CASES = 200
 

@@ -1,6 +1,7 @@
 """Shipped kernels compiled for Hopper, for which every variant is: the backward passes."""
 
 import pytest
+
 from tests.tools.budgets import CALLS, assert_budget, targets
 
 PASSES = [call for call in CALLS if "backward" in call]

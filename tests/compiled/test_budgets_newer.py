@@ -1,6 +1,7 @@
 """Shipped kernels compiled for Ada and Blackwell."""
 
 import pytest
+
 from tests.tools.budgets import assert_budget, targets
 
 

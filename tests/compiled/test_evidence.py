@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
+import hpcloss  # noqa: E402
+from hpcloss import backends  # noqa: E402
+from hpcloss.backends import evidence  # noqa: E402
+from hpcloss.backends.triton import configs, trial  # noqa: E402
 from tests.compiled import (  # noqa: E402
     test_budgets_hopper,
     test_budgets_hopper_backward,
@@ -16,11 +21,6 @@ from tests.compiled import (  # noqa: E402
     test_launch_path,
     test_ptx,
 )
-
-import hpcloss  # noqa: E402
-from hpcloss import backends  # noqa: E402
-from hpcloss.backends import evidence  # noqa: E402
-from hpcloss.backends.triton import configs, trial  # noqa: E402
 
 BUDGETS = (test_budgets_older, test_budgets_newer, test_budgets_hopper, test_budgets_hopper_backward)
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.tools.gpu_run import ROOT, document_of, keys, listed, needs_cc, needs_interpreter, run
-from tests.tools.kernels import compile_or_skip
 
 from benchmarks.gpu import check, interpreter, library, sanitizer, supervisor
 from benchmarks.gpu import tests as stage
+from tests.tools.gpu_run import ROOT, document_of, keys, listed, needs_cc, needs_interpreter, run
+from tests.tools.kernels import compile_or_skip
 
 # ---------------------------------------------------------------------------------------------------- the whole of it
 

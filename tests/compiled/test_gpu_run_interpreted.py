@@ -2,9 +2,8 @@
 
 import shutil
 
-from tests.tools.gpu_run import ROOT, document_of, listed, needs_interpreter, run
-
 from benchmarks.gpu import supervisor
+from tests.tools.gpu_run import ROOT, document_of, listed, needs_interpreter, run
 
 
 @needs_interpreter

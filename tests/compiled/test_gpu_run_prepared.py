@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from tests.tools.gpu_run import document_of, needs_cc, run
-from tests.tools.kernels import compile_or_skip
 
 from benchmarks.gpu import cache
+from tests.tools.gpu_run import document_of, needs_cc, run
+from tests.tools.kernels import compile_or_skip
 
 
 @needs_cc

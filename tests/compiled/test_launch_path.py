@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+
 from tests.tools.kernels import compile_or_skip
 from tests.tools.launch_path import CASES, FIRST_SIZES, NO_LAUNCH, SIZES, Machine
 from tests.tools.losses import LOSSES

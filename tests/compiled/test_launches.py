@@ -9,8 +9,6 @@ import importlib.util
 
 import pytest
 import torch
-from tests.tools.cases import choice, cuda_on_cpu, implementations, integers, rows
-from tests.tools.kernels import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hpcloss
@@ -19,6 +17,8 @@ from hpcloss.plan.partition import partition
 from hpcloss.plan.regions import Grid
 from hpcloss.primitives import rows as row_primitives
 from hpcloss.primitives.rows import pack
+from tests.tools.cases import choice, cuda_on_cpu, implementations, integers, rows
+from tests.tools.kernels import INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from tests.tools import kernel_table, offline
-from tests.tools.budgets import CALLS, KERNELS, VERSION
-from tests.tools.machine_code import MachineCode, trip
 
 import hpcloss
 from hpcloss.backends.triton import probe
+from tests.tools import kernel_table, offline
+from tests.tools.budgets import CALLS, KERNELS, VERSION
+from tests.tools.machine_code import MachineCode, trip
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1", "3.9.0", "3.8.0+git12ab"])

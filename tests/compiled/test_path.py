@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tools import offline
-from tests.tools.cases import choice, rows
 
 import hpcloss
 from hpcloss.backends.triton import launch
 from hpcloss.primitives import rows as row_primitives
+from tests.tools import offline
+from tests.tools.cases import choice, rows
 
 PACKAGE = Path(hpcloss.__file__).parent
 DESIGN = (PACKAGE / "DESIGN.md").read_text(encoding="utf-8")

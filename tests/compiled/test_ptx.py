@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+
 from tests.tools.cases import choice, integers, rows
 from tests.tools.kernels import compile_or_skip
 from tests.tools.losses import FAST, ORACLE
@@ -19,14 +20,14 @@ from tests.tools.numerics import assert_within_budget
 
 compile_or_skip()
 import triton  # noqa: E402
-from tests.tools import offline, tf32  # noqa: E402
-from tests.tools.ptx import Fault, Kernel  # noqa: E402
-from tests.tools.ptx.backend import Machine  # noqa: E402
 
 from hpcloss import backends  # noqa: E402
 from hpcloss.backends.triton import probe  # noqa: E402
 from hpcloss.backends.triton.trial import failure  # noqa: E402
 from hpcloss.plan.partition import one_to_one  # noqa: E402
+from tests.tools import offline, tf32  # noqa: E402
+from tests.tools.ptx import Fault, Kernel  # noqa: E402
+from tests.tools.ptx.backend import Machine  # noqa: E402
 
 THREADS = 64
 # Up to Triton 3.7.0 the compiler leaves out the fence between cp.async and wgmma (DESIGN.md).

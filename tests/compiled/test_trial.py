@@ -14,8 +14,9 @@ import warnings
 
 import pytest
 import torch
-from tests.tools.kernels import compile_or_skip
 from torch._subclasses import FakeTensorMode
+
+from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
 from hpcloss import backends  # noqa: E402

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
+
 from tests.tools.kernels import compile_or_skip
 
 compile_or_skip()
-from tests.tools import offline  # noqa: E402
-
 from benchmarks import tune  # noqa: E402
 from hpcloss.backends.triton import configs  # noqa: E402
+from tests.tools import offline  # noqa: E402
 
 # How often the call that is timed launches the kernel: the backward pass is that of two primitives.
 LAUNCHES = {"backward": 2}

@@ -17,8 +17,6 @@ import torch
 for package in ("monai", "lightning", "nibabel", "nilearn", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from tests.tools.small_folders import write_msd  # noqa: E402
-
 from examples import compare, compare_report  # noqa: E402
 from examples.data import scanners as data  # noqa: E402
 from examples.data.slices import DataError, Slices  # noqa: E402
@@ -32,6 +30,7 @@ from examples.paired import (  # noqa: E402
 )
 from examples.recipes import Iterations, arms  # noqa: E402
 from examples.warps import Warps, strong_view, weak_view  # noqa: E402
+from tests.tools.small_folders import write_msd  # noqa: E402
 
 ROOT = Path(compare.__file__).parents[1]
 TINY = Iterations(images=2, pixels=2, warm=6, second=2, supervised=3)

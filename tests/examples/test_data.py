@@ -18,6 +18,13 @@ nib = pytest.importorskip("nibabel", reason="the examples need the `examples` ex
 pytest.importorskip("h5py", reason="the examples need the `examples` extra")
 
 from PIL import Image  # noqa: E402
+
+from examples.data import virtual_subjects as virtual  # noqa: E402
+from examples.data.folders import FINDERS, read_folder, recognise  # noqa: E402
+from examples.data.layout import subject_of  # noqa: E402
+from examples.data.slices import DataError  # noqa: E402
+from examples.data.splits import apply_split_file, assign_parts, draw_slices, draw_split  # noqa: E402
+from examples.three_stage import describe  # noqa: E402
 from tests.tools.small_folders import (  # noqa: E402
     save,
     save_h5,
@@ -28,13 +35,6 @@ from tests.tools.small_folders import (  # noqa: E402
     write_pictures,
     write_ssl4mis,
 )
-
-from examples.data import virtual_subjects as virtual  # noqa: E402
-from examples.data.folders import FINDERS, read_folder, recognise  # noqa: E402
-from examples.data.layout import subject_of  # noqa: E402
-from examples.data.slices import DataError  # noqa: E402
-from examples.data.splits import apply_split_file, assign_parts, draw_slices, draw_split  # noqa: E402
-from examples.three_stage import describe  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------- virtual subjects
 

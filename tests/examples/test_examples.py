@@ -18,7 +18,6 @@ for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorbo
 
 from matplotlib.colors import to_hex  # noqa: E402
 from PIL import Image  # noqa: E402
-from tests.tools.small_folders import volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
 from examples import figures, probes, stages, three_stage, training  # noqa: E402
 from examples.batches import Crops, Steps  # noqa: E402
@@ -41,6 +40,7 @@ from examples.stages import (  # noqa: E402
     shuffled,
 )
 from examples.training import Progress, quiet, train  # noqa: E402
+from tests.tools.small_folders import volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("small_and_steady")
 ROOT = Path(three_stage.__file__).parents[1]

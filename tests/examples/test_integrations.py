@@ -21,11 +21,11 @@ for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "nilearn"
 
 import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
+
+from examples.integrations import lightning_module, monai_loop  # noqa: E402
 from tests.tools.cases import ROOT  # noqa: E402
 from tests.tools.documents import LINK  # noqa: E402
 from tests.tools.small_folders import save, volume, write_h5, write_msd  # noqa: E402
-
-from examples.integrations import lightning_module, monai_loop  # noqa: E402
 
 FOLDER = ROOT / "examples/integrations"
 

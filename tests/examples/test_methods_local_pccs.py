@@ -10,8 +10,6 @@ import torch
 for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from tests.tools.small_folders import write_msd  # noqa: E402
-
 from examples.data.folders import read_folder  # noqa: E402
 from examples.data.splits import draw_split  # noqa: E402
 from examples.methods.local_contrast import LocalContrast, pairs  # noqa: E402
@@ -19,6 +17,7 @@ from examples.methods.mean_teacher import Outputs  # noqa: E402
 from examples.methods.pccs import PCCS, depths, entropy  # noqa: E402
 from examples.settings import Settings  # noqa: E402
 from examples.training import quiet, train  # noqa: E402
+from tests.tools.small_folders import write_msd  # noqa: E402
 
 METHODS = [LocalContrast, PCCS]
 SETTINGS = Settings(

@@ -14,8 +14,6 @@ import torch
 for package in ("monai", "lightning", "nibabel", "h5py", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from tests.examples.test_examples import arguments, check_schema, stage_weights  # noqa: E402
-
 from examples import three_stage  # noqa: E402
 from examples.arms import Arms  # noqa: E402
 from examples.data.splits import draw_split  # noqa: E402
@@ -26,6 +24,7 @@ from examples.stages import (  # noqa: E402
     SemiSupervised,
 )
 from examples.training import quiet, train  # noqa: E402
+from tests.examples.test_examples import arguments, check_schema, stage_weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("small_and_steady")
 ROOT = Path(three_stage.__file__).parents[1]

@@ -12,7 +12,6 @@ import torch
 for package in ("monai", "lightning", "nibabel", "nilearn", "h5py", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from tests.tools.small_folders import save, volume, write_h5, write_msd, write_pictures  # noqa: E402
 from torch import nn  # noqa: E402
 
 from examples import probes, three_stage  # noqa: E402
@@ -26,6 +25,7 @@ from examples.evaluate import dice_table, predict_volumes  # noqa: E402
 from examples.networks import build_network  # noqa: E402
 from examples.settings import Settings  # noqa: E402
 from examples.stages import PixelPretraining, shuffled  # noqa: E402
+from tests.tools.small_folders import save, volume, write_h5, write_msd, write_pictures  # noqa: E402
 
 PATCH = (48, 48, 48)
 SMALL = {"image_batch": 2, "pixel_batch": 1, "labelled_batch": 1}

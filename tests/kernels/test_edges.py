@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.tools.kernels import needs_kernels
-from tests.tools.problems import EDGES, Problem
 
 from hpcloss.operators import load
 from hpcloss.primitives.pair_lse import RULES
+from tests.tools.kernels import needs_kernels
+from tests.tools.problems import EDGES, Problem
 
 pytestmark = [
     needs_kernels,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.tools.cases import choice, rows
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 from tests.tools.losses import FAST, ORACLE

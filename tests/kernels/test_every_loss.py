@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from tests.tools.kernels import DEVICE
 from tests.tools.losses import FAST, LOSSES, ORACLE, Sizes
 from tests.tools.numerics import assert_within_budget

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tools.kernels import INTERPRETED
-from tests.tools.numerics import assert_within_budget
 
 import hpcloss
 from hpcloss import reference, sample_anchors
@@ -28,6 +26,8 @@ from hpcloss.primitives.pair_lse import RULES, pair_lse
 from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.scale import Scale
+from tests.tools.kernels import INTERPRETED
+from tests.tools.numerics import assert_within_budget
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the dense forms are asked to be deterministic
 

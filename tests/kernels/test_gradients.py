@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 from tests.tools.problems import BACKWARD, OPS, PASSES, Problem, calls, run
 

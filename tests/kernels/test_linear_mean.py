@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+from hpcloss.plan.partition import partition
 from tests.tools.cases import rows, runs
 from tests.tools.kernels import needs_kernels
 from tests.tools.linear_means import SIZED, check_linear
-
-from hpcloss.plan.partition import partition
 
 pytestmark = [
     needs_kernels,

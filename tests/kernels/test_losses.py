@@ -5,14 +5,14 @@ from unittest import mock
 
 import pytest
 import torch
+
+import hpcloss
+from hpcloss.losses.image import UNFILLED
 from tests.tools.cases import choice, integers, rows
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 from tests.tools.losses import FAST, ORACLE
 from tests.tools.numerics import assert_within_budget
 from tests.tools.problems import OPS, Problem
-
-import hpcloss
-from hpcloss.losses.image import UNFILLED
 
 pytestmark = [
     needs_kernels,

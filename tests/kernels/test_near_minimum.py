@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.tools.kernels import DEVICE, needs_kernels
 from tests.tools.near_minimum import CASES, SPREADS, assert_near, run_on
 

@@ -5,6 +5,9 @@ import math
 
 import pytest
 import torch
+
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.scale import Scale
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 from tests.tools.plans import (
     LargestTensor,
@@ -12,9 +15,6 @@ from tests.tools.plans import (
     self_plan,
 )
 from tests.tools.problems import BACKWARD, OPS, Problem, calls, run
-
-from hpcloss.primitives.pair_mean import pair_mean
-from hpcloss.primitives.scale import Scale
 
 pytestmark = [
     needs_kernels,

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from tests.tools import tf32
-from tests.tools.cases import rows
-from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 
 from hpcloss.operators import NORM_EPS, load
 from hpcloss.primitives.rows import pack
+from tests.tools import tf32
+from tests.tools.cases import rows
+from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 
 pytestmark = needs_kernels
 

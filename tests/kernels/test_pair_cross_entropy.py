@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+from hpcloss.primitives.pair_lse import RULES
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 from tests.tools.plans import (
     PLANS,
@@ -9,8 +11,6 @@ from tests.tools.plans import (
     self_plan,
 )
 from tests.tools.problems import Problem
-
-from hpcloss.primitives.pair_lse import RULES
 
 pytestmark = [
     needs_kernels,

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from tests.tools.cases import rows
-from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
-from tests.tools.plans import OF_ONE_SET
-from tests.tools.problems import Problem, allowed, check_pair_lse
 
 from hpcloss import reference
 from hpcloss.primitives.pair_lse import RULES, pair_lse_both
 from hpcloss.primitives.scale import Scale
+from tests.tools.cases import rows
+from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools.plans import OF_ONE_SET
+from tests.tools.problems import Problem, allowed, check_pair_lse
 
 pytestmark = [
     needs_kernels,

@@ -1,11 +1,11 @@
 """`pair_lse` of rows with other keys on the kernels, against its dense form."""
 
 import pytest
+
+from hpcloss.primitives.pair_lse import RULES
 from tests.tools.kernels import DTYPES, needs_kernels
 from tests.tools.plans import OF_KEYS
 from tests.tools.problems import check_pair_lse
-
-from hpcloss.primitives.pair_lse import RULES
 
 pytestmark = [
     needs_kernels,

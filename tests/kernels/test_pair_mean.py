@@ -1,6 +1,7 @@
 """`pair_mean` of rows with themselves on the kernels, against its dense form."""
 
 import pytest
+
 from tests.tools.kernels import DTYPES, needs_kernels
 from tests.tools.plans import OF_ONE_SET
 from tests.tools.problems import Problem, check_pair_mean

@@ -1,6 +1,7 @@
 """`pair_mean` of rows with other keys on the kernels, against its dense form."""
 
 import pytest
+
 from tests.tools.kernels import DTYPES, needs_kernels
 from tests.tools.plans import OF_KEYS
 from tests.tools.problems import check_pair_mean

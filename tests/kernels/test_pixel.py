@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+
+import hpcloss
 from tests.losses.test_memory import filled
 from tests.tools.cases import choice, rows
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 from tests.tools.losses import FAST, ORACLE
 from tests.tools.numerics import assert_within_budget
-
-import hpcloss
 
 pytestmark = [
     needs_kernels,

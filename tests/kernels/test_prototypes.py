@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.tools.cases import choice, integers, rows, value_and_grads
-from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
-from tests.tools.numerics import assert_within_budget
 
 import hpcloss
 from hpcloss import reference
+from tests.tools.cases import choice, integers, rows, value_and_grads
+from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
+from tests.tools.numerics import assert_within_budget
 
 pytestmark = [
     needs_kernels,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.losses.test_recipes import dense_balanced, dense_confident_negatives, dense_lifted, recipe
 from tests.tools.cases import choice, integers, rows
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels

@@ -7,12 +7,6 @@ import math
 
 import pytest
 import torch
-from tests.primitives.test_segments import OFFSETS, plain
-from tests.tools.cases import choice, rows, runs
-from tests.tools.kernels import DEVICE, needs_kernels
-from tests.tools.linear_means import SIZED, check_linear, dense, linear, on_device
-from tests.tools.numerics import assert_within_budget
-from tests.tools.plans import PLANS, as_rows
 
 from hpcloss.operators import load
 from hpcloss.plan.partition import Intervals, Pairs, partition
@@ -21,6 +15,12 @@ from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.scale import Scale
 from hpcloss.primitives.segment_mean import segment_mean
+from tests.primitives.test_segments import OFFSETS, plain
+from tests.tools.cases import choice, rows, runs
+from tests.tools.kernels import DEVICE, needs_kernels
+from tests.tools.linear_means import SIZED, check_linear, dense, linear, on_device
+from tests.tools.numerics import assert_within_budget
+from tests.tools.plans import PLANS, as_rows
 
 pytestmark = [
     needs_kernels,

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+
 from tests.tools.cases import choice
 from tests.tools.kernels import DEVICE, needs_kernels
 

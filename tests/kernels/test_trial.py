@@ -1,6 +1,7 @@
 """The trial of the kernels, where they compute what they should."""
 
 import pytest
+
 from tests.tools.kernels import DEVICE, DTYPES, needs_kernels
 
 pytestmark = needs_kernels

@@ -15,9 +15,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from tests.tools.cases import choice, rows
-from tests.tools.losses import FAST, LOSSES
-from tests.tools.numerics import assert_within_budget
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +24,9 @@ import hpcloss
 from hpcloss import distributed
 from hpcloss.compat import lightly, open_clip
 from hpcloss.heads import FeatureTap
+from tests.tools.cases import choice, rows
+from tests.tools.losses import FAST, LOSSES
+from tests.tools.numerics import assert_within_budget
 
 SECONDS = 100  # what no check may take: a rank that waits for another one hangs
 START = 200  # and what the first may, before which the processes start: on a busy machine, eight of them

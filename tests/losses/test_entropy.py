@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, value_and_grads
-from tests.tools.losses import FAST, ORACLE
-from tests.tools.numerics import assert_exact
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hpcloss
+from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.losses import FAST, ORACLE
+from tests.tools.numerics import assert_exact
 
 fast, oracle = FAST["entropy_guided_contrast"], ORACLE["entropy_guided_contrast"]
 e, log = math.exp, math.log

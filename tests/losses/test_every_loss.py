@@ -4,6 +4,7 @@ import inspect
 from functools import partial
 
 import pytest
+
 from tests.tools.cases import assert_same
 from tests.tools.losses import FAST, LOSSES, ORACLE, Sizes
 

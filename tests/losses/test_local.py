@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, value_and_grads
-from tests.tools.numerics import assert_exact, assert_within_budget
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 import hpcloss
 from hpcloss import reference
+from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.numerics import assert_exact, assert_within_budget
 
 e, log = math.exp, math.log
 float64 = partial(torch.tensor, dtype=torch.float64)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+
 from tests.tools.cases import (
     choice,
     integers,
@@ -11,7 +13,6 @@ from tests.tools.cases import (
 )
 from tests.tools.losses import FAST, ORACLE, both
 from tests.tools.numerics import assert_within_budget
-from torch.nn import functional as F
 
 phpc, ref_phpc = FAST["region_phpc"], ORACLE["region_phpc"]
 IGNORED = (-100, -1, 255)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tools.cases import choice, integers, rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from hpcloss.plan.partition import partition
 from hpcloss.primitives.pair_lse import pair_lse
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
+from tests.tools.cases import choice, integers, rows
 
 
 def contents(queue):

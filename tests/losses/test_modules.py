@@ -9,12 +9,12 @@ import re
 
 import pytest
 import torch
-from tests.tools.cases import ROOT, choice, rows
-from tests.tools.losses import FAST, LOSSES, NAMES, ORACLE, Sizes
 from torch import nn
 
 import hpcloss
 from hpcloss import functional
+from tests.tools.cases import ROOT, choice, rows
+from tests.tools.losses import FAST, LOSSES, NAMES, ORACLE, Sizes
 
 MODULES = {name: loss.module for name, loss in LOSSES.items()}
 INPUTS = {name: tuple(loss.inputs(Sizes()).values()) for name, loss in LOSSES.items()}

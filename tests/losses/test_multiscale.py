@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, value_and_grads
-from tests.tools.losses import FAST, ORACLE
-from tests.tools.numerics import assert_exact
 from torch.nn import functional as F
 
 import hpcloss
 from hpcloss import reference
+from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.losses import FAST, ORACLE
+from tests.tools.numerics import assert_exact
 
 fast, oracle = FAST["multiscale_contrast"], ORACLE["multiscale_contrast"]
 e, log = math.exp, math.log

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.tools import near_minimum
-from tests.tools.near_minimum import CASES, SPREADS, TEMPERATURES, assert_near, features
 
 from hpcloss import functional
 from hpcloss.backends.blockwise import tiles
+from tests.tools import near_minimum
+from tests.tools.near_minimum import CASES, SPREADS, TEMPERATURES, assert_near, features
 
 
 @pytest.fixture(params=["one tile", "many tiles"])

@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from tests.losses.test_modules import INPUTS, MODULES, build
-from tests.tools.losses import FAST, LOSSES
 
 import hpcloss
 from hpcloss.losses.options import OF_ONE_LOSS, RULES, TOGETHER, check_each
+from tests.losses.test_modules import INPUTS, MODULES, build
+from tests.tools.losses import FAST, LOSSES
 
 
 def options_of(function):

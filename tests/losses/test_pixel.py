@@ -5,14 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from tests.tools.cases import LABELS, MAPS, NOISE, ROOT, assert_same, choice, integers, rows, value_and_grads
-from tests.tools.losses import FAST, ORACLE
-from tests.tools.numerics import assert_exact, assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import hpcloss
 from hpcloss.losses import pixel as pixel_losses
+from tests.tools.cases import LABELS, MAPS, NOISE, ROOT, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.losses import FAST, ORACLE
+from tests.tools.numerics import assert_exact, assert_within_budget
 
 fast, oracle = FAST["pixel_contrast"], ORACLE["pixel_contrast"]
 EVERY = {"samples_per_class": None}

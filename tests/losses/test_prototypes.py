@@ -7,14 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, runs, value_and_grads
-from tests.tools.numerics import assert_exact, assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 import hpcloss
 from hpcloss import PrototypeBank, layer_prototypes, reference, sinkhorn
+from tests.tools.cases import LABELS, MAPS, assert_same, choice, integers, rows, runs, value_and_grads
+from tests.tools.numerics import assert_exact, assert_within_budget
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

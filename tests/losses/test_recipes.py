@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tests.tools import near_minimum
 from tests.tools.cases import assert_same, choice, integers, rows, value_and_grads
 from tests.tools.documents import blocks, names_of

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from tests.tools.numerics import assert_exact
 
 from hpcloss import reference
+from tests.tools.numerics import assert_exact
 
 IGNORED = (-100, -1, 255)
 LOSSES = {

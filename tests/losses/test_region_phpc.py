@@ -5,6 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
+
+from hpcloss.losses import region as region_losses
+from hpcloss.plan import partition
 from tests.tools.cases import (
     LABELS,
     MAPS,
@@ -19,10 +23,6 @@ from tests.tools.cases import (
 )
 from tests.tools.losses import FAST, ORACLE, both
 from tests.tools.numerics import assert_exact
-from torch.nn import functional as F
-
-from hpcloss.losses import region as region_losses
-from hpcloss.plan import partition
 
 phpc, ref_phpc = FAST["region_phpc"], ORACLE["region_phpc"]
 IGNORED = (-100, -1, 255)

@@ -8,11 +8,11 @@ import copy
 
 import pytest
 import torch
-from tests.tools.losses import LOSSES, Sizes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hpcloss
+from tests.tools.losses import LOSSES, Sizes
 
 # What torch's own compiler does and torch itself warns of.
 pytestmark = [

@@ -6,6 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
+
+import hpcloss
+from hpcloss.losses.image import UNFILLED
+from hpcloss.memory import NO_GROUP
 from tests.tools.cases import (
     LABELS,
     assert_same,
@@ -16,11 +21,6 @@ from tests.tools.cases import (
 )
 from tests.tools.losses import FAST, ORACLE, both
 from tests.tools.numerics import assert_exact
-from torch.nn import functional as F
-
-import hpcloss
-from hpcloss.losses.image import UNFILLED
-from hpcloss.memory import NO_GROUP
 
 phpc, ref_phpc = FAST["region_phpc"], ORACLE["region_phpc"]
 IGNORED = (-100, -1, 255)

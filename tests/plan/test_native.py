@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.tools.cases import ROOT, choice, cuda_on_cpu, integers, tensors_of
 
 import hpcloss
 from hpcloss.plan import draw, native, partition, sorting
 from hpcloss.plan.regions import Grid
 from hpcloss.plan.sampling import sample, sample_anchors, sample_hard_easy
+from tests.tools.cases import ROOT, choice, cuda_on_cpu, integers, tensors_of
 
 needs_library = pytest.mark.skipif(bool(native.why_not("cpu")), reason=native.why_not("cpu"))
 needs_gnu = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux")

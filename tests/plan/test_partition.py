@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tools.cases import choice, implementations, integers, tensors_of
 
 from hpcloss.losses.cells import against_cells, cells_of_regions
 from hpcloss.plan.labels import is_ignored
@@ -22,6 +21,7 @@ from hpcloss.plan.partition import (
 )
 from hpcloss.plan.regions import Grid, grid_regions, grid_shape, region_shape
 from hpcloss.plan.sorting import INT32_MAX, index_dtype, segment_bounds
+from tests.tools.cases import choice, implementations, integers, tensors_of
 
 FAST = settings(max_examples=80, deadline=None, database=None, derandomize=True)
 pixel_labels = st.lists(st.tuples(st.sampled_from([0, 1, 2, 3, 7, -4, 255, 2**40]), st.integers(-1, 4)), max_size=40)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tools.cases import choice, implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpcloss.plan import draw
@@ -23,6 +22,7 @@ from hpcloss.plan.sampling import (
     sample_hard_easy,
     sample_positives,
 )
+from tests.tools.cases import choice, implementations
 
 MASK = 0xFFFFFFFF
 # The emulated GPU is slow, and where it gives the same integers it gives the same distribution.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.tools.cases import ROOT
 
 needs_gnu = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux")

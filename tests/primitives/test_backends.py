@@ -7,6 +7,16 @@ import textwrap
 
 import pytest
 import torch
+
+from hpcloss import reference
+from hpcloss.backends import blockwise, resolve
+from hpcloss.backends.blockwise import tiles
+from hpcloss.plan.partition import Intervals, Pairs, partition, partition_against
+from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
+from hpcloss.primitives.pair_lse import RULES, pair_lse, pair_lse_both
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows
+from hpcloss.primitives.scale import Scale
 from tests.tools.cases import choice, integers, rows
 from tests.tools.numerics import assert_exact, assert_within_budget
 from tests.tools.plans import (
@@ -24,16 +34,6 @@ from tests.tools.plans import (
     self_plan,
     some_bias,
 )
-
-from hpcloss import reference
-from hpcloss.backends import blockwise, resolve
-from hpcloss.backends.blockwise import tiles
-from hpcloss.plan.partition import Intervals, Pairs, partition, partition_against
-from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
-from hpcloss.primitives.pair_lse import RULES, pair_lse, pair_lse_both
-from hpcloss.primitives.pair_mean import pair_mean
-from hpcloss.primitives.rows import Rows
-from hpcloss.primitives.scale import Scale
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -4,9 +4,6 @@ import itertools
 
 import pytest
 import torch
-from tests.primitives.test_backends import as_rows
-from tests.tools.cases import choice, integers, rows
-from tests.tools.losses import FAST, LOSSES, Sizes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
@@ -19,6 +16,9 @@ from hpcloss.primitives.pair_lse import RULES, pair_lse
 from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
+from tests.primitives.test_backends import as_rows
+from tests.tools.cases import choice, integers, rows
+from tests.tools.losses import FAST, LOSSES, Sizes
 
 # What torch's own compiler does and torch itself warns of.
 pytestmark = [

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.tools.cases import integers, rows
-from tests.tools.numerics import assert_exact
 
 from hpcloss.operators import NORM_EPS
 from hpcloss.primitives.rows import Rows, pack
+from tests.tools.cases import integers, rows
+from tests.tools.numerics import assert_exact
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),

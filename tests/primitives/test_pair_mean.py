@@ -4,6 +4,10 @@ import math
 
 import pytest
 import torch
+
+from hpcloss import reference
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.scale import Scale
 from tests.tools.cases import rows
 from tests.tools.numerics import assert_exact
 from tests.tools.plans import (
@@ -18,10 +22,6 @@ from tests.tools.plans import (
     self_plan,
     some_bias,
 )
-
-from hpcloss import reference
-from hpcloss.primitives.pair_mean import pair_mean
-from hpcloss.primitives.scale import Scale
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tools.cases import choice, rows
-from tests.tools.kernels import INTERPRETED
 
 import hpcloss
 from hpcloss import backends
 from hpcloss.backends import resolve, unsupported
+from tests.tools.cases import choice, rows
+from tests.tools.kernels import INTERPRETED
 
 LOSS = hpcloss.RegionPHPCLoss(2, backend="triton")
 LABELS = choice([0, 1, 2], 1, 4, 4)

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from tests.tools.cases import rows
-from tests.tools.numerics import assert_exact
 from torch.autograd import gradcheck
 
 from hpcloss.operators import load
 from hpcloss.primitives.rows import Rows
 from hpcloss.primitives.segment_mean import segment_mean
+from tests.tools.cases import rows
+from tests.tools.numerics import assert_exact
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

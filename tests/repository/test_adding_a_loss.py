@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.tools.cases import ROOT
 from tests.tools.documents import EXCERPT, blocks
 

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from tests.tools.cases import ROOT
 
 import hpcloss
 from benchmarks import plot
+from tests.tools.cases import ROOT
 
 # In a process of its own: modules in benchmarks/ import each other by name, and both folders have a `cases`.
 CASES = """

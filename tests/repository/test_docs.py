@@ -7,10 +7,10 @@ import runpy
 
 import pytest
 import torch
-from tests.tools.cases import ROOT
-from tests.tools.documents import blocks, headings, links, run
 
 import hpcloss
+from tests.tools.cases import ROOT
+from tests.tools.documents import blocks, headings, links, run
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 EVERY = ["README.md", "CONTRIBUTING.md", "examples/README.md", "hpcloss/DESIGN.md", *PAGES]

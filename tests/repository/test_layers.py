@@ -180,3 +180,24 @@ def test_all_is_complete_and_sorted():
 
 def test_the_package_is_typed():
     assert (ROOT / "py.typed").exists()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_files_and_functions_are_short(module):
+    source = FILES[module].read_text()
+    assert source.count("\n") <= 450
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, (
+                f"{module}.{node.name} has {node.end_lineno - node.lineno + 1} lines"
+            )
+
+
+def test_a_backend_is_named_where_the_public_option_enters():
+    """Of the losses `pack` alone takes a backend, besides functions and constructors of losses themselves."""
+    takers = set()
+    for module in (module for module in FILES if module.startswith("hpcloss.losses.")):
+        for node in ast.walk(ast.parse(FILES[module].read_text())):
+            if isinstance(node, ast.Call) and any(keyword.arg == "backend" for keyword in node.keywords):
+                takers.add(ast.unparse(node.func))
+    assert takers == {"pack", "super().__init__", "unchecked(region_phpc_loss)"}

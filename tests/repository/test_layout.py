@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from tests.tools.cases import ROOT
 
 # What tools leave behind.

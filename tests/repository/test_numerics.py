@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.tools.numerics import BUDGETS, LARGEST_ERROR, assert_exact, assert_within_budget
 
 SCALES = [1e-9, 1e-4, 1.0, 1e6]

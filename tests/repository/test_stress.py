@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
+
+import hpcloss
 from tests.tools.cases import integers, rows
 from tests.tools.losses import FAST, NAMES
 from tests.tools.stress import equal, every_call, failure
-
-import hpcloss
 
 # Probabilities, which are used as they are.
 WEIGHTS = ("probs",)

@@ -5,6 +5,7 @@
 import pytest
 import torch
 import triton
+
 from tests.tools import offline
 
 # Instructions of a matrix unit; those of Hopper and Blackwell take 64 rows at least, else they run as on Ampere.

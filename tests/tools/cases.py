@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tools.numerics import assert_exact
 
 from hpcloss.plan import native
 from hpcloss.plan.partition import Pairs
+from tests.tools.numerics import assert_exact
 
 ROOT = Path(__file__).resolve().parents[2]
 

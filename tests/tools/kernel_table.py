@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 import triton
-from tests.tools import offline
-from tests.tools.machine_code import trip
 
 from hpcloss.backends.triton import configs
+from tests.tools import offline
+from tests.tools.machine_code import trip
 
 # The part, width and calls of the tables in DESIGN.md.
 IN_DESIGN = (90, 128)

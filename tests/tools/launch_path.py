@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from tests.tools.cases import choice, rows
-from tests.tools.losses import LOSSES, Loss
 
 import hpcloss
 from hpcloss.primitives import rows as row_primitives
+from tests.tools.cases import choice, rows
+from tests.tools.losses import LOSSES, Loss
 
 HERE = Path(__file__).parent
 DIM = 64
@@ -313,8 +313,9 @@ class Driver:
     """The stand-in, which the loader has found under the name of the real one."""
 
     def __init__(self, capability: int) -> None:
-        from tests.tools.offline import SHARED_LIMIT
         from triton.compiler import CompiledKernel
+
+        from tests.tools.offline import SHARED_LIMIT
 
         self.library = ctypes.CDLL("libcuda.so.1")
         self.library.stand_in_be(capability, SHARED_LIMIT[capability])

@@ -1,16 +1,16 @@
 """The mean over positives of a linear term, on the kernels and by its dense form."""
 
 import torch
-from tests.tools.cases import choice, integers, rows, runs
-from tests.tools.kernels import DEVICE
-from tests.tools.numerics import assert_within_budget
-from tests.tools.plans import Plan, allowed
 
 from hpcloss import reference
 from hpcloss.plan.partition import paired, partition
 from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import Rows
 from hpcloss.primitives.scale import Scale
+from tests.tools.cases import choice, integers, rows, runs
+from tests.tools.kernels import DEVICE
+from tests.tools.numerics import assert_within_budget
+from tests.tools.plans import Plan, allowed
 
 
 def anywhere(n):

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from tests.tools.cases import choice, rows
 from torch import Tensor
 
 import hpcloss
 from hpcloss import functional, reference
+from tests.tools.cases import choice, rows
 
 
 class Sizes(NamedTuple):

@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 import triton
-from tests.tools.machine_code import MachineCode, disassembled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -25,6 +24,7 @@ from triton.runtime import driver
 from hpcloss.backends import triton as backend
 from hpcloss.backends.triton import configs, launch
 from hpcloss.plan.partition import one_to_one, partition
+from tests.tools.machine_code import MachineCode, disassembled
 
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",

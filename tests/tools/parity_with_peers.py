@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks.peers import Stubs
+from hpcloss.compat import infonce, lightly, monai, pml
 from tests.compat.test_compat import INDICES, SET, SETTABLE, settable
 from tests.tools.cases import assert_same, integers, rows
 from tests.tools.numerics import assert_exact
 from tests.tools.peer_formulas import draw_infonce, draw_pml, draw_two_views, unit
-
-from benchmarks.peers import Stubs
-from hpcloss.compat import infonce, lightly, monai, pml
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CASES = 200

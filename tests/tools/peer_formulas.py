@@ -9,6 +9,7 @@ import random
 from typing import NamedTuple
 
 import torch
+
 from tests.tools.cases import integers, rows
 
 # ---------------------------------------------------------------------------------------------------------- formulas

@@ -4,14 +4,14 @@ import math
 from typing import NamedTuple
 
 import torch
-from tests.tools.cases import choice, integers, rows, runs
-from tests.tools.numerics import assert_exact
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcloss.losses.cells import against_cells, cells_of_regions
 from hpcloss.plan.partition import Intervals, Pairs, one_to_one, paired, partition, partition_against
 from hpcloss.plan.regions import Grid, grid_regions
 from hpcloss.primitives.rows import Rows
+from tests.tools.cases import choice, integers, rows, runs
+from tests.tools.numerics import assert_exact
 
 NOISE = 1e-13
 

@@ -7,6 +7,14 @@ import functools
 import math
 
 import torch
+
+from hpcloss import reference
+from hpcloss.plan.partition import Intervals, Pairs, partition
+from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
+from hpcloss.primitives.pair_lse import RULES, pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows
+from hpcloss.primitives.scale import Scale
 from tests.tools.cases import rows, runs
 from tests.tools.kernels import DEVICE
 from tests.tools.numerics import assert_within_budget
@@ -16,14 +24,6 @@ from tests.tools.plans import (
     allowed,
     long_plan,
 )
-
-from hpcloss import reference
-from hpcloss.plan.partition import Intervals, Pairs, partition
-from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
-from hpcloss.primitives.pair_lse import RULES, pair_lse
-from hpcloss.primitives.pair_mean import pair_mean
-from hpcloss.primitives.rows import Rows
-from hpcloss.primitives.scale import Scale
 
 OPS = torch.ops.hpcloss
 BACKWARD = (OPS.pair_lse_backward, OPS.pair_mean_backward, OPS.pair_cross_entropy_backward)

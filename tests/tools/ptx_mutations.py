@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from tests.compiled import test_ptx
 from tests.tools.ptx import Fault, Kernel
 from tests.tools.ptx.backend import Machine

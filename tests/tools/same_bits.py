@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
-from tests.tools import stress
 
 from hpcloss import functional
+from tests.tools import stress
 
 DRAWN = [seed for seed in range(400) if stress.DTYPES[seed // len(stress.NAMES) % 4] in (torch.float32, torch.float64)]
 

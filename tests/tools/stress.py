@@ -24,15 +24,15 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.tools.cases import LABELS, choice, draw_region_options, integers, rows
-from tests.tools.losses import FAST, LOSSES, NAMES, ORACLE, Loss, Sizes
-from tests.tools.numerics import BUDGETS, EXACT, LARGEST_ERROR
 from torch import Tensor
 
 from hpcloss.losses import entropy, local, multiscale, pixel, region
 from hpcloss.losses.image import UNFILLED
 from hpcloss.plan import partition, sampling
 from hpcloss.reference.masked import reduce
+from tests.tools.cases import LABELS, choice, draw_region_options, integers, rows
+from tests.tools.losses import FAST, LOSSES, NAMES, ORACLE, Loss, Sizes
+from tests.tools.numerics import BUDGETS, EXACT, LARGEST_ERROR
 
 CHUNK = 100  # configurations of one test
 KILLS = 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from tests.tools.ptx.memory import RAW
 from tests.tools.ptx.parser import members
 from tests.tools.ptx.registers import SIGNED, TYPES, Registers, Step, bits_of, not_modelled

@@ -8,12 +8,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tests.tools import offline
-from tests.tools.ptx.launch import Kernel
-from tests.tools.ptx.memory import POISON
 
 from hpcloss import backends
 from hpcloss.backends.triton import probe, trial
+from tests.tools import offline
+from tests.tools.ptx.launch import Kernel
+from tests.tools.ptx.memory import POISON
 
 
 class Machine:

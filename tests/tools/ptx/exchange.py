@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from tests.tools.ptx.hazards import Fault
 from tests.tools.ptx.memory import SharedMemory
 from tests.tools.ptx.registers import TYPES, Registers, Step, not_modelled

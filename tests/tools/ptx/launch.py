@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from tests.tools.ptx.arithmetic import Arithmetic
 from tests.tools.ptx.hazards import Fault, Hazards
 from tests.tools.ptx.matrices import Matrices, Running

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+
 from tests.tools.ptx.arithmetic import f32, widen
 from tests.tools.ptx.exchange import Exchange
 from tests.tools.ptx.hazards import Fault

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+
 from tests.tools.ptx.hazards import Fault, Hazards, Races
 
 RAW = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}  # what registers and memory hold, by bits

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+
 from tests.tools.ptx.hazards import Fault
 from tests.tools.ptx.memory import RAW, SHARED_BASE
 from tests.tools.ptx.parser import Program, members

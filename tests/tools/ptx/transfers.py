@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from tests.tools.ptx.hazards import Fault
 from tests.tools.ptx.memory import RAW, GlobalMemory, SharedMemory
 from tests.tools.ptx.parser import members
