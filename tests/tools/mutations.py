@@ -996,7 +996,7 @@ MUTATIONS = [
     Mutation(
         "a bound of a negative scale is negative", "hpcloss/primitives/scale.py",
         "abs(factor) * self.bound", "factor * self.bound",
-        "test_recipes: lifted",
+        "test_backends: its_bound",
     ),
     Mutation(
         "keys of another backend are taken", "hpcloss/primitives/autograd.py",
