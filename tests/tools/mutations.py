@@ -316,9 +316,15 @@ MUTATIONS = [
         "a tile's last columns are loaded without a mask", "hpcloss/backends/triton/pair_lse.py",
         "y = load_rows(keys, columns, columns < last, D, BLOCK_D)",
         "y = load_rows(keys, columns, columns >= 0, D, BLOCK_D)",
-        "test_ptx: 80-float16-supcon",
+        "test_ptx: 80-float16-infonce",
     ),
     # ------------------------------------------------------------------------------ which pairs count
+    Mutation(
+        "the keys behind a hole start after the last one", "tiles.py",
+        "rest = tl.minimum(tl.maximum(hull.inner_end, start), end)",
+        "rest = tl.minimum(tl.maximum(hull.inner_end, start), end - 1)",
+        "test_spans_are_keys_of_the_region",
+    ),
     Mutation(
         "interval starts one late", "tiles.py",
         "inside = (keys >= start) & (keys < end)", "inside = (keys > start) & (keys < end)",
