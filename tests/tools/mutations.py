@@ -284,7 +284,7 @@ MUTATIONS = [
     Mutation(
         "strides of a map are specialised", "hpcloss/backends/triton/rows.py",
         '"channel_stride", *PLACES, "num_rows"', '"channel_stride", "num_rows"',
-        "test_launch_path: float16-region and batch",
+        "test_launch_path: float16-region",
     ),
     Mutation(
         "the number of live rows is specialised on where it lies", "hpcloss/backends/triton/rows.py",
