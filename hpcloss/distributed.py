@@ -178,7 +178,7 @@ def _all_gather(values: Tensor, most: int, padding: float) -> Tensor:
 
 
 class _FromAll(torch.autograd.Function):
-    """What was gathered, as a function of the own part."""
+    """Identity on gathered rows. Backward sends each rank the summed gradient of its own rows."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, everyone: Tensor, order: Tensor | None, most: int) -> Tensor:

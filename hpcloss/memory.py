@@ -94,7 +94,7 @@ class EmbeddingQueue(nn.Module):
         if labels is None:
             if self.num_classes > 1:
                 raise ValueError(f"labels are needed by a queue of {self.num_classes} classes, got None")
-            labels = torch.zeros_like(embeddings[:, 0], dtype=torch.int64)
+            labels = embeddings.new_zeros(embeddings.shape[:1] + embeddings.shape[2:], dtype=torch.int64)
         if embeddings.dim() == 2:
             check_vectors("embeddings", embeddings)
             labels = labels_of_vectors("labels", embeddings, labels)
@@ -103,6 +103,8 @@ class EmbeddingQueue(nn.Module):
         self._check("embeddings", embeddings)
         if groups is not None and self.groups is None:
             raise ValueError("groups are not kept by this queue; EmbeddingQueue(..., groups=True) does")
+        if groups is not None and embeddings.dim() != 2:
+            raise ValueError(f"groups go with embeddings [N, D], got a map {tuple(embeddings.shape)}")
         if groups is not None:
             groups = labels_of_vectors("groups", embeddings, groups)
         if labels.numel() == 0:
@@ -160,14 +162,15 @@ class EmbeddingQueue(nn.Module):
         return Bank(self.keys(anchors), log_bias, against, positives, (others - empty).clamp(min=0))
 
     def guard(self, loss: Tensor) -> Tensor:
-        """The same loss, whose backward pass says so if the slots are no longer those it was computed from."""
+        """The same loss. Its backward pass raises RuntimeError if the queue has changed since forward."""
         # A compiled graph is told by autograd itself, in its own words.
         if torch.compiler.is_compiling() or not loss.requires_grad:
             return loss
         return _Unchanged.apply(loss, self.embeddings)
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, size={self.size}, dim={self.dim}"
+        kept = "" if self.groups is None else ", groups=True"
+        return f"num_classes={self.num_classes}, size={self.size}, dim={self.dim}{kept}"
 
     def _check(self, name: str, vectors: Tensor) -> None:
         if vectors.shape[1] != self.dim:

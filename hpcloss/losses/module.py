@@ -38,9 +38,12 @@ class Loss(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         """The hyper-parameters, as the function of the loss takes them. ValueError where they exclude each other."""
-        options = {name: getattr(self, name) for name in self._names}
+        options = self._options()
         check_together(self._function, options)
         return options
 
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())

@@ -164,6 +164,7 @@ def checked(function: Function) -> Function:
 
 def unchecked(function: Function) -> Function:
     """The function of a loss without the check, for options that a module has checked."""
+    # `functools.wraps` keeps it there. A module cannot hold it itself: its pickle would name the checked one.
     return cast(Function, function.__wrapped__)  # type: ignore[attr-defined]
 
 

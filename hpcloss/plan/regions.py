@@ -34,7 +34,7 @@ def grid_shape(spatial: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
 
 
 class Grid(NamedTuple):
-    """The regions of a [batch, *spatial] map that are the cells of a grid: `grid_regions` of these arguments."""
+    """A regular grid over a [batch, *spatial] map. Each cell is one region, numbered as in `grid_regions`."""
 
     batch: int
     spatial: tuple[int, ...]

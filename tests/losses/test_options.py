@@ -102,6 +102,17 @@ def test_an_option_is_checked_wherever_it_stands(name):
     module(*INPUTS[name])  # with the value it had
 
 
+def test_options_that_depend_on_each_other_are_set_one_after_the_other():
+    """In between they exclude each other: the module can be printed, and a call raises."""
+    module = build("region_phpc", region_size=16, local_size=8)
+    module.region_size = 12
+    assert "region_size=12, " in repr(module)
+    with pytest.raises(ValueError, match="local_size must divide region_size 12 on every axis, got 8"):
+        module(*INPUTS["region_phpc"])
+    module.local_size = 4
+    module(*INPUTS["region_phpc"])
+
+
 class Integer:
     """As configuration libraries wrap one."""
 

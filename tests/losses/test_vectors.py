@@ -337,6 +337,11 @@ def test_queues_that_do_not_suit_ihpc():
         loss(a, a, queue=hpcloss.EmbeddingQueue(1, 5, 6))
     with pytest.raises(ValueError, match=r"groups are not kept by this queue; EmbeddingQueue\(..., groups=True\)"):
         ihpc_queue(5).enqueue(a, groups=groups)
+    with pytest.raises(ValueError, match=r"groups go with embeddings \[N, D\], got a map \(3, 4, 2\)"):
+        ihpc_queue(5, groups=True).enqueue(rows(3, 4, 2), groups=groups)
+    with pytest.raises(ValueError, match=r"features must have shape \[B, D, \*S\], got \(4,\)"):
+        ihpc_queue(5).enqueue(rows(4))
+    assert "groups=True" in repr(ihpc_queue(5, groups=True)) and "groups" not in repr(ihpc_queue(5))
     with pytest.raises(ValueError, match="labels are needed by a queue of 3 classes, got None"):
         hpcloss.EmbeddingQueue(3, 5, 4).enqueue(a)
     with pytest.raises(TypeError, match="groups must be True or False, got 1"):
