@@ -76,7 +76,7 @@ def one_of(*choices: str) -> Rule:
     return rule
 
 
-backend_name = one_of("auto", "blockwise", "triton")
+backend_name = one_of("auto", "dense", "blockwise", "triton")
 
 
 def or_none(other: Rule) -> Rule:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # A row at most this long has no direction: it becomes the zero row and gets no gradient.
 # (Dividing by a floor instead would give such a row a gradient 1e12 times too large.)
@@ -29,10 +30,9 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     Their methods take other arguments than torch's and carry meta data along. Subclasses that hold no data of their own
     (`__torch_dispatch__`: fake and distributed tensors) are left alone.
     """
-    if torch.compiler.is_compiling() or type(tensor) in (torch.Tensor, torch.nn.Parameter):
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return tensor
-    own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    return tensor if own else tensor.as_subclass(torch.Tensor)
+    return tensor if _is_dispatched(type(tensor)) else tensor.as_subclass(torch.Tensor)
 
 
 @functools.cache
@@ -41,9 +41,23 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(f"hpcloss.backends.{backend}")
 
 
+class Operators:
+    """The operators by name: `ops.pack(...)`.
+
+    A call goes through `torch.ops.hpcloss` where a graph is traced or another mode watches. Else it is the body itself,
+    as the way through torch takes longer than the work on a few rows.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"there is no operator {name!r}")
+
+
+ops = Operators()
+
+
 def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `torch.ops.hpcloss.<name>`. The body runs with autocast off, as it chooses its own precision."""
-    _define(name, schema, fake, lambda args: (body, args))
+    _define(name, schema, fake, body)
 
 
 def register_on_backends(name: str, schema: str, fake: Callable[..., Any]) -> None:
@@ -51,27 +65,48 @@ def register_on_backends(name: str, schema: str, fake: Callable[..., Any]) -> No
 
     The body is the backend's function of the same name. It takes the arguments before the last one.
     """
-    _define(name, schema, fake, lambda args: (getattr(load(args[-1]), name), args[:-1]))
+
+    @functools.cache
+    def of(backend: str) -> Callable[..., Any]:
+        return getattr(load(backend), name)  # type: ignore[no-any-return]
+
+    _define(name, schema, fake, lambda *args: of(args[-1])(*args[:-1]))
 
 
-def _define(
-    name: str,
-    schema: str,
-    fake: Callable[..., Any],
-    chosen: Callable[[list[Any]], tuple[Callable[..., Any], list[Any]]],
-) -> None:
-    """Define an operator. chosen: the function that serves a call, and what it takes of the arguments."""
+def _define(name: str, schema: str, fake: Callable[..., Any], body: Callable[..., Any]) -> None:
+    """Define an operator and its entry in `ops`."""
 
-    def run_without_autocast(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         given = [plain(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         device = next(arg for arg in given if isinstance(arg, torch.Tensor)).device.type
-        body, taken = chosen(given)
+        if not torch.is_autocast_enabled(device):
+            return body(*given)
         with torch.autocast(device, enabled=False):
-            return body(*taken)
+            return body(*given)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _holds_no_data(args):
+            return operator(*args)
+        return run(*args)
 
     torch.library.define(f"hpcloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"hpcloss::{name}", "default", run_without_autocast)
+    torch.library.impl(f"hpcloss::{name}", "default", run)
     torch.library.register_fake(f"hpcloss::{name}", fake)
+    operator = getattr(torch.ops.hpcloss, name).default
+    setattr(ops, name, call)
+
+
+def _holds_no_data(args: tuple[Any, ...]) -> bool:
+    """Whether a tensor is on the device "meta", or of a subclass that torch dispatches itself (a fake tensor)."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and (arg.is_meta or _is_dispatched(type(arg))):
+            return True
+    return False
+
+
+@functools.cache
+def _is_dispatched(kind: type) -> bool:
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
 
 
 def differentiable_once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ from hpcloss.operators import load
 from hpcloss.plan import native
 from hpcloss.plan.sorting import INT32_MAX
 
-AUTO = ("triton", "blockwise")  # fastest first
+AUTO = ("triton", "pytorch", "dense")  # fastest first
 MAX_CHANNELS = 512  # of a row of the Triton kernels
 NOT_INSTALLED = "Triton is not installed (pip install triton)"
 WIDTHS = (16, 32, 64, 128, 256)  # and MAX_CHANNELS: of their trials
@@ -35,10 +35,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
-    """Name of the backend that runs a call on `tensor` [., D, ...]. An explicit request never falls back."""
+    """Name of the backend that runs a call on `tensor` [., D, ...]. An explicit request never falls back.
+
+    "pytorch" stands for the dense backend or the tiles, as suits each call (`hpcloss.backends.pytorch`).
+    """
+    if backend == "pytorch" or (backend == "auto" and tensor.device.type == "cpu"):
+        return "pytorch"
     backend_name("backend", backend)
-    if backend == "auto" and tensor.device.type == "cpu":
-        return "blockwise"
     refusals = []
     for name in AUTO if backend == "auto" else (backend,):
         reasons = unsupported(name, tensor, falls_back=backend == "auto")
@@ -53,12 +56,14 @@ def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[
 
     falls_back: another backend takes the call if this one cannot. On a GPU that is told, once.
     """
-    if name == "blockwise":
+    if name == "dense":
+        return []
+    if name in ("blockwise", "pytorch"):
         return ["device 'mps' has no float64"] if tensor.device.type == "mps" else []
     place = tensor.device.type, tensor.device.index
     reasons = list(_triton_missing(*place, falls_back))
     if tensor.dtype == torch.float64:
-        reasons.append("float64 needs backend 'blockwise'")
+        reasons.append("float64 needs backend 'blockwise' or 'dense'")
     if tensor.shape[1] > MAX_CHANNELS:
         reasons.append(f"at most {MAX_CHANNELS} channels fit its tiles, got {tensor.shape[1]}")
     if tensor.numel() // max(tensor.shape[1], 1) > INT32_MAX:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from hpcloss.checks import count
 from hpcloss.compat.base import check_vector_options, times
-from hpcloss.losses.contrast import contrast
 from hpcloss.losses.reduction import reduce
 from hpcloss.operators import statistics_dtype
 from hpcloss.plan.labels import labels_of_map
 from hpcloss.plan.partition import class_sort, partition, partition_against
 from hpcloss.plan.regions import Grid, region_shape
+from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 

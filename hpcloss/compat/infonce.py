@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hpcloss.arithmetic import softplus
 from hpcloss.checks import check_vectors
 from hpcloss.compat.base import check_vector_options
-from hpcloss.losses.arithmetic import softplus
 from hpcloss.losses.reduction import reduce
 from hpcloss.losses.vectors import infonce_loss
 from hpcloss.operators import NORM_EPS, plain, statistics_dtype

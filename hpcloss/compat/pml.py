@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hpcloss.arithmetic import softplus
 from hpcloss.checks import check_vectors
 from hpcloss.compat.base import PeerLoss, check_vector_options
-from hpcloss.losses.arithmetic import softplus
 from hpcloss.operators import differentiable_once, statistics_dtype
 from hpcloss.plan.labels import labels_of_vectors
 from hpcloss.plan.partition import Pairs, partition, partition_against

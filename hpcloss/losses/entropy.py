@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hpcloss.checks import check_probs, check_used
 from hpcloss.distributed import gather_keys, gather_labels, has_peers
-from hpcloss.losses.contrast import contrast
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
 from hpcloss.losses.reduction import reduce
 from hpcloss.operators import plain, statistics_dtype
 from hpcloss.plan.labels import IGNORED, check_classes_and_ignored, is_ignored, labels_of_map
 from hpcloss.plan.partition import Pairs, class_sort
+from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.scale import Scale
 
@@ -115,7 +115,7 @@ class EntropyGuidedContrastLoss(Loss):
             not counted).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and (except for "all") a
     negative. No counted anchor: 0, joined to the graph. Probabilities of a pixel that takes part which are negative or

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcloss.arithmetic import merge, softplus
 from hpcloss.checks import below_one, check_used, check_vectors
 from hpcloss.distributed import has_peers
-from hpcloss.losses.arithmetic import merge, softplus
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
 from hpcloss.losses.reduction import reduce, softmax, sum_of
@@ -102,7 +102,7 @@ class IHPCLoss(Loss):
         reduction: "mean", "sum" or "none" ([2N], view1 first; the mean of them is the loss).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
     """
 
     beta: float | None  # of the published form, else None

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hpcloss.checks import check_used
 from hpcloss.distributed import has_peers
-from hpcloss.losses.contrast import contrast
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
 from hpcloss.losses.reduction import reduce
 from hpcloss.plan.labels import IGNORED, labels_of_map, labels_of_vectors
 from hpcloss.plan.partition import ClassRows, class_sort
 from hpcloss.plan.regions import Grid, region_shape
+from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.scale import Scale
 from hpcloss.primitives.segment_mean import segment_mean
@@ -90,7 +90,7 @@ class LocalContrastLoss(Loss):
         reduction: "mean" over anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 elsewhere).
         gather: reduce over the anchors of every rank of a distributed run; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
 
     Every anchor counts, its own class mean being positive; the only class of an image without partner has loss 0. No
     anchor: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,

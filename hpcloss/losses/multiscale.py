@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hpcloss.checks import check_same_maps, check_used
 from hpcloss.distributed import gather_keys, has_peers
-from hpcloss.losses.contrast import contrast
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
 from hpcloss.losses.reduction import reduce
 from hpcloss.plan.labels import IGNORED, is_ignored, labels_of_map
 from hpcloss.plan.partition import Pairs, class_sort, paired
 from hpcloss.plan.regions import Grid
+from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.scale import Scale
 from hpcloss.primitives.segment_mean import segment_mean
@@ -110,7 +110,7 @@ class MultiscaleContrastLoss(Loss):
             inner product takes the place of the cosine.
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
 
     Every class has anchors, the background as well. An anchor counts if it has a positive and a negative. No counted
     anchor: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,

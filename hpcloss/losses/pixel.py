@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hpcloss.arithmetic import merge
 from hpcloss.checks import check_used
 from hpcloss.distributed import gather_keys, has_peers
-from hpcloss.losses.arithmetic import merge
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
 from hpcloss.losses.reduction import reduce
@@ -110,7 +110,7 @@ class PixelContrastLoss(Loss):
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_labels: raise for labels outside [0, num_classes) that are not ignored (waits for the device).
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
 
     An anchor counts if it has a positive and a negative. No counted anchor: 0, joined to the graph. Raises ValueError
     for shapes and hyper-parameters, TypeError for dtypes, NotImplementedError for a backend that cannot run; never for

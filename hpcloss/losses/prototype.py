@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hpcloss.checks import check_used, check_vectors
 from hpcloss.distributed import gather_keys, has_peers
-from hpcloss.losses.contrast import contrast
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
 from hpcloss.losses.reduction import reduce, softmax, sum_of
 from hpcloss.operators import differentiable_once, plain
 from hpcloss.plan.labels import IGNORED, VECTORS_IGNORED, check_classes_and_ignored, labels_of_map, labels_of_vectors
 from hpcloss.plan.partition import class_sort, partition
+from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 from hpcloss.prototypes import sinkhorn, unit
@@ -91,7 +91,7 @@ class PrototypeContrastLoss(Loss):
         reduction: "mean" (above), "sum" (times the number of counted prototypes n) or "none" ([M]: n u_i L_i).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
 
     A prototype counts if it has a positive and a negative. None counted: 0, joined to the graph. Raises ValueError for
     shapes and hyper-parameters, TypeError for dtypes, NotImplementedError for a backend that cannot run; never for
@@ -205,7 +205,7 @@ class PrototypeAssignmentLoss(Loss):
         gather: reduce over the pixels of every rank of a distributed run, each of which balances the assignment of its
             own; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
 
     Features and prototypes are always normalised: a prototype is a direction, and the assignment balances cosines, of
     which `epsilon` is the scale. A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not

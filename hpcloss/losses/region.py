@@ -13,7 +13,6 @@ from torch import Tensor
 from hpcloss.checks import at_least_zero, boolean, check_used
 from hpcloss.distributed import agree, check_same_regions, distinct, gather_keys, has_peers
 from hpcloss.losses.cells import contrast_with_cells
-from hpcloss.losses.contrast import contrast
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
 from hpcloss.losses.reduction import reduce, sum_of
@@ -21,6 +20,7 @@ from hpcloss.plan.labels import IGNORED, check_label_values, is_ignored, labels_
 from hpcloss.plan.partition import Pairs, class_sort, partition
 from hpcloss.plan.regions import Grid, region_shape
 from hpcloss.plan.sampling import choose_regions
+from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.pair_lse import pair_lse
 from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import Rows, pack
@@ -125,7 +125,7 @@ class RegionPHPCLoss(Loss):
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_labels: raise for labels outside [0, num_classes) that are not ignored (waits for the device).
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
 
     An anchor counts if its region holds a positive and (except for "all") a negative. No counted anchor: 0, joined to
     the graph. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes, NotImplementedError for a

@@ -9,15 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hpcloss.arithmetic import softplus
 from hpcloss.checks import check_used, check_vectors
 from hpcloss.distributed import distinct, gather_keys, gather_labels, has_peers
-from hpcloss.losses.arithmetic import softplus
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import check_each, checked, unchecked
 from hpcloss.losses.reduction import reduce
 from hpcloss.plan.labels import VECTORS_IGNORED, labels_of_vectors
 from hpcloss.plan.partition import Intervals, Pairs, one_to_one, paired, partition, partition_against
-from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
+from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.pair_lse import pair_lse, pair_lse_both
 from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import Rows, pack
@@ -70,10 +70,11 @@ def supcon_loss(
             key_rows = everyone.keys(key_rows, key_order)
     elif gather:
         pairs, key_rows = gather_keys(rows, pairs, labels[pairs.order])
-    scale, counted = Scale.of(temperature, rows, normalize), pairs.intervals.counted()
+    scale = Scale.of(temperature, rows, normalize)
     if form == "out":
-        loss, _, _ = pair_cross_entropy(rows, pairs, scale, keys=key_rows)
+        loss, counted = contrast(rows, pairs, keys=key_rows, scale=scale, denominator="all")
     else:
+        counted = pairs.intervals.counted()
         own, negative = (pair_lse(rows, pairs, rule, scale, keys=key_rows) for rule in ("positives", "negatives"))
         positives, _ = pairs.intervals.counts()
         # log(P + N) - log(P / n), without a difference of two large numbers. Not -inf minus -inf where no positive is.
@@ -99,7 +100,7 @@ class SupConLoss(Loss):
         reduction: "mean" over counted anchors, "class" (mean of class means), "sum" or "none" ([N], 0 if not counted).
         gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
         check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "blockwise" or "triton".
+        backend: "auto", "dense", "blockwise" or "triton".
     """
 
     def __init__(
@@ -150,9 +151,8 @@ def ntxent_loss(
     gather = has_peers(gather)
     rows, keys, _, own = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
-    negative = pair_lse(rows, own, "negatives", scale, keys=keys)
-    loss = softplus(negative - pair_mean(rows, own, "logit", scale.unbounded(), keys=keys)[0])
-    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, own.order, gather=gather)
+    loss, counted = contrast(rows, own, keys=keys, scale=scale, denominator="pair")
+    return reduce(loss, counted, reduction, own.order, gather=gather)
 
 
 class NTXentLoss(Loss):
@@ -213,8 +213,8 @@ def infonce_loss(
     rows = pack(query, pairs.order, normalize=normalize, backend=backend)
     keys = pack(positive, pairs.order, normalize=normalize, backend=rows.backend)
     scale = Scale.of(temperature, rows, normalize)
-    own, _ = pair_mean(rows, pairs, "logit", scale.unbounded(), keys=keys)
     if negatives is not None:
+        own, _ = pair_mean(rows, pairs, "logit", scale.unbounded(), keys=keys)
         check_vectors("negatives", negatives, like=query)
         order = torch.arange(negatives.shape[0], device=query.device)
         others = pack(negatives, order, normalize=normalize, backend=rows.backend)
@@ -225,6 +225,7 @@ def infonce_loss(
         lse = pair_lse(rows, whole, "every", scale, keys=others)
         loss = softplus(lse - own)
     elif symmetric and not gather:
+        own, _ = pair_mean(rows, pairs, "logit", scale.unbounded(), keys=keys)
         of_query, of_key = pair_lse_both(rows, keys, pairs, "negatives", scale)
         loss = (softplus(of_query - own) + softplus(of_key - own)) / 2
     else:
@@ -233,12 +234,10 @@ def infonce_loss(
             met, all_keys = gather_all(keys)
             place = met.self_pos  # of the own positive among the keys of all ranks
             pairs = pairs.replace(pos_start=place, pos_end=place + 1, key_start=met.key_start, key_end=met.key_end)
-        of_query = pair_lse(rows, pairs, "negatives", scale, keys=all_keys)
-        loss = softplus(of_query - own)
+        loss, _ = contrast(rows, pairs, keys=all_keys, scale=scale, denominator="pair")
         if symmetric:
             _, all_rows = gather_all(rows)
-            of_key = pair_lse(keys, pairs, "negatives", scale, keys=all_rows)
-            loss = (loss + softplus(of_key - own)) / 2
+            loss = (loss + contrast(keys, pairs, keys=all_rows, scale=scale, denominator="pair")[0]) / 2
     return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, gather=gather)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpcloss.operators import register
+from hpcloss.operators import ops, register
 from hpcloss.plan import native
 from hpcloss.plan.philox import MASK, POSITIVES, as_seed, dense_words, in_chunks, key_words, philox_block, words_at
 
@@ -30,7 +30,7 @@ def draw(
     checked here.
     """
     values = None if values is None else values.detach()
-    return torch.ops.hpcloss.sample(order, offsets, k, kind, values, num_pixels, as_seed(seed, order.device))
+    return ops.sample(order, offsets, k, kind, values, num_pixels, as_seed(seed, order.device))
 
 
 def _sample(

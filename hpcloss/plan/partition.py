@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hpcloss.operators import ops
 from hpcloss.plan.draw import draw
 from hpcloss.plan.labels import is_class
 from hpcloss.plan.native import MAX_AXES
@@ -62,11 +63,11 @@ class Intervals(NamedTuple):
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Number of positives and of negatives of each row [N]; zero for rows that are no anchors."""
-        return torch.ops.hpcloss.pair_counts(*self)
+        return ops.pair_counts(*self)
 
     def counted(self, *, need_negatives: bool = False) -> Tensor:
         """Whether each row has a positive [N], and a negative if asked; False for rows that are no anchors."""
-        return torch.ops.hpcloss.pair_counted(*self, need_negatives)
+        return ops.pair_counted(*self, need_negatives)
 
 
 FIELDS = Intervals._fields
@@ -127,7 +128,7 @@ def partition(
         ).pairs()
     ids, spatial, size, per_image, num_regions = _regions(labels, regions, num_regions)
     arguments = (labels, ids, spatial, size, per_image, num_regions, background, ignore_index)
-    order, *intervals = torch.ops.hpcloss.label_sort(*arguments)
+    order, *intervals = ops.label_sort(*arguments)
     return Pairs(order, Intervals(*intervals))
 
 
@@ -178,9 +179,7 @@ class ClassRows(NamedTuple):
 
     def pairs(self) -> Pairs:
         """Self-contrast: rows meet the rows of their region, and those of their class are positives."""
-        intervals = torch.ops.hpcloss.class_intervals(
-            self.offsets, self.order.numel(), self.num_classes, self.background_first
-        )
+        intervals = ops.class_intervals(self.offsets, self.order.numel(), self.num_classes, self.background_first)
         return Pairs(self.order.to(index_dtype(self.order.numel())), Intervals(*intervals))
 
     def against(self, keys: ClassRows) -> Pairs:
@@ -222,7 +221,7 @@ def class_sort(
     beyond 2^31 rows), outside int64."""
     ids, spatial, size, per_image, num_regions = _regions(labels, regions, num_regions)
     arguments = (labels, ids, spatial, size, per_image, num_regions, num_classes, background, ignore_index)
-    order, offsets, outside = torch.ops.hpcloss.class_sort(*arguments)
+    order, offsets, outside = ops.class_sort(*arguments)
     return ClassRows(order, offsets, num_classes, is_class(background, num_classes), outside)
 
 

@@ -64,7 +64,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.checks import boolean, check_sizes, count, integers
-from hpcloss.operators import plain
+from hpcloss.operators import ops, plain
 from hpcloss.plan.draw import draw
 from hpcloss.plan.labels import IGNORED, check_classes_and_ignored
 from hpcloss.plan.partition import class_sort
@@ -251,7 +251,7 @@ def sample_positives(
             raise ValueError(f"{name} must have {pos_start.numel()} elements, as pos_start, got {values.numel()}")
         if values.device != pos_start.device:
             raise ValueError(f"{name} must be on {pos_start.device}, as pos_start, got {values.device}")
-    return torch.ops.hpcloss.sample_positives(pos_start, pos_end, self_pos, k, as_seed(seed, pos_start.device))
+    return ops.sample_positives(pos_start, pos_end, self_pos, k, as_seed(seed, pos_start.device))
 
 
 def choose_regions(

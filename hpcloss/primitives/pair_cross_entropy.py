@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.operators import differentiable_once, register_on_backends
+from hpcloss.operators import differentiable_once, ops, register_on_backends
 from hpcloss.plan.partition import Pairs
 from hpcloss.primitives.autograd import fake_gradients, fake_statistics, inputs, needs, of_inputs
 from hpcloss.primitives.rows import Rows
@@ -33,7 +33,9 @@ def pair_cross_entropy(
         lse = log sum_a exp(lse_a),    loss = sum_a share_a (loss_a + lse - lse_a),    share = softmax over a of mass_a
     """
     rows = inputs(anchors, keys, scale)
-    return _PairCrossEntropy.apply(*rows, scale.bound, float(hardness), anchors.backend, *pairs.intervals)
+    return _PairCrossEntropy.apply(
+        *rows, scale.bound, float(hardness), anchors.backend_for(pairs, keys), *pairs.intervals
+    )
 
 
 class _PairCrossEntropy(torch.autograd.Function):
@@ -50,7 +52,7 @@ class _PairCrossEntropy(torch.autograd.Function):
         backend: str,
         *intervals: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, lse, mass, shift, total = torch.ops.hpcloss.pair_cross_entropy(
+        loss, lse, mass, shift, total = ops.pair_cross_entropy(
             anchors, keys, scale, bound, hardness, list(intervals), backend
         )
         # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
@@ -66,7 +68,7 @@ class _PairCrossEntropy(torch.autograd.Function):
         _, mass, shift, total, anchors, keys, scale, *intervals = ctx.saved_tensors
         if grad is None and grad_lse is None:
             return (None,) * (8 + len(intervals))
-        found = torch.ops.hpcloss.pair_cross_entropy_backward(
+        found = ops.pair_cross_entropy_backward(
             torch.zeros_like(mass) if grad is None else grad, grad_lse, mass, shift, total, anchors, keys, scale,
             *ctx.options, intervals, *needs(ctx), ctx.backend,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.operators import differentiable_once, register_on_backends
+from hpcloss.operators import differentiable_once, ops, register_on_backends
 from hpcloss.plan.partition import Pairs
 from hpcloss.primitives.autograd import fake_gradients, fake_statistics, inputs, needs, of_inputs
 from hpcloss.primitives.rows import Rows
@@ -29,7 +29,7 @@ def pair_lse(
     logaddexp. Differentiable in rows and scale, once.
     """
     rows = inputs(anchors, keys, scale)
-    return _PairLse.apply(*rows, bias, scale.bound, rule, anchors.backend, *pairs.intervals)
+    return _PairLse.apply(*rows, bias, scale.bound, rule, anchors.backend_for(pairs, keys), *pairs.intervals)
 
 
 class _PairLse(torch.autograd.Function):
@@ -47,7 +47,7 @@ class _PairLse(torch.autograd.Function):
         backend: str,
         *intervals: Tensor,
     ) -> Tensor:
-        lse = torch.ops.hpcloss.pair_lse(anchors, keys, bias, scale, bound, list(intervals), rule, backend)
+        lse = ops.pair_lse(anchors, keys, bias, scale, bound, list(intervals), rule, backend)
         ctx.save_for_backward(lse, anchors, keys, bias, scale, *intervals)
         ctx.bound, ctx.rule, ctx.backend = bound, rule, backend
         return lse
@@ -56,7 +56,7 @@ class _PairLse(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lse, anchors, keys, bias, scale, *intervals = ctx.saved_tensors
-        found = torch.ops.hpcloss.pair_lse_backward(
+        found = ops.pair_lse_backward(
             grad, lse, anchors, keys, bias, scale, ctx.bound, intervals, ctx.rule, *needs(ctx), ctx.backend
         )
         return of_inputs(ctx, found)
@@ -80,7 +80,7 @@ def pair_lse_both(anchors: Rows, keys: Rows, pairs: Pairs, rule: str, scale: Sca
             f"rule 'negatives' needs as many keys as anchors, got {keys.data.shape[0]} and {anchors.data.shape[0]}"
         )
     rows = inputs(anchors, keys, scale)
-    return _PairLseBoth.apply(*rows, scale.bound, rule, anchors.backend, *pairs.intervals)
+    return _PairLseBoth.apply(*rows, scale.bound, rule, anchors.backend_for(pairs, keys), *pairs.intervals)
 
 
 class _PairLseBoth(torch.autograd.Function):
@@ -97,7 +97,7 @@ class _PairLseBoth(torch.autograd.Function):
         backend: str,
         *intervals: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        rows, columns = torch.ops.hpcloss.pair_lse_both(anchors, keys, scale, bound, list(intervals), rule, backend)
+        rows, columns = ops.pair_lse_both(anchors, keys, scale, bound, list(intervals), rule, backend)
         ctx.save_for_backward(rows, columns, anchors, keys, scale, *intervals)
         ctx.bound, ctx.rule, ctx.backend = bound, rule, backend
         return rows, columns
@@ -106,7 +106,7 @@ class _PairLseBoth(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor | None, ...]:
         rows, columns, anchors, keys, scale, *intervals = ctx.saved_tensors
-        found = torch.ops.hpcloss.pair_lse_both_backward(
+        found = ops.pair_lse_both_backward(
             grad_rows, grad_columns, rows, columns, anchors, keys, scale, ctx.bound, intervals, ctx.rule, *needs(ctx),
             ctx.backend,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.operators import differentiable_once, register_on_backends
+from hpcloss.operators import differentiable_once, ops, register_on_backends
 from hpcloss.plan.partition import Pairs
 from hpcloss.primitives.autograd import fake_gradients, fake_statistics, inputs, needs, of_inputs
 from hpcloss.primitives.rows import Rows
@@ -43,7 +43,7 @@ def pair_mean(
         raise ValueError(f"term {term!r} {'needs' if stat is None else 'takes no'} stat")
     return _PairMean.apply(
         *inputs(anchors, keys, scale), stat, log_weight, scale.bound, float(hardness), float(discount), detach_weights,
-        anchors.backend, *pairs.intervals,
+        anchors.backend_for(pairs, keys), *pairs.intervals,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ class _PairMean(torch.autograd.Function):
         backend: str,
         *intervals: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, mass, slope = torch.ops.hpcloss.pair_mean(
+        out, mass, slope = ops.pair_mean(
             anchors, keys, stat, log_weight, scale, bound, hardness, discount, list(intervals), backend
         )
         ctx.save_for_backward(out, mass, slope, anchors, keys, stat, log_weight, scale, *intervals)
@@ -82,7 +82,7 @@ class _PairMean(torch.autograd.Function):
             return (None,) * (12 + len(intervals))
         found: tuple[Tensor | None, ...] = (None, None, None)
         if any(needs(ctx)):
-            found = torch.ops.hpcloss.pair_mean_backward(
+            found = ops.pair_mean_backward(
                 grad, out, mass, anchors, keys, stat, log_weight, scale, *ctx.options, intervals, *needs(ctx),
                 ctx.backend,
             )  # fmt: skip

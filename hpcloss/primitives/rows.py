@@ -13,19 +13,31 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends import resolve
-from hpcloss.operators import differentiable_once, load, plain, register_on_backends, statistics_dtype
+from hpcloss.operators import differentiable_once, load, ops, plain, register_on_backends, statistics_dtype
+from hpcloss.plan.partition import Pairs
 
 
 class Rows(NamedTuple):
     """Packed embeddings [N, D].
 
     data: what the primitives read. companion: what their gradient flows to, of the same shape; it holds nothing.
-    backend: the name of the one that packed them, which also computes what is made of them.
+    backend: the name of the one that packed them, which also computes what is made of them; "pytorch" where that is
+    the dense one or the tiles, as suits each call.
     """
 
     data: Tensor
     companion: Tensor
     backend: str
+
+    def backend_for(self, pairs: Pairs, keys: Rows | None) -> str:
+        """The backend that computes these pairs. NotImplementedError where the one that was asked for cannot."""
+        if self.backend not in ("pytorch", "dense"):
+            return self.backend
+        pytorch, num_keys = load("pytorch"), (self if keys is None else keys).data.shape[0]
+        if self.backend == "pytorch":
+            return pytorch.choose(pairs.intervals, num_keys)
+        pytorch.check_dense(pairs.intervals, num_keys)
+        return self.backend
 
     def detach(self) -> Rows:
         """The same rows without gradient."""
@@ -65,10 +77,11 @@ class _Pack(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, order: Tensor, live: Tensor, normalize: bool, permutation: bool, backend: str
     ) -> tuple[Tensor, Tensor]:
-        data, inverse_norm = torch.ops.hpcloss.pack(features, order, live, normalize, backend)
+        data, inverse_norm = ops.pack(features, order, live, normalize, backend)
         ctx.save_for_backward(data, inverse_norm, order)
         # The layout of the gradient: that of the features, or a dense one where theirs overlaps itself.
-        ctx.stride = torch.empty_like(features, device="meta").stride()
+        dense = features if features.is_contiguous() else torch.empty_like(features, device="meta")
+        ctx.stride = dense.stride()
         ctx.shape, ctx.dtype, ctx.normalize = features.shape, features.dtype, normalize
         ctx.permutation, ctx.backend = permutation, backend
         ctx.mark_non_differentiable(data)
@@ -83,7 +96,7 @@ class _Pack(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         data, inverse_norm, order = ctx.saved_tensors
-        grad_features = torch.ops.hpcloss.pack_backward(
+        grad_features = ops.pack_backward(
             grad, data, inverse_norm, order, ctx.normalize, list(ctx.shape), list(ctx.stride), ctx.dtype,
             ctx.permutation, ctx.backend,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.operators import differentiable_once, register, register_on_backends, statistics_dtype
+from hpcloss.operators import differentiable_once, ops, register, register_on_backends, statistics_dtype
 from hpcloss.primitives.rows import Rows
 
 
@@ -25,13 +25,13 @@ class _SegmentMean(torch.autograd.Function):
     def forward(ctx: Any, data: Tensor, companion: Tensor, offsets: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.num_rows = data.shape[0]
-        return torch.ops.hpcloss.segment_mean(data, offsets, backend)
+        return ops.segment_mean(data, offsets, backend)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
-        return None, torch.ops.hpcloss.segment_mean_backward(grad, offsets, ctx.num_rows), None, None
+        return None, ops.segment_mean_backward(grad, offsets, ctx.num_rows), None, None
 
 
 def _fake_segment_mean(rows: Tensor, offsets: Tensor, backend: str) -> Tensor:

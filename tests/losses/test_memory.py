@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import hpcloss
-from hpcloss.losses.arithmetic import merge
+from hpcloss.arithmetic import merge
 from hpcloss.operators import statistics_dtype
 from hpcloss.plan.partition import partition
 from hpcloss.primitives.pair_lse import pair_lse

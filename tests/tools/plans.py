@@ -173,9 +173,12 @@ def inputs(plan, dim=5, length=1.0, seed=0):
     return anchors, keys
 
 
-def as_rows(x, backend="blockwise"):
+BACKEND = "blockwise"  # of rows where a test does not say; the fixture `schedule` sets it
+
+
+def as_rows(x, backend=None):
     """Packed rows whose gradient is that of x."""
-    return None if x is None else Rows(x.detach(), x, backend)
+    return None if x is None else Rows(x.detach(), x, backend or BACKEND)
 
 
 def finite(values):

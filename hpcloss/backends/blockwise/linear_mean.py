@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpcloss.backends.blockwise.tiles import finite_mass, run_edges
+from hpcloss.backends.arithmetic import finite_mass
+from hpcloss.backends.blockwise.tiles import run_edges
 from hpcloss.plan.partition import Intervals
 
 ROWS = 1 << 12  # gathered at a time

@@ -6,27 +6,14 @@ exact near the minimum. All other tiles are plain sums where nothing can overflo
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from hpcloss.backends.arithmetic import INF, LN2, LOG2E, accumulation, finite_mass, gradients_of_logits
 from hpcloss.backends.blockwise.pair_mean import weight_mass
-from hpcloss.backends.blockwise.tiles import (
-    INF,
-    LOG2E,
-    Side,
-    Tile,
-    Tiles,
-    accumulation,
-    finite_mass,
-    gradients_of_logits,
-    is_safe_for,
-    sides,
-)
+from hpcloss.backends.blockwise.tiles import Side, Tile, Tiles, is_safe_for, sides
 from hpcloss.plan.partition import Intervals
 
-LN2 = math.log(2)
 LOWEST = torch.finfo(torch.float32).min / 4  # below every logit, and still finite when a logit is subtracted
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpcloss.backends.blockwise.tiles import INF, LOG2E, Tiles, accumulation, gradients_of_logits, is_safe_for
+from hpcloss.backends.arithmetic import INF, LOG2E, accumulation, gradients_of_logits
+from hpcloss.backends.blockwise.tiles import Tiles, is_safe_for
 from hpcloss.operators import statistics_dtype
 from hpcloss.plan.partition import Intervals
 

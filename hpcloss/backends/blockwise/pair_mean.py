@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from hpcloss.arithmetic import softplus
+from hpcloss.backends.arithmetic import INF, LOG2E, accumulation, finite_mass, gradients
 from hpcloss.backends.blockwise.linear_mean import linear_mean, linear_mean_backward
 from hpcloss.backends.blockwise.pair_lse import pair_lse
-from hpcloss.backends.blockwise.tiles import (
-    INF,
-    LOG2E,
-    Side,
-    Tiles,
-    accumulation,
-    finite_mass,
-    gradients,
-    is_safe_for,
-    sides,
-)
+from hpcloss.backends.blockwise.tiles import Side, Tiles, is_safe_for, sides
 from hpcloss.plan.partition import Intervals
-
-SOFTPLUS_LINEAR = 40.0  # above this, softplus(x) is x to the last bit in float64 too
 
 
 def pair_mean(
@@ -65,7 +54,7 @@ def pair_mean(
                 out[side.own] += tiles.exclude(tile, weight * similarity, 0.0).sum(side.dim) * scale
                 continue
             logits = side.along(stat) - similarity * (scale - discount)
-            terms = softplus(logits, threshold=SOFTPLUS_LINEAR)
+            terms = softplus(logits)
             if discount:
                 terms -= discount * similarity
             out[side.own] += tiles.exclude(tile, terms.mul_(weight), 0.0).sum(side.dim)
@@ -151,7 +140,7 @@ def _slope(
         by_scale, slope = weight * similarity if needs_scale else None, weight * scale
     else:
         logits = side.along(stat) - similarity * (scale - discount)
-        terms = softplus(logits, threshold=SOFTPLUS_LINEAR) if hardness else None
+        terms = softplus(logits) if hardness else None
         if terms is not None and discount:
             terms -= discount * similarity
         share = logits.sigmoid_().mul_(weight)

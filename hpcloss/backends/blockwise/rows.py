@@ -10,6 +10,7 @@ from torch import Tensor
 from hpcloss.operators import NORM_EPS, statistics_dtype
 
 FEW = 4  # rows are few where the map has more than this many times as many pixels
+LARGE = 1e15  # the squares of a row of 1e30 overflow fp32
 ROWS = 1 << 12  # handled at a time in the backward pass, to keep temporaries small
 
 
@@ -25,6 +26,8 @@ def _by_pixel(features: Tensor) -> Tensor:
 
 def _gather(features: Tensor, order: Tensor) -> Tensor:
     """Rows `order` of the map, always a new tensor."""
+    if features.dim() == 2:
+        return features.index_select(0, order)
     by_pixel = _by_pixel(features)
     batch, pixels, channels = by_pixel.shape
     if order.numel() * FEW < batch * pixels:
@@ -40,22 +43,24 @@ def _gather(features: Tensor, order: Tensor) -> Tensor:
 
 def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Rows `order` of the map, those from `live` on zero, and the inverse norm by which each was multiplied."""
-    accumulate = statistics_dtype(features.dtype)
-    alive = torch.arange(order.numel(), device=order.device) < live
-    rows = _gather(features, order)
-    rows = rows.to(accumulate)
+    rows = _gather(features, order).to(statistics_dtype(features.dtype))
     # Filled, not multiplied by zero: an ignored pixel may hold inf or NaN.
-    if rows.device.type == "cpu":
-        rows[int(live) :].zero_()
-    else:
-        rows.masked_fill_(~alive[:, None], 0.0)
+    on_host = rows.device.type == "cpu"
+    if not on_host:
+        rows.masked_fill_(torch.arange(order.numel(), device=order.device)[:, None] >= live, 0.0)
+    elif (first := int(live)) < order.numel():
+        rows[first:].zero_()
     if not normalize:
-        return rows, alive.to(accumulate)
+        return rows, (torch.arange(order.numel(), device=order.device) < live).to(rows.dtype)
     norm = torch.linalg.vector_norm(rows, dim=1)
-    if rows.device.type != "cpu" or not bool((norm < 1e15).all()):
-        # The squares of a row of 1e30 overflow fp32.
+    if on_host and norm.numel():
+        smallest, largest = (float(bound) for bound in norm.aminmax())
+        if smallest > NORM_EPS and largest < LARGE:
+            inverse_norm = norm.reciprocal_()
+            return rows.mul_(inverse_norm[:, None]), inverse_norm
+    if not on_host or not bool((norm < LARGE).all()):
         norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    inverse_norm = torch.where(norm <= NORM_EPS, 0.0, 1 / norm).to(accumulate)
+    inverse_norm = torch.where(norm <= NORM_EPS, 0.0, 1 / norm).to(rows.dtype)
     return rows.mul_(inverse_norm[:, None]), inverse_norm
 
 
@@ -71,6 +76,10 @@ def pack_backward(
     permutation: bool,
 ) -> Tensor:
     """Gradient of the map in its own layout, from the gradient of its rows."""
+    if permutation and list(stride) == [shape[1], 1] and dtype == inverse_norm.dtype and order.numel() <= ROWS:
+        return torch.zeros(shape, dtype=dtype, device=grad.device).index_add_(
+            0, order, _of_rows(grad, data, inverse_norm, normalize)
+        )
     few = order.numel() * FEW < shape[0] * math.prod(shape[2:])
     # Few rows are added where they belong; most rows next to each other, to be brought into the layout at the end.
     layout = [shape[0], *shape[1:]] if few else [shape[0], *shape[2:], shape[1]]
@@ -79,11 +88,7 @@ def pack_backward(
     by_pixel = _by_pixel(grad_features)
     for first in range(0, order.numel(), ROWS):
         part = slice(first, first + ROWS)
-        rows = grad[part].to(out.dtype)
-        if normalize:
-            unit = data[part].to(out.dtype)
-            rows = torch.addcmul(rows, unit, (rows * unit).sum(1, keepdim=True), value=-1)
-        rows = rows * inverse_norm[part, None]
+        rows = _of_rows(grad[part], data[part], inverse_norm[part], normalize)
         # Dead rows of a sample repeat pixel 0 with gradient 0, so rows are added, not copied.
         if few:
             pixels = by_pixel.shape[1]
@@ -93,3 +98,12 @@ def pack_backward(
     if grad_features.dtype == dtype and list(grad_features.stride()) == list(stride):
         return grad_features
     return torch.empty_strided(shape, stride, dtype=dtype, device=grad.device).copy_(grad_features)
+
+
+def _of_rows(grad: Tensor, unit: Tensor, inverse_norm: Tensor, normalize: bool) -> Tensor:
+    """The gradient of rows before they were normalised, those that are dead 0."""
+    grad = grad.to(inverse_norm.dtype)
+    if normalize:
+        unit = unit.to(grad.dtype)
+        grad = torch.addcmul(grad, unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1)
+    return grad * inverse_norm[:, None]

@@ -9,7 +9,6 @@ schedule covers all pairs and masks come from the intervals.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from operator import itemgetter
@@ -19,14 +18,11 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends.bounds import is_safe
-from hpcloss.operators import statistics_dtype
 from hpcloss.plan.partition import Intervals
 
 BLOCK = 512  # rows of a tile; a 512 x 512 fp32 tile is 1 MB and stays in a core's cache
 LONG_RUN = 128  # anchors of one class from which a block of their own is cheaper than a mask
 STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
-LOG2E = math.log2(math.e)  # exp2 takes a third of the time of exp
-INF = float("inf")
 
 
 class Tile(NamedTuple):
@@ -287,55 +283,9 @@ def sides(tile: Tile, both: bool) -> list[Side]:
     return [Side(rows, columns, 1), Side(columns, rows, 0)][: 2 if both else 1]
 
 
-def accumulation(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows in the dtype of the arithmetic: fp32, or float64 for float64 rows."""
-    dtype = statistics_dtype(anchors.dtype)
-    return anchors.to(dtype), None if keys is None else keys.to(dtype)
-
-
 def is_safe_for(
     anchors: Tensor, keys: Tensor | None, scale_bound: float | None, *, twice: bool = False, margin: float = 0.0
 ) -> bool:
     """`is_safe` for sums over these keys."""
     count = (anchors if keys is None else keys).shape[0]
     return is_safe(count, scale_bound, anchors.dtype, twice=twice, margin=margin)
-
-
-def gradients(
-    anchors: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None, d_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """An operator's results; what was not asked for is an empty tensor of its own."""
-    return (
-        anchors.new_empty(0) if d_anchors is None else d_anchors,
-        anchors.new_empty(0) if d_keys is None else d_keys,
-        d_scale,
-    )
-
-
-def gradients_of_logits(
-    anchors: Tensor,
-    keys: Tensor | None,
-    scale: Tensor,
-    d_anchors: Tensor | None,
-    d_keys: Tensor | None,
-    needs_anchors: bool,
-    needs_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """An operator's results from the rows' gradients d for slopes by scale * S. They are overwritten.
-
-    keys None: self-contrast, where d_keys is d_anchors.
-    """
-    d_scale = anchors.new_zeros(())
-    if d_anchors is not None:
-        if needs_scale:
-            # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
-            d_scale = (anchors * d_anchors).sum() / (2 if keys is None else 1)
-        d_anchors *= scale
-    if keys is not None and d_keys is not None:
-        d_keys *= scale
-    return gradients(anchors, d_anchors if needs_anchors else None, None if keys is None else d_keys, d_scale)
-
-
-def finite_mass(mass: Tensor) -> Tensor:
-    """With -inf replaced by inf, so that exp(. - mass) is 0 for an empty set."""
-    return torch.where(mass == -INF, INF, mass)

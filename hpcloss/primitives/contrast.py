@@ -1,0 +1,161 @@
+"""The contrast by labels that most losses are: four denominators over one set of pairs.
+
+The dense backend computes it in one step, from one S. For the others it is a recipe over the streaming primitives.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcloss.arithmetic import softplus
+from hpcloss.operators import differentiable_once, ops, register_on_backends, statistics_dtype
+from hpcloss.plan.partition import Pairs
+from hpcloss.primitives.autograd import fake_gradients, inputs, needs, of_inputs
+from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
+from hpcloss.primitives.pair_lse import pair_lse
+from hpcloss.primitives.pair_mean import pair_mean
+from hpcloss.primitives.rows import Rows
+from hpcloss.primitives.scale import Scale
+
+
+def contrast(
+    rows: Rows,
+    pairs: Pairs,
+    *,
+    scale: Scale,
+    keys: Rows | None = None,
+    denominator: str = "own",
+    hardness: float = 0.0,
+    discount: float = 0.0,
+    detach_weights: bool = True,
+    multiplicity: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each anchor [N], 0 where it is not counted, and which are counted.
+
+        "own":        L_i = sum_j w_ij [ log( e^{l_ij} e^{-discount s_ij} + D_i ) - l_ij ],  D_i = sum over negatives
+        "negatives":  L_i = log D_i - sum_j w_ij l_ij
+        "all":        L_i = log sum over positives and negatives - sum_j w_ij l_ij
+        "pair":       L_i = log( e^{l_ij} + D_i ) - l_ij, where each anchor has one positive j at most
+
+    over the positives j of anchor i, with l = scale s and w = softmax over the positives of (-hardness s_ij).
+
+    An anchor is counted if it has a positive and, for "own" and "negatives", a negative. multiplicity: how often each
+    key stands in the denominators.
+    """
+    if rows.backend_for(pairs, keys) == "dense":
+        form = (denominator, float(hardness), float(discount), detach_weights, multiplicity)
+        return _Contrast.apply(*inputs(rows, keys, scale), form, torch.is_grad_enabled(), *pairs.intervals)
+    if denominator == "pair":
+        lse = pair_lse(rows, pairs, "negatives", scale, keys=keys)
+        own, _ = pair_mean(rows, pairs, "logit", scale.unbounded(), keys=keys)
+        counted = pairs.intervals.counted()
+        return torch.where(counted, softplus(lse - own), 0.0), counted
+    counted = pairs.intervals.counted(need_negatives=denominator != "all")
+    if denominator == "all":
+        loss = _against_all(rows, pairs, scale, keys, hardness, detach_weights)
+        return loss if multiplicity == 1 else torch.where(counted, loss + math.log(multiplicity), 0.0), counted
+    lse = pair_lse(rows, pairs, "negatives", scale, keys=keys)
+    if denominator == "negatives":
+        lse = lse + math.log(multiplicity) if multiplicity > 1 else lse
+        mean, _ = pair_mean(rows, pairs, "logit", scale, keys=keys, hardness=hardness, detach_weights=detach_weights)
+        return torch.where(counted, lse - mean, 0.0), counted
+    if multiplicity > 1:
+        lse, scale = lse + math.log(multiplicity), scale.raised(math.log(multiplicity))
+    mean, _ = pair_mean(
+        rows, pairs, "own", scale, keys=keys, stat=lse, hardness=hardness, discount=discount,
+        detach_weights=detach_weights,
+    )  # fmt: skip
+    # Without a discount the mean is 0 where not counted: no positives is no mean, no negatives log(1 + 0).
+    return torch.where(counted, mean, 0.0) if discount else mean, counted
+
+
+def _against_all(
+    rows: Rows, pairs: Pairs, scale: Scale, keys: Rows | None, hardness: float, detach_weights: bool
+) -> Tensor:
+    """The log-sum-exp less the positives' mean [N], 0 where no positive is."""
+    loss, _, _ = pair_cross_entropy(rows, pairs, scale, keys=keys, hardness=hardness)
+    if not hardness or detach_weights:
+        return loss
+    # Both means have one value; their gradients differ by what flows through the weights.
+    differentiated, detached = (
+        pair_mean(rows, pairs, "logit", scale, keys=keys, hardness=hardness, detach_weights=detach)[0]
+        for detach in (False, True)
+    )
+    return loss - (differentiated - detached)
+
+
+class _Contrast(torch.autograd.Function):
+    """The dense backend's losses. The slopes of all pairs are made in the forward pass, where the similarities are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        anchor_companion: Tensor,
+        keys: Tensor | None,
+        key_companion: Tensor | None,
+        scale: Tensor,
+        form: tuple[str, float, float, bool, int],
+        differentiated: bool,
+        *intervals: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        needed = [differentiated and need for need in needs(ctx)]
+        loss, counted, slopes, by_scale = ops.pair_contrast(
+            anchors, keys, scale, *form, list(intervals), any(needed), needed[2], "dense"
+        )
+        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        ctx.save_for_backward(loss, slopes, by_scale, anchors, keys, scale, *intervals)
+        ctx.form = form
+        ctx.mark_non_differentiable(counted)
+        ctx.set_materialize_grads(False)
+        return loss, counted
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor | None, grad_counted: None) -> tuple[Tensor | None, ...]:
+        _, slopes, by_scale, anchors, keys, scale, *intervals = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (7 + len(intervals))
+        found = ops.pair_contrast_backward(
+            grad, slopes, by_scale, anchors, keys, scale, *ctx.form, intervals, *needs(ctx), "dense"
+        )
+        return of_inputs(ctx, found)
+
+
+def _fake(anchors: Tensor, keys: Tensor | None, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    intervals, needs_slopes, needs_scale = rest[5:8]
+    loss = anchors.new_empty(anchors.shape[:1], dtype=statistics_dtype(anchors.dtype))
+    count = anchors.shape[0] * (anchors if keys is None else keys).shape[0]
+    kept = count if needs_slopes and intervals[-1].numel() == 1 else 0
+    return (
+        loss,
+        torch.empty_like(loss, dtype=torch.bool),
+        loss.new_empty(kept),
+        loss.new_empty(anchors.shape[0] if needs_scale else 0),
+    )
+
+
+# The last arguments: three flags and the backend.
+def _fake_backward(
+    grad: Tensor, slopes: Tensor, by_scale: Tensor, anchors: Tensor, keys: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return fake_gradients(anchors, keys, *rest[-4:-2])
+
+
+_FORM = "str denominator, float hardness, float discount, bool detach_weights, int multiplicity, Tensor[] intervals"
+register_on_backends(
+    "pair_contrast",
+    f"(Tensor anchors, Tensor? keys, Tensor scale, {_FORM}, bool needs_slopes, bool needs_scale, str backend)"
+    " -> (Tensor loss, Tensor counted, Tensor slopes, Tensor by_scale)",
+    _fake,
+)
+register_on_backends(
+    "pair_contrast_backward",
+    f"(Tensor grad, Tensor slopes, Tensor by_scale, Tensor anchors, Tensor? keys, Tensor scale, {_FORM},"
+    " bool needs_anchors, bool needs_keys, bool needs_scale, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
