@@ -37,18 +37,42 @@ found["too much"] = fresh.main('{"case": "eager_supcon", "count": 8192, "max_gig
 print(json.dumps(found))
 """
 OURS = sorted(name.removesuffix("_loss") for name in hpcloss.__all__ if name.endswith("_loss"))
+# Of the small problems: a comparison, one whose competitor takes too long for turns, and one that is wrong.
+SMALL = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import cases, small, torch
+
+names = {name for others in small.VECTORS.values() for name in others} | {*small.VECTORS, "eager_phpc", "block_loop"}
+found = {"unknown": sorted(names.difference(cases.CASES))}
+for loss, size in (("ntxent", 16), ("region_phpc", 8), ("regions", 64)):
+    case, others, shape = small.problem(loss, size)
+    found[loss] = small.compare(case, others[:1], shape, seconds=0.05)
+small.LONGEST_STEP = 0.0
+found["once"] = small.compare("supcon", ["eager_supcon"], {"count": 16}, seconds=0.05)
+cases.CASES["wrong"] = lambda count: cases.supcon(count)._replace(loss=lambda x, y: x.norm(dim=1).mean())
+try:
+    small.compare("supcon", ["wrong"], {"count": 16})
+except AssertionError as error:
+    found["said"] = str(error)
+print(json.dumps(found))
+"""
 EAGER = ["supcon", "infonce", "clip", "ntxent", "hard_negative_nce", "ihpc", "pccs"]
 PEERS = [*(f"eager_{name}" for name in EAGER), "contrastiveseg", "block_loop"]
 FURTHER = ["clip", "pccs"]  # losses of ours with other options
 
 
-@pytest.fixture(scope="module")
-def found():
+def run(script, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", CASES, *OURS, *FURTHER, *PEERS]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run(CASES, *OURS, *FURTHER, *PEERS)
 
 
 def test_every_loss_has_a_row(found):
@@ -72,6 +96,22 @@ def test_a_step_in_a_process(found):
     assert set(found["step"]) == names and all(found["step"][name] > 0 for name in names - {"syncs"})
     if sys.platform == "linux":
         assert found["too much"] == {"out_of_memory": True}
+
+
+def test_small_problems():
+    found = run(SMALL)
+    assert found["unknown"] == []
+    methods = {
+        "ntxent": ("ntxent", "eager_ntxent"), "region_phpc": ("region_phpc", "eager_phpc"),
+        "regions": ("published_phpc", "block_loop"), "once": ("supcon", "eager_supcon"),
+    }  # fmt: skip
+    for problem, (ours, other) in methods.items():
+        seconds, ratios = found[problem]["seconds"], found[problem]["ratios"]
+        assert set(seconds) == {ours, other} and set(ratios) == {other}
+        assert 0 < seconds[ours] < 1 and 0 < seconds[other] < 1
+        # A median of quotients lies near the quotient of the medians, not at its inverse.
+        assert ratios[other] == pytest.approx(seconds[ours] / seconds[other], rel=0.5)
+    assert "loss of wrong" in found["said"]
 
 
 @pytest.fixture(scope="module")
