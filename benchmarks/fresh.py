@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hpcloss
 
 MEGABYTE = 2**20
+MOST_STEPS = 100  # a few steps of 16 rows say nothing
 # What a small step of the same case is built from, to load everything that a first call loads, and to be checked.
 SMALL = {"count": 64, "batch": 2, "height": 16, "width": 16, "classes": 4}
 
@@ -111,9 +112,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _forward_and_backward(case: Case) -> tuple[float, float]:
-    """Median seconds of either pass, over as many steps as fit in a second, but 3 to 20."""
+    """Median seconds of either pass, over as many steps as fit in a second, but 3 to `MOST_STEPS`."""
     steps: list[tuple[float, float]] = []
-    while len(steps) < 3 or (len(steps) < 20 and sum(map(sum, steps)) < 1):
+    while len(steps) < 3 or (len(steps) < MOST_STEPS and sum(map(sum, steps)) < 1):
         for leaf in case.leaves:
             leaf.grad = None
         start = clock()

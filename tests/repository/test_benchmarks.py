@@ -135,7 +135,9 @@ def rows(method, group, **figures):
 
 
 PASSES = {"seconds": 0.5, "forward_seconds": 0.2, "backward_seconds": 0.3, "peak_mb": 12.4, "syncs": 0}
+FEW = {"seconds": 0.00021, "forward_seconds": 0.000098, "backward_seconds": 0.000112, "peak_mb": 0.0, "syncs": 0}
 MADE_UP = [
+    rows("ntxent", "NT-Xent against N", n=16, **FEW),
     rows("ntxent", "NT-Xent against N", n=1024, **PASSES),
     rows("ntxent", "NT-Xent against N", n=2048, **PASSES),
     rows("pml_ntxent", "NT-Xent against N", n=1024, **{**PASSES, "syncs": 4, "peak_mb": 0.2}),
@@ -147,11 +149,20 @@ MADE_UP = [
 
 def test_made_up_tables(document):
     lines = "\n".join(plot.tables({**document, "rows": MADE_UP}))
-    assert "| seconds, forward + backward (peak MB) | host syncs | N = 1024 | N = 2048 |" in lines
-    assert "| hpcloss NT-Xent | 0 | 0.2 + 0.3 (12) | 0.2 + 0.3 (12) |" in lines
-    assert "| pytorch-metric-learning NTXentLoss | 4 | 0.2 + 0.3 (<1) | more than 5 GB |" in lines
+    assert "| seconds, forward + backward (peak MB) | host syncs | N = 16 | N = 1024 | N = 2048 |" in lines
+    assert "| hpcloss NT-Xent | 0 | 0.000098 + 0.000112 (<1) | 0.2 + 0.3 (12) | 0.2 + 0.3 (12) |" in lines
+    assert "| pytorch-metric-learning NTXentLoss | 4 |  | 0.2 + 0.3 (<1) | more than 5 GB |" in lines
     assert "by images, side, classes | host syncs | 4 x 64 x 3 |" in lines and "| 68 | 0.2 + 0.3 (12) |" in lines
     assert "| `ihpc_loss` | 0.2 + 0.3 (12) | 0 |" in lines
+
+
+def test_lines_of_the_figures(document):
+    """From 16 rows on, in their order; a logarithm leaves out a peak of 0 and what was not finished."""
+    document = {**document, "rows": [*reversed(MADE_UP)]}
+    assert plot.points(document, "NT-Xent", "ntxent", "seconds") == [(16, 0.00021), (1024, 0.5), (2048, 0.5)]
+    assert plot.points(document, "NT-Xent", "ntxent", "peak_mb") == [(1024, 12.4), (2048, 12.4)]
+    assert plot.points(document, "NT-Xent", "pml_ntxent", "seconds") == [(1024, 0.5)]
+    assert plot.points(document, "SupCon", "ntxent", "seconds") == []
 
 
 def test_figures(document, tmp_path):
