@@ -10,7 +10,7 @@ import peers
 import pytest
 import torch
 from fresh import measure
-from measure import Bar, Copies, against, assert_close, busy, in_turns, interleaved, num_threads
+from measure import Bar, Copies, against, assert_close, busy, in_turns, num_threads
 
 import hpcloss
 from hpcloss.plan import native
@@ -253,14 +253,3 @@ def bench_sample_positives(benchmark, report, segments):
     assert (drawn >= at.pos_start[:, None]).all() and (drawn < at.pos_end[:, None]).all(), "of another class"
     seconds, _ = in_turns(benchmark, draw, {}, rounds=9)
     report(seconds)
-
-
-@pytest.mark.benchmark(group="small N")
-@pytest.mark.parametrize("side", [16, 32])
-def bench_small_region_phpc(benchmark, report, side):
-    """One small image, one region: never slower than eager by more than 1.2 times."""
-    shape = {"batch": 1, "height": side, "width": side}
-    ours, eager = cases.region_phpc(**shape), cases.eager_phpc(**shape)
-    assert_close("loss", ours.step(), eager.step())
-    seconds, eager_over_ours = interleaved(benchmark, ours.step, eager.step, rounds=30)
-    report(seconds, [Bar("time over eager", 1 / eager_over_ours, 1.2)], n=side * side)

@@ -201,17 +201,3 @@ def bench_dense_phpc(benchmark, report, side):
     seconds, faster = interleaved(benchmark, ours.step, eager.step, rounds=3)
     peak, eager_peak = measure("region_phpc", **shape)["extra_mb"], measure("eager_phpc", **shape)["extra_mb"]
     report(seconds, eager_over_ours=faster, peak_mb=peak, eager_peak_mb=eager_peak)
-
-
-SMALL_COUNTS = [256, 512, 1024]
-
-
-@pytest.mark.benchmark(group="small N")
-@pytest.mark.parametrize("count", SMALL_COUNTS)
-def bench_small_supcon(benchmark, report, count):
-    """Few rows: never slower than eager by more than 1.2 times."""
-    ours, eager = cases.supcon(count), cases.eager_supcon(count)
-    assert_same_as(ours)
-    seconds, eager_over_ours = interleaved(benchmark, ours.step, eager.step, rounds=30)
-    bars = [Bar("time over eager", 1 / eager_over_ours, 1.2)]
-    report(seconds, bars, n=count)

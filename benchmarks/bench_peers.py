@@ -78,7 +78,7 @@ def bench_every_loss(row, loss):
 # -------------------------------------------------------------------------------------------------------- against N
 
 SUPCON = ["supcon", "eager_supcon", "pml_supcon"]
-COUNTS = [256, 512, 1024, 2048, 4096, 8192, 16384]
+COUNTS = [16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384]
 
 
 @pytest.mark.benchmark(group="SupCon against N")
@@ -89,7 +89,7 @@ def bench_supcon_against_n(row, method, count):
 
 @pytest.mark.benchmark(group="SupCon against N")
 @pytest.mark.skipif(bool(peers.why_not("compiled_supcon")), reason=str(peers.why_not("compiled_supcon")))
-@pytest.mark.parametrize("count", [1024, *(pytest.param(n, marks=pytest.mark.slow) for n in (4096, 8192))])
+@pytest.mark.parametrize("count", [1024, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 64, 4096, 8192))])
 def bench_compiled_supcon_against_n(row, count):
     row("compiled_supcon", {"count": count}, same=f"supcon {count}", n=count)
 
@@ -98,8 +98,8 @@ def bench_compiled_supcon_against_n(row, count):
 @pytest.mark.parametrize(
     ("method", "count"),
     [
-        *beside(["ntxent", "lightly_ntxent"], [256, 1024, 4096, 8192, 16384], (256, *QUICK)),
-        *beside(["monai_contrastive", "pml_ntxent"], [256, 1024, 4096], (256, 1024)),
+        *beside(["ntxent", "lightly_ntxent"], [16, 64, 256, 1024, 4096, 8192, 16384], (256, *QUICK)),
+        *beside(["monai_contrastive", "pml_ntxent"], [16, 64, 256, 1024, 4096], (256, 1024)),
     ],
 )
 def bench_ntxent_against_n(row, method, count):
@@ -111,7 +111,7 @@ INFONCE = ["infonce", "eager_infonce", "linear_cross_entropy", "info_nce_pytorch
 
 
 @pytest.mark.benchmark(group="InfoNCE against N")
-@pytest.mark.parametrize(("method", "count"), beside(INFONCE, [1024, 4096, 8192, 16384], QUICK))
+@pytest.mark.parametrize(("method", "count"), beside(INFONCE, [16, 64, 256, 1024, 4096, 8192, 16384], QUICK))
 def bench_infonce_against_n(row, method, count):
     row(method, {"count": count}, same=f"infonce {count}", n=count)
 

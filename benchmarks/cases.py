@@ -118,9 +118,23 @@ def info_nce_pytorch(count: int, dim: int = 128) -> Case:
     return infonce(count, dim)._replace(loss=peers.info_nce()(temperature=0.1))
 
 
+def clip(count: int, dim: int = 128) -> Case:
+    """Queries and keys in both directions; the second one shares S and adds no matmul."""
+    exact = partial(reference.infonce_loss, symmetric=True)
+    return infonce(count, dim)._replace(loss=hpcloss.InfoNCELoss(symmetric=True), exact=exact)
+
+
+def eager_clip(count: int, dim: int = 128) -> Case:
+    return clip(count, dim)._replace(loss=peers.eager_clip)
+
+
 def ntxent(count: int, dim: int = 128) -> Case:
     """Two views of count / 2 images, so that count rows meet count rows."""
     return Case(hpcloss.NTXentLoss(), infonce(count // 2, dim).arguments, reference.ntxent_loss)
+
+
+def eager_ntxent(count: int, dim: int = 128) -> Case:
+    return ntxent(count, dim)._replace(loss=peers.eager_ntxent)
 
 
 def lightly_ntxent(count: int, dim: int = 128) -> Case:
@@ -141,14 +155,31 @@ def hard_negative_nce(count: int, dim: int = 128) -> Case:
     return ntxent(count, dim)._replace(loss=hpcloss.HardNegativeNCELoss(), exact=reference.hard_negative_nce_loss)
 
 
+def eager_hard_negative_nce(count: int, dim: int = 128) -> Case:
+    return hard_negative_nce(count, dim)._replace(loss=peers.eager_hard_negative_nce)
+
+
 def ihpc(count: int, dim: int = 128) -> Case:
     return ntxent(count, dim)._replace(loss=hpcloss.IHPCLoss(), exact=reference.ihpc_loss)
+
+
+def eager_ihpc(count: int, dim: int = 128) -> Case:
+    return ihpc(count, dim)._replace(loss=peers.eager_ihpc)
 
 
 def prototype_contrast(count: int, dim: int = 128) -> Case:
     prototypes, labels = vectors(count, dim)
     arguments = prototypes, labels, _probabilities(count)
     return Case(hpcloss.PrototypeContrastLoss(), arguments, reference.prototype_contrast_loss)
+
+
+def pccs(count: int, dim: int = 128) -> Case:
+    """The contrast of prototypes without their class probabilities."""
+    return prototype_contrast(count, dim)._replace(arguments=vectors(count, dim))
+
+
+def eager_pccs(count: int, dim: int = 128) -> Case:
+    return pccs(count, dim)._replace(loss=peers.eager_pccs)
 
 
 def _probabilities(*shape: int) -> Tensor:
@@ -328,7 +359,8 @@ def of_the_tests(name: str) -> Callable[..., Case]:
 
 
 OURS = _by_name(
-    supcon, infonce, ntxent, hard_negative_nce, ihpc, prototype_contrast, region_phpc, published_phpc, region_supcon,
+    supcon, infonce, clip, ntxent, hard_negative_nce, ihpc, prototype_contrast, pccs, region_phpc, published_phpc,
+    region_supcon,
     pixel_contrast, local_contrast, entropy_guided_contrast, multiscale_contrast, prototype_assignment, anchors,
 )  # fmt: skip
 OURS |= {name: of_the_tests(name) for name in tests.NAMES if name not in OURS}
@@ -336,6 +368,7 @@ OURS |= {name: of_the_tests(name) for name in tests.NAMES if name not in OURS}
 LOSSES = {name: MAPS if loss.kind == "map" else VECTORS for name, loss in tests.LOSSES.items()}
 LOSSES["region_phpc"] = {**MAPS, "region_size": 16}
 CASES = OURS | _by_name(
-    eager_supcon, compiled_supcon, pml_supcon, eager_infonce, linear_cross_entropy, info_nce_pytorch,
-    lightly_ntxent, monai_contrastive, pml_ntxent, eager_phpc, block_loop, committed_block_loop, contrastiveseg,
+    eager_supcon, compiled_supcon, pml_supcon, eager_infonce, eager_clip, linear_cross_entropy, info_nce_pytorch,
+    eager_ntxent, lightly_ntxent, monai_contrastive, pml_ntxent, eager_hard_negative_nce, eager_ihpc, eager_pccs,
+    eager_phpc, block_loop, committed_block_loop, contrastiveseg,
 )  # fmt: skip

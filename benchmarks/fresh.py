@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hpcloss
 
 MEGABYTE = 2**20
+MOST_STEPS = 100  # a few steps of 16 rows say nothing
 # What a small step of the same case is built from, to load everything that a first call loads, and to be checked.
 SMALL = {"count": 64, "batch": 2, "height": 16, "width": 16, "classes": 4}
 
@@ -39,13 +40,17 @@ def measure(case: str, timeout: float = 240.0, **parameters: object) -> dict[str
     With thorough=True also median "forward_seconds" and "backward_seconds", "loss" and "gradient" (its norm), by which
     methods can be compared, and "syncs". {"out_of_memory": True} alone where the step needs too much.
     """
-    request = json.dumps({"case": case, **parameters})
+    return run(Path(__file__), json.dumps({"case": case, **parameters}), timeout)
+
+
+def run(script: Path, request: str, timeout: float) -> dict:
+    """What a script of this folder prints last, as JSON, when a process of its own is given a request."""
     # The package that this process uses, whether it is installed or stands in the working directory.
     package = str(Path(hpcloss.__file__).resolve().parents[1])
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), request],
+        [sys.executable, str(script.resolve()), request],
         capture_output=True, text=True, timeout=timeout, env=environment,
     )  # fmt: skip
     if done.returncode != 0:
@@ -88,7 +93,7 @@ def _largest_resident() -> float:
 
 
 @contextlib.contextmanager
-def _limited(gigabytes: float):
+def limited(gigabytes: float):
     """Allocations fail beyond so much more address space, where the system tells how much there is."""
     used, (soft, hard) = _status("VmSize"), resource.getrlimit(resource.RLIMIT_AS)
     if used is not None:
@@ -99,7 +104,7 @@ def _limited(gigabytes: float):
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
 
 
@@ -107,9 +112,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _forward_and_backward(case: Case) -> tuple[float, float]:
-    """Median seconds of either pass, over as many steps as fit in a second, but 3 to 20."""
+    """Median seconds of either pass, over as many steps as fit in a second, but 3 to `MOST_STEPS`."""
     steps: list[tuple[float, float]] = []
-    while len(steps) < 3 or (len(steps) < 20 and sum(map(sum, steps)) < 1):
+    while len(steps) < 3 or (len(steps) < MOST_STEPS and sum(map(sum, steps)) < 1):
         for leaf in case.leaves:
             leaf.grad = None
         start = clock()
@@ -198,10 +203,10 @@ def main(request: str) -> dict[str, object]:
     before = _status("VmRSS") if can_forget else _largest_resident()
     start = time.perf_counter()
     try:
-        with _limited(gigabytes):
+        with limited(gigabytes):
             loss = case.step()
     except (RuntimeError, MemoryError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             return {"out_of_memory": True}
         raise
     seconds, peak = time.perf_counter() - start, _status("VmHWM") if can_forget else _largest_resident()

@@ -49,6 +49,60 @@ def eager_infonce(query: Tensor, positive: Tensor, temperature: float = 0.1) -> 
     return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
 
 
+def eager_clip(query: Tensor, positive: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE in both directions, dense: the rows and the columns of one matrix of logits."""
+    logits = F.normalize(query, dim=1) / temperature @ F.normalize(positive, dim=1).T
+    target = torch.arange(len(query), device=query.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def _logits_of_views(view1: Tensor, view2: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows of both views [2N, D], logits of each against every other one, and where its other view stands."""
+    rows = F.normalize(torch.cat([view1, view2]), dim=1)
+    logits = (rows / temperature @ rows.T).fill_diagonal_(-math.inf)
+    return rows, logits, torch.arange(len(rows), device=rows.device).roll(len(view1))
+
+
+def eager_ntxent(view1: Tensor, view2: Tensor, temperature: float = 0.5) -> Tensor:
+    """Each row's other view against the rest of the batch, dense."""
+    _, logits, other = _logits_of_views(view1, view2, temperature)
+    return F.cross_entropy(logits, other)
+
+
+def eager_ihpc(view1: Tensor, view2: Tensor, temperature: float = 0.5, hardness: float = 1.0) -> Tensor:
+    """NT-Xent in which images whose views disagree weigh more, dense; the weights are constants."""
+    rows, logits, other = _logits_of_views(view1, view2, temperature)
+    with torch.no_grad():
+        own = (rows[: len(view1)] * rows[len(view1) :]).sum(1)
+        weights = torch.softmax(-hardness * own.repeat(2), 0)
+    return weights @ F.cross_entropy(logits, other, reduction="none")
+
+
+def eager_hard_negative_nce(
+    view1: Tensor, view2: Tensor, temperature: float = 0.5, beta: float = 1.0, tau_plus: float = 0.1
+) -> Tensor:
+    """Two views with reweighted (beta > 0) and debiased negatives, dense, with the exponentials written out."""
+    view1, view2 = F.normalize(view1, dim=1), F.normalize(view2, dim=1)
+    rows, count = torch.cat([view1, view2]), 2 * len(view1) - 2
+    image = torch.arange(len(view1), device=rows.device).repeat(2)
+    logits = (rows / temperature @ rows.T).masked_fill_(image[:, None] == image, -math.inf)
+    positive = ((view1 * view2).sum(1) / temperature).exp().repeat(2)
+    negative, weights = logits.exp(), (beta * logits).exp()
+    mean = (weights * negative).sum(1) / weights.sum(1)
+    left = (count * mean - tau_plus * count * positive) / (1 - tau_plus)
+    return torch.log1p(left.clamp(min=count * math.exp(-1 / temperature)) / positive).mean()
+
+
+def eager_pccs(prototypes: Tensor, labels: Tensor, temperature: float = 0.05) -> Tensor:
+    """Prototypes against one another, similar positives weighing more, dense; each class has two or more of them."""
+    rows = F.normalize(prototypes, dim=1)
+    logits = rows / temperature @ rows.T
+    same = labels[:, None] == labels
+    weights = torch.softmax(logits.masked_fill(~same, -math.inf).fill_diagonal_(-math.inf), 1)
+    negatives = torch.logsumexp(logits.masked_fill(same, -math.inf), 1, keepdim=True)
+    return (weights * F.softplus(negatives - logits)).sum(1).mean()
+
+
 def chunked_infonce(query: Tensor, positive: Tensor, temperature: float = 0.1) -> Tensor:
     """The same through `F.linear_cross_entropy` in the form that keeps no matrix of logits (torch 2.13 and later)."""
     target = torch.arange(len(query), device=query.device)

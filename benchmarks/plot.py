@@ -62,7 +62,9 @@ SYNCS = (
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    if value is None or value >= 1000:
+        return "" if value is None else f"{value:.0f}"
+    return f"{value:.6f}" if 0 < value < 1e-4 else f"{value:.3g}"  # in digits: not 9.8e-05 beside 0.00012
 
 
 def _megabytes(value: float) -> str:
@@ -170,6 +172,12 @@ def with_figures(text: str, document: dict) -> str:
 # -------------------------------------------------------------------------------------------------------- figures
 
 
+def points(document: dict, family: str, method: str, field: str) -> list[tuple[int, float]]:
+    """What a line of a figure joins, by N. A logarithm has no place for 0: of few rows no memory beyond the inputs."""
+    rows = [row for row in document["rows"] if row["group"] == f"{family} against N" and row["method"] == method]
+    return sorted((row["n"], row[field]) for row in rows if row.get(field))
+
+
 def draw(document: dict, folder: Path) -> list[Path]:
     """Time and memory against N, one panel for each family."""
     import matplotlib
@@ -182,11 +190,9 @@ def draw(document: dict, folder: Path) -> list[Path]:
     for name, field in (("time", "seconds"), ("memory", "peak_mb")):
         figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), sharex=True, sharey=True, constrained_layout=True)
         for axes, (family, methods) in zip(panels, FAMILIES.items(), strict=True):
-            rows = [row for row in document["rows"] if row["group"] == f"{family} against N"]
             for method, (text, colour) in methods.items():
-                points = sorted((row["n"], row[field]) for row in rows if row["method"] == method and row.get(field))
-                if points:
-                    axes.plot(*zip(*points, strict=True), color=colour, label=text.replace("`", ""), marker="o", ms=3.5)
+                if line := points(document, family, method, field):
+                    axes.plot(*zip(*line, strict=True), color=colour, label=text.replace("`", ""), marker="o", ms=3.5)
             axes.set_title(family, fontsize=10)
             axes.set_xlabel("rows N (D = 128, fp32, one thread)")
             axes.grid(True, which="major", alpha=0.3)

@@ -37,22 +37,48 @@ found["too much"] = fresh.main('{"case": "eager_supcon", "count": 8192, "max_gig
 print(json.dumps(found))
 """
 OURS = sorted(name.removesuffix("_loss") for name in hpcloss.__all__ if name.endswith("_loss"))
-PEERS = ["eager_supcon", "eager_infonce", "contrastiveseg", "block_loop"]
+# Of the small problems: a comparison, one whose competitor takes too long for turns, and one that is wrong.
+SMALL = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import cases, small, torch
+
+names = {name for others in small.VECTORS.values() for name in others} | {*small.VECTORS, "eager_phpc", "block_loop"}
+found = {"unknown": sorted(names.difference(cases.CASES))}
+for loss, size in (("ntxent", 16), ("region_phpc", 8), ("regions", 64)):
+    case, others, shape = small.problem(loss, size)
+    found[loss] = small.compare(case, others[:1], shape, seconds=0.05)
+small.LONGEST_STEP = 0.0
+found["once"] = small.compare("supcon", ["eager_supcon"], {"count": 16}, seconds=0.05)
+cases.CASES["wrong"] = lambda count: cases.supcon(count)._replace(loss=lambda x, y: x.norm(dim=1).mean())
+try:
+    small.compare("supcon", ["wrong"], {"count": 16})
+except AssertionError as error:
+    found["said"] = str(error)
+print(json.dumps(found))
+"""
+EAGER = ["supcon", "infonce", "clip", "ntxent", "hard_negative_nce", "ihpc", "pccs"]
+PEERS = [*(f"eager_{name}" for name in EAGER), "contrastiveseg", "block_loop"]
+FURTHER = ["clip", "pccs"]  # losses of ours with other options
 
 
-@pytest.fixture(scope="module")
-def found():
+def run(script, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", CASES, *OURS, *PEERS]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def found():
+    return run(CASES, *OURS, *FURTHER, *PEERS)
+
+
 def test_every_loss_has_a_row(found):
     """And equals its dense form on a small input, as the peers written here do."""
     assert found["losses"] == OURS
-    assert set(found["syncs"]) == {*OURS, *PEERS}
+    assert set(found["syncs"]) == {*OURS, *FURTHER, *PEERS}
 
 
 def test_host_syncs(found):
@@ -60,7 +86,7 @@ def test_host_syncs(found):
         "index masked_select nonzero _unique2 tolist _local_scalar_dense _local_scalar_dense numpy cpu equal nonzero"
     )
     assert found["asked"] == asked.split()
-    assert all(found["syncs"][name] == 0 for name in [*OURS, "eager_supcon", "eager_infonce"])
+    assert all(found["syncs"][name] == 0 for name in [*OURS, *FURTHER, *PEERS[: len(EAGER)]])
     # In each image once which classes there are; of each of 4 whether it is one, its size, hard and easy pixels.
     assert found["syncs"]["contrastiveseg"] == 2 * (1 + 4 * 4)
 
@@ -70,6 +96,22 @@ def test_a_step_in_a_process(found):
     assert set(found["step"]) == names and all(found["step"][name] > 0 for name in names - {"syncs"})
     if sys.platform == "linux":
         assert found["too much"] == {"out_of_memory": True}
+
+
+def test_small_problems():
+    found = run(SMALL)
+    assert found["unknown"] == []
+    methods = {
+        "ntxent": ("ntxent", "eager_ntxent"), "region_phpc": ("region_phpc", "eager_phpc"),
+        "regions": ("published_phpc", "block_loop"), "once": ("supcon", "eager_supcon"),
+    }  # fmt: skip
+    for problem, (ours, other) in methods.items():
+        seconds, ratios = found[problem]["seconds"], found[problem]["ratios"]
+        assert set(seconds) == {ours, other} and set(ratios) == {other}
+        assert 0 < seconds[ours] < 1 and 0 < seconds[other] < 1
+        # A median of quotients lies near the quotient of the medians, not at its inverse.
+        assert ratios[other] == pytest.approx(seconds[ours] / seconds[other], rel=0.5)
+    assert "loss of wrong" in found["said"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +135,9 @@ def rows(method, group, **figures):
 
 
 PASSES = {"seconds": 0.5, "forward_seconds": 0.2, "backward_seconds": 0.3, "peak_mb": 12.4, "syncs": 0}
+FEW = {"seconds": 0.00021, "forward_seconds": 0.000098, "backward_seconds": 0.000112, "peak_mb": 0.0, "syncs": 0}
 MADE_UP = [
+    rows("ntxent", "NT-Xent against N", n=16, **FEW),
     rows("ntxent", "NT-Xent against N", n=1024, **PASSES),
     rows("ntxent", "NT-Xent against N", n=2048, **PASSES),
     rows("pml_ntxent", "NT-Xent against N", n=1024, **{**PASSES, "syncs": 4, "peak_mb": 0.2}),
@@ -105,11 +149,20 @@ MADE_UP = [
 
 def test_made_up_tables(document):
     lines = "\n".join(plot.tables({**document, "rows": MADE_UP}))
-    assert "| seconds, forward + backward (peak MB) | host syncs | N = 1024 | N = 2048 |" in lines
-    assert "| hpcloss NT-Xent | 0 | 0.2 + 0.3 (12) | 0.2 + 0.3 (12) |" in lines
-    assert "| pytorch-metric-learning NTXentLoss | 4 | 0.2 + 0.3 (<1) | more than 5 GB |" in lines
+    assert "| seconds, forward + backward (peak MB) | host syncs | N = 16 | N = 1024 | N = 2048 |" in lines
+    assert "| hpcloss NT-Xent | 0 | 0.000098 + 0.000112 (<1) | 0.2 + 0.3 (12) | 0.2 + 0.3 (12) |" in lines
+    assert "| pytorch-metric-learning NTXentLoss | 4 |  | 0.2 + 0.3 (<1) | more than 5 GB |" in lines
     assert "by images, side, classes | host syncs | 4 x 64 x 3 |" in lines and "| 68 | 0.2 + 0.3 (12) |" in lines
     assert "| `ihpc_loss` | 0.2 + 0.3 (12) | 0 |" in lines
+
+
+def test_lines_of_the_figures(document):
+    """From 16 rows on, in their order; a logarithm leaves out a peak of 0 and what was not finished."""
+    document = {**document, "rows": [*reversed(MADE_UP)]}
+    assert plot.points(document, "NT-Xent", "ntxent", "seconds") == [(16, 0.00021), (1024, 0.5), (2048, 0.5)]
+    assert plot.points(document, "NT-Xent", "ntxent", "peak_mb") == [(1024, 12.4), (2048, 12.4)]
+    assert plot.points(document, "NT-Xent", "pml_ntxent", "seconds") == [(1024, 0.5)]
+    assert plot.points(document, "SupCon", "ntxent", "seconds") == []
 
 
 def test_figures(document, tmp_path):

@@ -9,6 +9,7 @@ from tests.tools.cases import ROOT
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 EXCERPT = "# excerpt"  # how a block begins that cannot run alone
+ON_A_GPU = "# needs a GPU"  # and one that tests/kernels/test_small_problems.py runs
 
 
 def blocks(page: str) -> list[str]:
@@ -33,7 +34,7 @@ def run(page: str, **given: Any) -> dict[str, Any]:
     names = dict(given)
     for number, block in enumerate(blocks(page), 1):
         code = compile(block, f"{page}, block {number}", "exec")
-        if not block.startswith(EXCERPT):
+        if not block.startswith((EXCERPT, ON_A_GPU)):
             exec(code, names)
     return names
 
