@@ -4,7 +4,7 @@
 // throws across the boundary. What a function computes is defined in hpcloss/plan/sorting.py and
 // hpcloss/plan/sampling.py; the results here are those, bit for bit.
 //
-// Every function exists twice: `hpcloss_X` for arrays in host memory, and `hpcloss_cuda_X` for arrays in memory of the
+// Every function but hpcloss_contrast and hpcloss_add_transpose exists twice: `hpcloss_X` for arrays in host memory, and `hpcloss_cuda_X` for arrays in memory of the
 // current CUDA device, queued on `stream` without waiting for it. The CUDA half may be absent from a build.
 #pragma once
 
@@ -118,6 +118,32 @@ HPCLOSS_API int32_t hpcloss_sample(const void* order, const void* offsets, int32
 HPCLOSS_API int32_t hpcloss_sample_positives(const void* pos_start, const void* pos_end, const void* self_pos,
                                              int32_t index_type, int64_t n, int64_t k, const int64_t* seed, void* rows,
                                              int32_t threads);
+
+// How a loss of hpcloss_contrast is formed (hpcloss/primitives/contrast.py).
+enum { HPCLOSS_OWN = 0, HPCLOSS_NEGATIVES = 1, HPCLOSS_ALL = 2, HPCLOSS_PAIR = 3 };
+
+typedef struct {
+  int32_t form;
+  int32_t differentiated;   // whether slopes flow through the weights of the positives
+  float of_weights;         // a weight's exponent over the positive's logit, -hardness / scale; 0: all weigh alike
+  float damped;             // discount / scale
+  float log2_multiplicity;  // how often each key stands in the denominators
+} hpcloss_contrast_options;
+
+// The contrast of anchors with the keys of their region, of regions one behind the other that have `rows_of_region`
+// anchors and `keys` keys each; key 0 of the first has number first_key. Host memory alone.
+//   logits [rows, keys]: similarity * scale / ln 2; overwritten, if needs_slopes with d loss / d similarity / scale.
+//   pos_start, pos_end, self_pos [rows] of index_type: key numbers as in `Pairs`.
+//   loss [rows], counted [rows] <- as `contrast` returns them. by_scale [rows], or null <- scale * d loss / d scale.
+HPCLOSS_API int32_t hpcloss_contrast(float* logits, int64_t rows, int64_t rows_of_region, int64_t keys,
+                                     int64_t first_key, const void* pos_start, const void* pos_end,
+                                     const void* self_pos, int32_t index_type, const hpcloss_contrast_options* options,
+                                     int32_t needs_slopes, float* loss, uint8_t* counted, float* by_scale,
+                                     int32_t threads);
+
+// both [n, n] <- slopes [i, j] * factor [i] + slopes [j, i] * factor [j]. Host memory alone.
+HPCLOSS_API int32_t hpcloss_add_transpose(const float* slopes, int64_t n, const float* factor, float* both,
+                                          int32_t threads);
 
 // ---- CUDA ----
 // Workspaces are arrays of `bytes` bytes in device memory, aligned to 16; their sizes come from hpcloss_cuda_X_bytes.

@@ -9,7 +9,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -68,7 +68,7 @@ def register_on_backends(name: str, schema: str, fake: Callable[..., Any]) -> No
 
     @functools.cache
     def of(backend: str) -> Callable[..., Any]:
-        return getattr(load(backend), name)  # type: ignore[no-any-return]
+        return cast(Callable[..., Any], getattr(load(backend), name))
 
     _define(name, schema, fake, lambda *args: of(args[-1])(*args[:-1]))
 
@@ -85,23 +85,23 @@ def _define(name: str, schema: str, fake: Callable[..., Any], body: Callable[...
             return body(*given)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _holds_no_data(args):
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return operator(*args)
-        return run(*args)
+        device = ""
+        for arg in args:
+            if type(arg) is torch.Tensor:
+                device = device or arg.device.type
+            elif isinstance(arg, torch.Tensor):
+                return operator(*args)  # of a subclass, which torch may have to dispatch
+        if device in ("", "meta"):
+            return operator(*args)
+        return run(*args) if torch.is_autocast_enabled(device) else body(*args)
 
     torch.library.define(f"hpcloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"hpcloss::{name}", "default", run)
     torch.library.register_fake(f"hpcloss::{name}", fake)
     operator = getattr(torch.ops.hpcloss, name).default
     setattr(ops, name, call)
-
-
-def _holds_no_data(args: tuple[Any, ...]) -> bool:
-    """Whether a tensor is on the device "meta", or of a subclass that torch dispatches itself (a fake tensor)."""
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and (arg.is_meta or _is_dispatched(type(arg))):
-            return True
-    return False
 
 
 @functools.cache

@@ -6,23 +6,54 @@ Rows are packed once, before anybody knows how many keys they will meet. So `aut
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hpcloss.backends.blockwise.rows import pack, pack_backward, rows_dtype
 from hpcloss.backends.blockwise.segment_mean import segment_mean
-from hpcloss.backends.dense.batches import MOST, largest_region
+from hpcloss.backends.dense.batches import MOST, Region, largest_region, regions_of
+from hpcloss.backends.dense.rows import is_native
 from hpcloss.plan.partition import Intervals
 
-__all__ = ["choose", "check_dense", "pack", "pack_backward", "rows_dtype", "segment_mean"]
+__all__ = [
+    "check_dense",
+    "choose",
+    "kept_slopes",
+    "pack",
+    "pack_backward",
+    "rows_dtype",
+    "segment_mean",
+    "takes_pieces",
+]
 
 # Pairs of the largest region, up to which `dense` takes less time than the tiles.
 DENSE_UP_TO = {"cpu": 1 << 18, "mps": MOST}
 DENSE_ELSEWHERE = 1 << 20  # one tile there, with the same mask
 
 
-def choose(at: Intervals, num_keys: int) -> str:
-    """The backend of a call, "dense" or "blockwise"."""
-    device = at.pos_start.device.type
-    return "dense" if _pairs(at, num_keys) <= DENSE_UP_TO.get(device, DENSE_ELSEWHERE) else "blockwise"
+def choose(at: Intervals, num_keys: int, in_pieces: bool = False) -> str:
+    """The backend of a call: "dense", or beyond its size "pieces", where these serve, else "blockwise"."""
+    limit = DENSE_UP_TO.get(at.pos_start.device.type, DENSE_ELSEWHERE)
+    if _pairs(at, num_keys) <= limit:
+        return "dense"
+    return "pieces" if in_pieces else "blockwise"
+
+
+def takes_pieces(anchors: Tensor) -> bool:
+    """Whether a contrast of these anchors and other keys may run in pieces."""
+    return is_native(anchors)
+
+
+def kept_slopes(at: Intervals, num_keys: int) -> int:
+    """The number of slopes that the dense backend keeps for backward: of all regions, or none.
+
+    While a graph is traced, no sizes of regions are known but that of one region.
+    """
+    if at.key_end.numel() == 1:
+        return at.pos_start.numel() * num_keys
+    if at.pos_start.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0
+    count = sum([n * m for n, m in map(Region.shape, regions_of(at))])
+    return count if count <= MOST else 0
 
 
 def check_dense(at: Intervals, num_keys: int) -> None:

@@ -46,7 +46,7 @@ def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
         broken = ~((labels == labels.round()) & (labels.abs() < 2**53))
         if bool(broken.any()):
             raise ValueError(f"{name} must be whole numbers, got {labels[broken][0].item()}")
-    return labels.to(device).long()
+    return labels if labels.dtype == torch.int64 and labels.device == device else labels.to(device).long()
 
 
 def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:

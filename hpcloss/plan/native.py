@@ -1,7 +1,8 @@
 """The native library (`csrc/`): loaded with ctypes, or the reason why it is not there.
 
 It holds the partition and the samplers in C++ and, where it was built with nvcc, in CUDA, and gives the same integers
-as the PyTorch implementation in `sorting.py` and `draw.py`, which serves wherever `why_not` gives a reason. Functions
+as the PyTorch implementation in `sorting.py` and `draw.py`, which serves wherever `why_not` gives a reason. In C++ it
+also forms the losses of small problems from their similarities, as `hpcloss.backends.dense` does elsewhere. Functions
 here take checked, contiguous tensors of one device and queue their work on its current stream.
 
 The environment variable HPCLOSS_LIBRARY names another library file to load, which must then load; empty, it means none.
@@ -27,14 +28,18 @@ MAX_SEGMENTS = 2**31 - 2
 MAX_ROWS = 2**32 - 1  # of a sample
 MAX_CUDA_SAMPLES = 4096  # of an interval
 MAX_CUDA_INTERVALS = 2**29  # of a sample
+FORMS = ("own", "negatives", "all", "pair")
 KINDS = ("uniform", "weighted", "hardest", "hard_easy")
 
+_int64 = ctypes.c_int64  # ctypes passes plain integers as 32 bits, where it is not told
 _PACKAGE = Path(__file__).parents[1]  # where the installation puts the library
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _TYPES = {torch.uint8: 0, torch.int32: 1, torch.int64: 2}
 _FUNCTIONS = (
+    "add_transpose",
     "class_sort",
     "class_intervals",
+    "contrast",
     "label_sort",
     "pair_counts",
     "pair_counted",
@@ -85,6 +90,18 @@ class Regions(ctypes.Structure):
     ]
 
 
+class ContrastOptions(ctypes.Structure):
+    """`hpcloss_contrast_options` of the C header."""
+
+    _fields_ = [
+        ("form", ctypes.c_int32),
+        ("differentiated", ctypes.c_int32),
+        ("of_weights", ctypes.c_float),
+        ("damped", ctypes.c_float),
+        ("log2_multiplicity", ctypes.c_float),
+    ]
+
+
 class _Found(NamedTuple):
     library: ctypes.CDLL | None
     reason: str
@@ -132,6 +149,9 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, returned in types.items():
         if hasattr(library, name):
             getattr(library, name).restype = returned
+    library.hpcloss_contrast.argtypes = [ctypes.c_void_p, *[_int64] * 4, *[ctypes.c_void_p] * 3, ctypes.c_int32]
+    library.hpcloss_contrast.argtypes += [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int32]
+    library.hpcloss_add_transpose.argtypes = [ctypes.c_void_p, _int64, *[ctypes.c_void_p] * 2, ctypes.c_int32]
     return library
 
 
@@ -310,8 +330,42 @@ def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: in
     return rows
 
 
-# ctypes passes plain integers as 32 bits.
-_int64 = ctypes.c_int64
+@functools.lru_cache(maxsize=64)
+def contrast_options(
+    form: str, differentiated: bool, of_weights: float, damped: float, log2_multiplicity: float
+) -> ContrastOptions:
+    """The options of `contrast`, as the C header names them."""
+    return ContrastOptions(FORMS.index(form), differentiated, of_weights, damped, log2_multiplicity)
+
+
+def contrast(
+    logits: Tensor,
+    rows_of_region: int,
+    first_key: int,
+    bounds: Sequence[Tensor],
+    first_row: int,
+    options: ContrastOptions,
+    needs_slopes: bool,
+    loss: Tensor,
+    counted: Tensor,
+    by_scale: Tensor | None,
+) -> None:
+    """Losses of the rows from `first_row` on, of `loss`, `counted` and `by_scale` [N], and their slopes in place of the
+    logits [rows, keys]. bounds: pos_start, pos_end and self_pos [N]. CPU tensors, fp32."""
+    kind, at = bounds[0].dtype, first_row * bounds[0].element_size()
+    pointers = [bound.data_ptr() + at for bound in bounds]
+    error = _find().library.hpcloss_contrast(  # type: ignore[union-attr]
+        logits.data_ptr(), logits.shape[0], rows_of_region, logits.shape[1], first_key, *pointers, _TYPES[kind],
+        ctypes.addressof(options), needs_slopes, loss.data_ptr() + 4 * first_row, counted.data_ptr() + first_row,
+        None if by_scale is None else by_scale.data_ptr() + 4 * first_row, torch.get_num_threads(),
+    )  # fmt: skip
+    _raise_on(error, "contrast")
+
+
+def add_transpose(slopes: Tensor, factor: Tensor, both: Tensor) -> None:
+    """both <- slopes_ij factor_i + slopes_ji factor_j [n, n]; contiguous CPU tensors, fp32."""
+    pointers = slopes.data_ptr(), slopes.shape[0], factor.data_ptr(), both.data_ptr(), torch.get_num_threads()
+    _raise_on(_find().library.hpcloss_add_transpose(*pointers), "add_transpose")  # type: ignore[union-attr]
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.arithmetic import softplus
-from hpcloss.operators import differentiable_once, ops, register_on_backends, statistics_dtype
+from hpcloss.operators import differentiable_once, load, ops, register_on_backends, statistics_dtype
 from hpcloss.plan.partition import Pairs
 from hpcloss.primitives.autograd import fake_gradients, inputs, needs, of_inputs
 from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
@@ -46,9 +46,13 @@ def contrast(
     An anchor is counted if it has a positive and, for "own" and "negatives", a negative. multiplicity: how often each
     key stands in the denominators.
     """
-    if rows.backend_for(pairs, keys) == "dense":
+    backend = rows.backend_for(pairs, keys, contrast=True)
+    if backend in ("dense", "pieces"):
         form = (denominator, float(hardness), float(discount), detach_weights, multiplicity)
-        return _Contrast.apply(*inputs(rows, keys, scale), form, torch.is_grad_enabled(), *pairs.intervals)
+        given, kept = inputs(rows, keys, scale), 0
+        if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in given]):
+            kept = load("pytorch").kept_slopes(pairs.intervals, (rows if keys is None else keys).data.shape[0])
+        return _Contrast.apply(*given, form, torch.is_grad_enabled(), kept, backend, *pairs.intervals)
     if denominator == "pair":
         lse = pair_lse(rows, pairs, "negatives", scale, keys=keys)
         own, _ = pair_mean(rows, pairs, "logit", scale.unbounded(), keys=keys)
@@ -101,15 +105,19 @@ class _Contrast(torch.autograd.Function):
         scale: Tensor,
         form: tuple[str, float, float, bool, int],
         differentiated: bool,
+        kept: int,
+        backend: str,
         *intervals: Tensor,
     ) -> tuple[Tensor, Tensor]:
         needed = [differentiated and need for need in needs(ctx)]
+        if backend == "pieces":  # it keeps gradients
+            kept = sum([x.numel() for x, need in zip((anchors, keys), needed) if x is not None and need])
         loss, counted, slopes, by_scale = ops.pair_contrast(
-            anchors, keys, scale, *form, list(intervals), any(needed), needed[2], "dense"
+            anchors, keys, scale, *form, list(intervals), *needed, kept, backend
         )
         # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
         ctx.save_for_backward(loss, slopes, by_scale, anchors, keys, scale, *intervals)
-        ctx.form = form
+        ctx.form, ctx.backend = form, backend
         ctx.mark_non_differentiable(counted)
         ctx.set_materialize_grads(False)
         return loss, counted
@@ -119,24 +127,18 @@ class _Contrast(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_counted: None) -> tuple[Tensor | None, ...]:
         _, slopes, by_scale, anchors, keys, scale, *intervals = ctx.saved_tensors
         if grad is None:
-            return (None,) * (7 + len(intervals))
+            return (None,) * (9 + len(intervals))
         found = ops.pair_contrast_backward(
-            grad, slopes, by_scale, anchors, keys, scale, *ctx.form, intervals, *needs(ctx), "dense"
+            grad, slopes, by_scale, anchors, keys, scale, *ctx.form, intervals, *needs(ctx), ctx.backend
         )
         return of_inputs(ctx, found)
 
 
 def _fake(anchors: Tensor, keys: Tensor | None, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    intervals, needs_slopes, needs_scale = rest[5:8]
+    needs_scale, kept = rest[8:10]
     loss = anchors.new_empty(anchors.shape[:1], dtype=statistics_dtype(anchors.dtype))
-    count = anchors.shape[0] * (anchors if keys is None else keys).shape[0]
-    kept = count if needs_slopes and intervals[-1].numel() == 1 else 0
-    return (
-        loss,
-        torch.empty_like(loss, dtype=torch.bool),
-        loss.new_empty(kept),
-        loss.new_empty(anchors.shape[0] if needs_scale else 0),
-    )
+    by_scale = loss.new_empty(anchors.shape[0] if needs_scale else 0)
+    return loss, torch.empty_like(loss, dtype=torch.bool), loss.new_empty(kept), by_scale
 
 
 # The last arguments: three flags and the backend.
@@ -149,7 +151,8 @@ def _fake_backward(
 _FORM = "str denominator, float hardness, float discount, bool detach_weights, int multiplicity, Tensor[] intervals"
 register_on_backends(
     "pair_contrast",
-    f"(Tensor anchors, Tensor? keys, Tensor scale, {_FORM}, bool needs_slopes, bool needs_scale, str backend)"
+    f"(Tensor anchors, Tensor? keys, Tensor scale, {_FORM}, bool needs_anchors, bool needs_keys,"
+    " bool needs_scale, SymInt kept, str backend)"
     " -> (Tensor loss, Tensor counted, Tensor slopes, Tensor by_scale)",
     _fake,
 )

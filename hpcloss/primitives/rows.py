@@ -29,14 +29,18 @@ class Rows(NamedTuple):
     companion: Tensor
     backend: str
 
-    def backend_for(self, pairs: Pairs, keys: Rows | None) -> str:
-        """The backend that computes these pairs. NotImplementedError where the one that was asked for cannot."""
+    def backend_for(self, pairs: Pairs, keys: Rows | None, contrast: bool = False) -> str:
+        """The backend that computes these pairs. NotImplementedError where the one that was asked for cannot.
+
+        contrast: for a whole contrast, which "pieces" computes as well, where keys are other rows than anchors.
+        """
         if self.backend not in ("pytorch", "dense"):
             return self.backend
-        pytorch, num_keys = load("pytorch"), (self if keys is None else keys).data.shape[0]
+        pytorch, others = load("pytorch"), self if keys is None else keys
         if self.backend == "pytorch":
-            return pytorch.choose(pairs.intervals, num_keys)
-        pytorch.check_dense(pairs.intervals, num_keys)
+            in_pieces = contrast and keys is not None and pytorch.takes_pieces(self.data)
+            return pytorch.choose(pairs.intervals, others.data.shape[0], in_pieces)
+        pytorch.check_dense(pairs.intervals, others.data.shape[0])
         return self.backend
 
     def detach(self) -> Rows:

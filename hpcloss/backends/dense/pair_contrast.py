@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from hpcloss.backends.arithmetic import LN2, LOG2E, accumulation, gradients
+from hpcloss.backends.arithmetic import LN2, LOG2E, accumulation, cast, gradients
 from hpcloss.backends.dense.batches import Batch, batches
 from hpcloss.backends.dense.forms import FORMS, Found, Options
+from hpcloss.backends.dense.rows import is_native, native_contrast, native_gradients
 from hpcloss.plan.partition import Intervals
 
 
@@ -27,36 +28,38 @@ def pair_contrast(
     detach_weights: bool,
     multiplicity: int,
     intervals: list[Tensor],
-    needs_slopes: bool,
+    needs_anchors: bool,
+    needs_keys: bool,
     needs_scale: bool,
+    kept: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss of each anchor [N], 0 where it is not counted, and which are counted; equations in `contrast`.
 
-    Also what backward needs: the slopes, as many as there are pairs, and d loss / d scale [N]. Both are empty where
-    they are not needed, or made again.
+    Also what backward needs: the slopes, if as many as `kept` are to be kept, and d loss / d scale [N].
     """
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
-    options, scale = Options(denominator, hardness, discount, detach_weights, multiplicity), scale.to(anchors.dtype)
-    kept = anchors.shape[0] * (anchors if others is None else others).shape[0] if at.key_end.numel() == 1 else 0
-    loss, counted, by_scale, slopes = None, None, None, anchors.new_empty(0)
+    options, scale = Options(denominator, hardness, discount, detach_weights, multiplicity), cast(scale, anchors.dtype)
+    slopes, by_scale = anchors.new_empty(kept), anchors.new_zeros(anchors.shape[0] if needs_scale else 0)
+    if is_native(anchors):
+        needed = needs_anchors or needs_keys or needs_scale
+        loss, counted = native_contrast(anchors, others, at, scale, options, needed, slopes, by_scale)
+        return loss, counted, slopes, by_scale.div_(scale) if needs_scale else by_scale
+    loss = anchors.new_zeros(anchors.shape[0])
+    counted = torch.zeros_like(loss, dtype=torch.bool)
     for batch in batches(anchors, others, at):
         found, scaled = _losses(batch, scale, options, needs_scale)
-        if needs_slopes and kept:
-            slopes = found.slope.flatten() if found.slope.numel() == kept else _enlarged(found.slope, kept)
-        loss, counted = batch.merged(found.loss, loss), batch.merged(found.counted, counted)
-        by_scale = None if scaled is None else batch.merged(scaled, by_scale)
-    if loss is None or counted is None:
-        loss = anchors.new_zeros(anchors.shape[0])
-        counted, by_scale = torch.zeros_like(loss, dtype=torch.bool), torch.zeros_like(loss)
-        slopes = anchors.new_zeros(kept if needs_slopes else 0)
-    return loss, counted, slopes, by_scale if needs_scale and by_scale is not None else anchors.new_empty(0)
+        batch.put(found.loss, loss)
+        batch.put(found.counted, counted)
+        if scaled is not None:
+            batch.put(scaled, by_scale)
+        if _keeps(at, slopes):
+            slopes[: found.slope.numel()] = found.slope.flatten()
+    return loss, counted, slopes, by_scale
 
 
-def _enlarged(slopes: Tensor, count: int) -> Tensor:
-    """The slopes in front of a vector of a length that is known from shapes alone."""
-    kept = slopes.new_empty(count)
-    kept[: slopes.numel()] = slopes.flatten()
-    return kept
+def _keeps(at: Intervals, slopes: Tensor) -> bool:
+    """Whether the slopes of batches, which may be padded, are kept: those of one region."""
+    return slopes.numel() > 0 and at.key_end.numel() == 1
 
 
 def pair_contrast_backward(
@@ -79,17 +82,22 @@ def pair_contrast_backward(
     """dS_ij = g_i scale slope_ij, as d anchors, d keys (one sum in self-contrast), d scale."""
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     options = Options(denominator, hardness, discount, detach_weights, multiplicity)
-    grad, scale = grad.to(anchors.dtype), scale.to(anchors.dtype)
-    d_anchors = torch.zeros_like(anchors) if needs_anchors else None
-    d_keys = d_anchors if others is None else torch.zeros_like(others) if needs_keys else None
+    grad, scale = cast(grad, anchors.dtype), cast(scale, anchors.dtype)
     of_pairs = grad * scale
-    for batch in batches(anchors, others, at) if needs_anchors or needs_keys else ():
-        if slopes.numel():
-            shape = (batch.number, batch.anchors.shape[1], batch.keys.shape[1])
-            slope = slopes[: math.prod(shape)].view(shape) * batch.take(of_pairs)[..., None]
-        else:
-            slope = _losses(batch, scale, options, False)[0].slope.mul_(batch.take(of_pairs)[..., None])
-        batch.add_gradients(slope, d_anchors, d_keys)
+    if is_native(anchors):
+        d_anchors, d_keys = native_gradients(
+            slopes, of_pairs, anchors, others, at, scale, options, needs_anchors, needs_keys
+        )
+    else:
+        d_anchors = torch.zeros_like(anchors) if needs_anchors else None
+        d_keys = d_anchors if others is None else torch.zeros_like(others) if needs_keys else None
+        for batch in batches(anchors, others, at):
+            if _keeps(at, slopes):
+                shape = (batch.number, batch.anchors.shape[1], batch.keys.shape[1])
+                slope = slopes[: math.prod(shape)].view(shape) * batch.take(of_pairs)[..., None]
+            else:
+                slope = _losses(batch, scale, options, False)[0].slope.mul_(batch.take(of_pairs)[..., None])
+            batch.add_gradients(slope, d_anchors, d_keys)
     d_scale = torch.dot(grad, by_scale) if needs_scale else anchors.new_zeros(())
     return gradients(anchors, d_anchors, None if others is None else d_keys, d_scale)
 

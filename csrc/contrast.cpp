@@ -1,0 +1,307 @@
+// Losses of anchors and their slopes, row by row, where the similarities are in memory: what hpcloss/backends/dense does
+// with masks. A row's positives are one interval of its keys, so each step runs over whole pieces of the row.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "checks.h"
+#include "hpcloss.h"
+#include "parallel.h"
+
+// One version of the row for each width of vectors, of which the loader takes the widest that the processor has.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) && !defined(HPCLOSS_ONE_TARGET)
+#define HPCLOSS_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define HPCLOSS_CLONES
+#endif
+#if defined(__GNUC__)
+#define HPCLOSS_INLINE inline __attribute__((always_inline))
+#else
+#define HPCLOSS_INLINE inline
+#endif
+
+namespace hpcloss {
+namespace {
+
+constexpr int64_t kBlock = 32;
+constexpr float kLn2 = 0.693147180559945f, kLog2E = 1.442695040888963f;
+
+// 2^x to one unit in the last place; 0 below 2^-126. Taylor's series of 2^f, f in [-1/2, 1/2], times a power of two.
+HPCLOSS_INLINE float exp2_of(float x) {  // x below 128
+  const float clamped = x < -126.0f ? -126.0f : x;  // NaN stays
+  const float magic = 12582912.0f;                                       // 1.5 * 2^23: rounds to an integer
+  const float rounded = (clamped + magic) - magic, f = clamped - rounded;
+  float series = 1.5252734e-5f;
+  series = series * f + 1.5403530e-4f;
+  series = series * f + 1.3333558e-3f;
+  series = series * f + 9.6181291e-3f;
+  series = series * f + 5.5504109e-2f;
+  series = series * f + 2.4022651e-1f;
+  series = series * f + 6.9314718e-1f;
+  series = series * f + 1.0f;
+  const float whole = rounded == rounded ? rounded : 0.0f;  // of NaN the series is NaN already
+  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < -126.0f ? 0.0f : series * power;
+}
+
+// log(1 + y) of 0 <= y <= 1, also of the smallest y to a few units in the last place: 2 artanh(y / (2 + y)).
+HPCLOSS_INLINE float log1p_of(float y) {
+  const float z = y / (2.0f + y), square = z * z;
+  float series = 1.0f / 15;
+  series = series * square + 1.0f / 13;
+  series = series * square + 1.0f / 11;
+  series = series * square + 1.0f / 9;
+  series = series * square + 1.0f / 7;
+  series = series * square + 1.0f / 5;
+  series = series * square + 1.0f / 3;
+  return 2.0f * z * (series * square + 1.0f);
+}
+
+HPCLOSS_INLINE float largest(const float* x, int64_t count, float among) {
+#pragma omp simd reduction(max : among)
+  for (int64_t j = 0; j < count; ++j) among = x[j] > among ? x[j] : among;
+  return among;
+}
+
+HPCLOSS_INLINE float exp2_and_sum(float* x, int64_t count, float shift) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) {
+    x[j] = exp2_of(x[j] - shift);
+    sum += x[j];
+  }
+  return sum;
+}
+
+HPCLOSS_INLINE void multiply(float* x, int64_t count, float factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) x[j] *= factor;
+}
+
+HPCLOSS_INLINE float dot(const float* x, const float* y, int64_t count) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) sum += x[j] * y[j];
+  return sum;
+}
+
+// A part of a row.
+struct Piece {
+  int64_t first, count;
+};
+
+// The pieces of a row's positives and of its negatives: without the anchor itself.
+struct Pieces {
+  Piece piece[6];
+  int positives = 0, all = 0;
+
+  Pieces(int64_t pos_start, int64_t pos_end, int64_t self, int64_t keys) {
+    add(pos_start, pos_end, self);
+    positives = all;
+    add(0, pos_start, self);
+    add(pos_end, keys, self);
+  }
+
+  void add(int64_t first, int64_t end, int64_t self) {
+    const bool inside = self >= first && self < end;
+    add(first, inside ? self : end);
+    if (inside) add(self + 1, end);
+  }
+
+  void add(int64_t first, int64_t end) {
+    if (end > first) piece[all++] = {first, end - first};
+  }
+
+  int64_t count(int first, int end) const {
+    int64_t sum = 0;
+    for (int i = first; i < end; ++i) sum += piece[i].count;
+    return sum;
+  }
+};
+
+struct Found {
+  float loss, by_scale;
+  bool counted;
+};
+
+// Of one row of logits to base 2: the loss, and its slopes in place of the logits. scratch holds 4 rows.
+HPCLOSS_CLONES Found contrast_row(float* x, int64_t keys, int64_t pos_start, int64_t pos_end, int64_t self,
+                                  const hpcloss_contrast_options* options, bool needs_slopes, bool needs_scale,
+                                  float* scratch) {
+  const Pieces pieces(pos_start, pos_end, self, keys);
+  const int64_t positives = pieces.count(0, pieces.positives);
+  const int64_t negatives = pieces.count(pieces.positives, pieces.all);
+  const int32_t form = options->form;
+  const bool needs_negatives = form == HPCLOSS_OWN || form == HPCLOSS_NEGATIVES;
+  if (!positives || (needs_negatives && !negatives)) {
+    if (needs_slopes) std::fill(x, x + keys, 0.0f);
+    return {0.0f, 0.0f, false};
+  }
+  float *logit = scratch, *weight = scratch + keys, *term = scratch + 2 * keys, *row = scratch + 3 * keys;
+  if (needs_scale) std::copy(x, x + keys, row);
+
+  // The positives' logits and their weights, next to each other.
+  int64_t at = 0;
+  for (int i = 0; i < pieces.positives; ++i) {
+    std::copy(x + pieces.piece[i].first, x + pieces.piece[i].first + pieces.piece[i].count, logit + at);
+    at += pieces.piece[i].count;
+  }
+  const float of_weights = options->of_weights;
+  if (of_weights == 0.0f) {
+    std::fill(weight, weight + positives, 1.0f / static_cast<float>(positives));
+  } else {
+    for (int64_t j = 0; j < positives; ++j) weight[j] = of_weights * logit[j];
+    const float most = largest(weight, positives, -std::numeric_limits<float>::infinity());
+    multiply(weight, positives, 1.0f / exp2_and_sum(weight, positives, most));
+  }
+
+  // The denominator.
+  const int first = form == HPCLOSS_ALL ? 0 : pieces.positives;
+  float shift = -std::numeric_limits<float>::infinity(), total = 0.0f;
+  for (int i = first; i < pieces.all; ++i) shift = largest(x + pieces.piece[i].first, pieces.piece[i].count, shift);
+  for (int i = first; i < pieces.all; ++i) total += exp2_and_sum(x + pieces.piece[i].first, pieces.piece[i].count, shift);
+  const float log_total = std::log2(total) + options->log2_multiplicity;  // -inf without a negative of a pair
+
+  // The loss; of each positive its slope through the logit (in x) and the value that the weights average (in term).
+  float loss = 0.0f, push = 1.0f;
+  const float damped = options->damped;
+  if (form == HPCLOSS_OWN || form == HPCLOSS_PAIR) {
+    const float lse = negatives ? shift + log_total : -std::numeric_limits<float>::infinity();
+    push = 0.0f;
+#pragma omp simd reduction(+ : loss, push)
+    for (int64_t j = 0; j < positives; ++j) {
+      const float against = (lse - logit[j] * (1.0f - damped)) * kLn2, size = against < 0.0f ? -against : against;
+      const float small = exp2_of(-size * kLog2E);
+      const float value = (against > 0.0f ? against : 0.0f) + log1p_of(small) - damped * kLn2 * logit[j];
+      const float share = (against < 0.0f ? small : 1.0f) / (1.0f + small);
+      term[j] = value;
+      loss += weight[j] * value;
+      push += weight[j] * share;
+      logit[j] = weight[j] * share;
+    }
+  } else {
+    const float from = form == HPCLOSS_ALL ? shift : 0.0f;  // near the minimum no difference of large numbers
+    float mean = 0.0f;
+#pragma omp simd reduction(+ : mean)
+    for (int64_t j = 0; j < positives; ++j) {
+      mean += weight[j] * (logit[j] - from);
+      term[j] = -kLn2 * logit[j];
+      logit[j] = weight[j];
+    }
+    loss = ((form == HPCLOSS_ALL ? 0.0f : shift) + log_total - mean) * kLn2;
+  }
+  if (!needs_slopes) return {loss, 0.0f, true};
+
+  for (int i = first; i < pieces.all; ++i) multiply(x + pieces.piece[i].first, pieces.piece[i].count, push / total);
+  if (self >= 0 && self < keys) x[self] = 0.0f;
+  at = 0;
+  for (int i = 0; i < pieces.positives; ++i) {
+    float* to = x + pieces.piece[i].first;
+    if (form != HPCLOSS_ALL) std::fill(to, to + pieces.piece[i].count, 0.0f);
+    for (int64_t j = 0; j < pieces.piece[i].count; ++j) to[j] -= logit[at + j];
+    at += pieces.piece[i].count;
+  }
+  float by_scale = 0.0f;
+  if (needs_scale) {
+    if (self >= 0 && self < keys) row[self] = 0.0f;
+    by_scale = dot(x, row, keys) * kLn2;
+  }
+
+  // What similarities reach otherwise than through the logits: a discount, and weights that are differentiated.
+  if (damped != 0.0f || options->differentiated) {
+    const float average = options->differentiated ? dot(weight, term, positives) : 0.0f;
+    const float through = options->differentiated ? of_weights : 0.0f;
+    at = 0;
+    for (int i = 0; i < pieces.positives; ++i) {
+      float* to = x + pieces.piece[i].first;
+      for (int64_t j = 0; j < pieces.piece[i].count; ++j, ++at) {
+        to[j] += through * weight[at] * (term[at] - average) + damped * (logit[at] - weight[at]);
+      }
+    }
+  }
+  return {loss, by_scale, true};
+}
+
+template <class Index>
+void contrast_rows(float* logits, int64_t rows, int64_t rows_of_region, int64_t keys, int64_t first_key,
+                   const Index* pos_start, const Index* pos_end, const Index* self_pos,
+                   const hpcloss_contrast_options& options, bool needs_slopes, float* loss, uint8_t* counted,
+                   float* by_scale, int32_t threads) {
+  const int64_t block = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(keys, 1));
+  parallel(threads, (rows + block - 1) / block, [&](int64_t item) {
+    std::vector<float> scratch(static_cast<size_t>(4 * keys));
+    for (int64_t i = item * block; i < std::min(rows, (item + 1) * block); ++i) {
+      const int64_t start = first_key + i / rows_of_region * keys;
+      const auto place = [&](int64_t key) { return std::min(std::max<int64_t>(key - start, 0), keys); };
+      const int64_t from = place(pos_start[i]), to = place(pos_end[i]), self = self_pos[i] < 0 ? -1 : self_pos[i] - start;
+      const Found found = contrast_row(logits + i * keys, keys, from, std::max(from, to), self, &options, needs_slopes,
+                                       by_scale != nullptr, scratch.data());
+      loss[i] = found.loss;
+      counted[i] = found.counted;
+      if (by_scale) by_scale[i] = found.by_scale;
+    }
+  });
+}
+
+// both [i, j] = s [i, j] f_i + s [j, i] f_j for a block of rows and one of columns, and its mirror image.
+HPCLOSS_CLONES void add_transpose_block(const float* slopes, int64_t n, const float* factor, float* both, int64_t i0,
+                                        int64_t i1, int64_t j0, int64_t j1) {
+  float upper[kBlock * kBlock], lower[kBlock * kBlock];
+  const int64_t rows = i1 - i0, columns = j1 - j0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) upper[j * kBlock + i] = slopes[(i0 + i) * n + j0 + j] * factor[i0 + i];
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    float* out = both + (j0 + j) * n + i0;
+    const float* in = slopes + (j0 + j) * n + i0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float sum = in[i] * factor[j0 + j] + upper[j * kBlock + i];
+      out[i] = sum;
+      lower[i * kBlock + j] = sum;
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) std::copy(lower + i * kBlock, lower + i * kBlock + columns, both + (i0 + i) * n + j0);
+}
+
+}  // namespace
+}  // namespace hpcloss
+
+int32_t hpcloss_add_transpose(const float* slopes, int64_t n, const float* factor, float* both, int32_t threads) {
+  using namespace hpcloss;
+  if (n < 0) return HPCLOSS_ERROR_SIZE;
+  if (n && (!slopes || !factor || !both)) return HPCLOSS_ERROR_NULL;
+  return guarded([&] {
+    parallel(n < 256 ? 1 : threads, (n + kBlock - 1) / kBlock, [&](int64_t item) {
+      const int64_t i0 = item * kBlock, i1 = std::min(n, i0 + kBlock);
+      for (int64_t j0 = 0; j0 <= i0; j0 += kBlock) {
+        add_transpose_block(slopes, n, factor, both, i0, i1, j0, std::min(n, j0 + kBlock));
+      }
+    });
+    return int32_t{HPCLOSS_OK};
+  });
+}
+
+int32_t hpcloss_contrast(float* logits, int64_t rows, int64_t rows_of_region, int64_t keys, int64_t first_key,
+                         const void* pos_start, const void* pos_end, const void* self_pos, int32_t index_type,
+                         const hpcloss_contrast_options* options, int32_t needs_slopes, float* loss, uint8_t* counted,
+                         float* by_scale, int32_t threads) {
+  using namespace hpcloss;
+  if (const int32_t error = check_rows(rows, index_type)) return error;
+  if (rows_of_region < 1 || keys < 0 || first_key < 0) return HPCLOSS_ERROR_SIZE;
+  if (!options) return HPCLOSS_ERROR_NULL;
+  if (options->form < HPCLOSS_OWN || options->form > HPCLOSS_PAIR) return HPCLOSS_ERROR_TYPE;
+  if (rows && (!pos_start || !pos_end || !self_pos || !loss || !counted || (keys && !logits))) return HPCLOSS_ERROR_NULL;
+  return guarded([&] {
+    const auto run = [&](auto index) {
+      using In = const decltype(index)*;
+      contrast_rows(logits, rows, rows_of_region, keys, first_key, static_cast<In>(pos_start), static_cast<In>(pos_end),
+                    static_cast<In>(self_pos), *options, needs_slopes != 0, loss, counted, by_scale, threads);
+      return int32_t{HPCLOSS_OK};
+    };
+    return index_type == HPCLOSS_INT32 ? run(int32_t{}) : run(int64_t{});
+  });
+}

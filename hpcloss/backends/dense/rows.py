@@ -1,0 +1,179 @@
+"""The contrast row by row in the native library: on the CPU, in fp32. No mask, no padding, one pass over each row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hpcloss.backends.arithmetic import LOG2E
+from hpcloss.backends.dense.batches import MOST, Region, regions_of
+from hpcloss.backends.dense.forms import Options
+from hpcloss.plan import native
+from hpcloss.plan.partition import Intervals
+
+
+def is_native(anchors: Tensor) -> bool:
+    """Whether the native library computes these rows."""
+    return anchors.dtype == torch.float32 and anchors.device.type == "cpu" and native.serves(anchors)
+
+
+def native_contrast(
+    anchors: Tensor,
+    keys: Tensor | None,
+    at: Intervals,
+    scale: Tensor,
+    options: Options,
+    needs_slopes: bool,
+    kept: Tensor,
+    by_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Losses, and which are counted [N].
+
+    Slopes go into `kept`, group by group, and scale * d loss / d scale into `by_scale`, unless these are empty.
+    """
+    call = Call(anchors, at, scale, options, by_scale, needs_slopes)
+    others, first = anchors if keys is None else keys, 0
+    for group in groups(regions_of(at)):
+        size = math.prod(group.shape())
+        call.slopes(group, anchors, others, kept[first : first + size] if kept.numel() else None)
+        first += size
+    return call.loss, call.counted
+
+
+def native_gradients(
+    kept: Tensor,
+    of_pairs: Tensor,
+    anchors: Tensor,
+    keys: Tensor | None,
+    at: Intervals,
+    scale: Tensor,
+    options: Options,
+    needs_anchors: bool,
+    needs_keys: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of anchors and keys for slopes times of_pairs [N]. Slopes that were not kept are made again."""
+    others, regions = anchors if keys is None else keys, regions_of(at)
+    covered = keys is None and len(regions) == 1 and regions[0] == (0, anchors.shape[0], 0, anchors.shape[0])
+    d_anchors = (torch.empty_like if covered else torch.zeros_like)(anchors) if needs_anchors else None
+    d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
+    call, first = None if kept.numel() else Call(anchors, at, scale, options, anchors.new_empty(0)), 0
+    for group in groups(regions) if needs_anchors or needs_keys else ():
+        rows, columns, shape = group.anchors(), group.keys(), group.shape()
+        if call is None:
+            slope = kept[first : first + math.prod(shape)].view(shape)
+            first += math.prod(shape)
+        else:
+            slope = call.slopes(group, anchors, others)
+        if keys is None and rows == columns:
+            if d_anchors is not None:
+                _write_both(slope, of_pairs[rows], others[rows], group.number, d_anchors[rows])
+            continue
+        slope, own, other, factor = map(group.cut, (slope, anchors[rows], others[columns], of_pairs[rows, None]))
+        if d_anchors is not None:
+            group.cut(d_anchors[rows]).add_(torch.bmm(slope, other).mul_(factor))
+        if d_keys is not None:
+            group.cut(d_keys[columns]).baddbmm_(slope.mT, own * factor)
+    return d_anchors, d_keys
+
+
+def _write_both(slope: Tensor, factor: Tensor, rows: Tensor, number: int, gradient: Tensor) -> None:
+    """The gradient of rows that are anchors and keys of one another. slope: of `number` regions."""
+    both, length = torch.empty_like(slope), slope.shape[1]
+    for first in range(0, slope.shape[0], length):
+        part = slice(first, first + length)
+        native.add_transpose(slope[part], factor[part], both[part])
+    if number == 1:
+        torch.mm(both, rows, out=gradient)
+    else:
+        both, rows, gradient = (x.view(number, length, -1) for x in (both, rows, gradient))
+        torch.bmm(both, rows, out=gradient)
+
+
+class Group:
+    """Regions of one shape, one behind the other."""
+
+    def __init__(self, first: Region):
+        self.first, self.number = first, 1
+
+    def takes(self, region: Region) -> bool:
+        """Add the next region, if it fits."""
+        n, m = self.first.shape()
+        behind = self.first.anchor_start + self.number * n, self.first.key_start + self.number * m
+        fits = region.shape() == (n, m) and (region.anchor_start, region.key_start) == behind
+        if not fits or (self.number + 1) * n * m > MOST:
+            return False
+        self.number += 1
+        return True
+
+    def anchors(self) -> slice:
+        """The anchors of all regions."""
+        start = self.first.anchor_start
+        return slice(start, start + self.number * (self.first.anchor_end - start))
+
+    def keys(self) -> slice:
+        """The keys of all regions."""
+        start = self.first.key_start
+        return slice(start, start + self.number * (self.first.key_end - start))
+
+    def shape(self) -> tuple[int, int]:
+        """Anchors of all regions, and keys of each."""
+        n, m = self.first.shape()
+        return self.number * n, m
+
+    def cut(self, values: Tensor) -> Tensor:
+        """Rows of all regions, one behind the other, by region."""
+        return values.view(self.number, -1, values.shape[1])
+
+
+def groups(regions: list[Region]) -> Iterator[Group]:
+    """As many regions at a time as have one shape, stand one behind the other and fit a batch."""
+    group: Group | None = None
+    for region in regions:
+        if group is None or not group.takes(region):
+            if group is not None:
+                yield group
+            group = Group(region)
+    if group is not None:
+        yield group
+
+
+class Call:
+    """What a call asks of the library, and the losses that it finds."""
+
+    def __init__(
+        self,
+        anchors: Tensor,
+        at: Intervals,
+        scale: Tensor,
+        options: Options,
+        by_scale: Tensor,
+        needs_slopes: bool = True,
+    ):
+        number = float(scale)
+        over = 1 / number if number else 0.0  # a scale of 0 has no logits to weigh by
+        self.factor, self.bounds, self.needs_slopes = number * LOG2E, at[:3], needs_slopes
+        self.options = native.contrast_options(
+            options.denominator, bool(options.hardness) and not options.detach_weights, -options.hardness * over,
+            options.discount * over, math.log2(options.multiplicity),
+        )  # fmt: skip
+        self.loss = anchors.new_zeros(anchors.shape[0])
+        self.counted = torch.zeros_like(self.loss, dtype=torch.bool)
+        self.by_scale = by_scale if by_scale.numel() else None
+
+    def slopes(self, group: Group, anchors: Tensor, others: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The slopes of a group's rows [rows, keys], in `kept` if given."""
+        rows, columns, shape = group.anchors(), group.keys(), group.shape()
+        logits = anchors.new_empty(shape) if kept is None else kept.view(shape)
+        if group.number == 1:
+            torch.addmm(logits, anchors[rows], others[columns].T, beta=0, alpha=self.factor, out=logits)
+        else:
+            batch, own, other = map(group.cut, (logits, anchors[rows], others[columns]))
+            torch.baddbmm(batch, own, other.mT, beta=0, alpha=self.factor, out=batch)
+        native.contrast(
+            logits, shape[0] // group.number, columns.start, self.bounds, rows.start, self.options, self.needs_slopes,
+            self.loss, self.counted, self.by_scale,
+        )  # fmt: skip
+        return logits
