@@ -1,11 +1,13 @@
-// The native library of hpcloss: which pixels belong together, and which of them are sampled.
+// The native library of hpcloss: which pixels belong together, which of them are sampled, and losses of a few of them.
 //
 // A plain C interface: no torch, no Python. Every function checks its arguments and returns an error code; nothing
 // throws across the boundary. What a function computes is defined in hpcloss/plan/sorting.py and
-// hpcloss/plan/sampling.py; the results here are those, bit for bit.
+// hpcloss/plan/sampling.py; the results here are those, bit for bit. Functions of floats give what the PyTorch code in
+// hpcloss/backends gives, but for rounding.
 //
-// Every function but hpcloss_contrast and hpcloss_add_transpose exists twice: `hpcloss_X` for arrays in host memory, and `hpcloss_cuda_X` for arrays in memory of the
-// current CUDA device, queued on `stream` without waiting for it. The CUDA half may be absent from a build.
+// Functions of integers exist twice: `hpcloss_X` for arrays in host memory, and `hpcloss_cuda_X` for arrays in memory of
+// the current CUDA device, queued on `stream` without waiting for it. The CUDA half may be absent from a build.
+// Functions of floats exist for host memory alone.
 #pragma once
 
 #include <stdint.h>
@@ -119,6 +121,19 @@ HPCLOSS_API int32_t hpcloss_sample_positives(const void* pos_start, const void* 
                                              int32_t index_type, int64_t n, int64_t k, const int64_t* seed, void* rows,
                                              int32_t threads);
 
+// packed [rows, channels] <- the vectors [num_vectors, channels] in the order [rows] of index_type, if asked divided by
+// their length (a vector shorter than 1e-12 becomes 0); inverse_norm [rows] <- by what each was multiplied. Rows from
+// `live` on are 0.
+HPCLOSS_API int32_t hpcloss_pack(const float* vectors, int64_t num_vectors, int64_t channels, const void* order,
+                                 int32_t index_type, int64_t rows, int64_t live, int32_t normalize, float* packed,
+                                 float* inverse_norm, int32_t threads);
+
+// d_vectors [rows, channels] <- the gradient of the vectors from grad [rows, channels], that of the packed rows. The
+// order [rows] names each vector once.
+HPCLOSS_API int32_t hpcloss_unpack(const float* grad, const float* packed, const float* inverse_norm, int64_t rows,
+                                   int64_t channels, const void* order, int32_t index_type, int32_t normalize,
+                                   float* d_vectors, int32_t threads);
+
 // How a loss of hpcloss_contrast is formed (hpcloss/primitives/contrast.py).
 enum { HPCLOSS_OWN = 0, HPCLOSS_NEGATIVES = 1, HPCLOSS_ALL = 2, HPCLOSS_PAIR = 3 };
 
@@ -131,7 +146,7 @@ typedef struct {
 } hpcloss_contrast_options;
 
 // The contrast of anchors with the keys of their region, of regions one behind the other that have `rows_of_region`
-// anchors and `keys` keys each; key 0 of the first has number first_key. Host memory alone.
+// anchors and `keys` keys each; key 0 of the first has number first_key.
 //   logits [rows, keys]: similarity * scale / ln 2; overwritten, if needs_slopes with d loss / d similarity / scale.
 //   pos_start, pos_end, self_pos [rows] of index_type: key numbers as in `Pairs`.
 //   loss [rows], counted [rows] <- as `contrast` returns them. by_scale [rows], or null <- scale * d loss / d scale.
@@ -141,7 +156,7 @@ HPCLOSS_API int32_t hpcloss_contrast(float* logits, int64_t rows, int64_t rows_o
                                      int32_t needs_slopes, float* loss, uint8_t* counted, float* by_scale,
                                      int32_t threads);
 
-// both [n, n] <- slopes [i, j] * factor [i] + slopes [j, i] * factor [j]. Host memory alone.
+// both [n, n] <- slopes [i, j] * factor [i] + slopes [j, i] * factor [j].
 HPCLOSS_API int32_t hpcloss_add_transpose(const float* slopes, int64_t n, const float* factor, float* both,
                                           int32_t threads);
 

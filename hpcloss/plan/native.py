@@ -41,10 +41,12 @@ _FUNCTIONS = (
     "class_intervals",
     "contrast",
     "label_sort",
+    "pack",
     "pair_counts",
     "pair_counted",
     "sample",
     "sample_positives",
+    "unpack",
 )
 _ERRORS = {
     1: "a required array is missing",
@@ -151,6 +153,10 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
             getattr(library, name).restype = returned
     library.hpcloss_contrast.argtypes = [ctypes.c_void_p, *[_int64] * 4, *[ctypes.c_void_p] * 3, ctypes.c_int32]
     library.hpcloss_contrast.argtypes += [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int32]
+    library.hpcloss_pack.argtypes = [ctypes.c_void_p, *[_int64] * 2, ctypes.c_void_p, ctypes.c_int32, *[_int64] * 2]
+    library.hpcloss_pack.argtypes += [ctypes.c_int32, *[ctypes.c_void_p] * 2, ctypes.c_int32]
+    library.hpcloss_unpack.argtypes = [*[ctypes.c_void_p] * 3, *[_int64] * 2, ctypes.c_void_p, *[ctypes.c_int32] * 2]
+    library.hpcloss_unpack.argtypes += [ctypes.c_void_p, ctypes.c_int32]
     library.hpcloss_add_transpose.argtypes = [ctypes.c_void_p, _int64, *[ctypes.c_void_p] * 2, ctypes.c_int32]
     return library
 
@@ -360,6 +366,30 @@ def contrast(
         None if by_scale is None else by_scale.data_ptr() + 4 * first_row, torch.get_num_threads(),
     )  # fmt: skip
     _raise_on(error, "contrast")
+
+
+def pack(vectors: Tensor, order: Tensor, live: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """`pack` of vectors [N, D]; contiguous CPU tensors, fp32."""
+    rows, channels = order.numel(), vectors.shape[1]
+    packed, inverse_norm = vectors.new_empty(rows, channels), vectors.new_empty(rows)
+    error = _find().library.hpcloss_pack(  # type: ignore[union-attr]
+        vectors.data_ptr(), vectors.shape[0], channels, order.data_ptr(), _TYPES[order.dtype], rows, live, normalize,
+        packed.data_ptr(), inverse_norm.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _raise_on(error, "pack")
+    return packed, inverse_norm
+
+
+def unpack(grad: Tensor, packed: Tensor, inverse_norm: Tensor, order: Tensor, normalize: bool) -> Tensor:
+    """The backward pass of `pack`, where the order names each vector once; contiguous CPU tensors, fp32."""
+    rows, channels = packed.shape
+    d_vectors = torch.empty_like(packed)
+    error = _find().library.hpcloss_unpack(  # type: ignore[union-attr]
+        grad.data_ptr(), packed.data_ptr(), inverse_norm.data_ptr(), rows, channels, order.data_ptr(),
+        _TYPES[order.dtype], normalize, d_vectors.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _raise_on(error, "unpack")
+    return d_vectors
 
 
 def add_transpose(slopes: Tensor, factor: Tensor, both: Tensor) -> None:

@@ -91,7 +91,7 @@ class _Pack(torch.autograd.Function):
         ctx.mark_non_differentiable(data)
         ctx.set_materialize_grads(False)
         # Nobody reads its value, so it is not even filled.
-        companion = torch.empty((), dtype=inverse_norm.dtype, device=features.device).expand(data.shape)
+        companion = inverse_norm.new_empty_strided(data.shape, (0, 0))
         return data, companion
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hpcloss.operators import NORM_EPS, statistics_dtype
+from hpcloss.plan import native
 
 FEW = 4  # rows are few where the map has more than this many times as many pixels
 LARGE = 1e15  # the squares of a row of 1e30 overflow fp32
@@ -43,6 +44,8 @@ def _gather(features: Tensor, order: Tensor) -> Tensor:
 
 def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Rows `order` of the map, those from `live` on zero, and the inverse norm by which each was multiplied."""
+    if _is_native(features):
+        return native.pack(features, order.contiguous(), int(live), normalize)
     rows = _gather(features, order).to(statistics_dtype(features.dtype))
     # Filled, not multiplied by zero: an ignored pixel may hold inf or NaN.
     on_host = rows.device.type == "cpu"
@@ -64,6 +67,12 @@ def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tupl
     return rows.mul_(inverse_norm[:, None]), inverse_norm
 
 
+def _is_native(vectors: Tensor) -> bool:
+    """Whether the native library packs these features: vectors that stand next to each other, on the CPU in fp32."""
+    rows = vectors.dim() == 2 and vectors.dtype == torch.float32 and vectors.is_contiguous()
+    return rows and vectors.device.type == "cpu" and native.serves(vectors)
+
+
 def pack_backward(
     grad: Tensor,
     data: Tensor,
@@ -76,10 +85,9 @@ def pack_backward(
     permutation: bool,
 ) -> Tensor:
     """Gradient of the map in its own layout, from the gradient of its rows."""
-    if permutation and list(stride) == [shape[1], 1] and dtype == inverse_norm.dtype and order.numel() <= ROWS:
-        return torch.zeros(shape, dtype=dtype, device=grad.device).index_add_(
-            0, order, _of_rows(grad, data, inverse_norm, normalize)
-        )
+    is_rows = list(stride) == [shape[1], 1] and dtype == grad.dtype
+    if permutation and is_rows and _is_native(data) and grad.dtype == data.dtype:
+        return native.unpack(grad.contiguous(), data, inverse_norm, order.contiguous(), normalize)
     few = order.numel() * FEW < shape[0] * math.prod(shape[2:])
     # Few rows are added where they belong; most rows next to each other, to be brought into the layout at the end.
     layout = [shape[0], *shape[1:]] if few else [shape[0], *shape[2:], shape[1]]
