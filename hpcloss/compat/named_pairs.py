@@ -16,26 +16,28 @@ from torch import Tensor
 from hpcloss.losses.arithmetic import softplus
 from hpcloss.operators import differentiable_once, statistics_dtype
 from hpcloss.plan.sorting import changes
+from hpcloss.primitives.autograd import inputs, needs, of_inputs
 from hpcloss.primitives.rows import Rows
+from hpcloss.primitives.scale import Scale
 
 CHUNK = 1 << 20  # numbers of a matrix that are in memory at once
 FEW = 64  # pairs are few where there are more than this many times as many in the matrix
 
 
 class Sides(NamedTuple):
-    """What is compared: anchors [N, D], keys [M, D], and the factor of a similarity in its logit."""
+    """What is compared: anchors [N, D], keys [M, D] or None for the anchors, and the scale of similarities."""
 
     rows: Rows
-    keys: Rows
-    scale: Tensor
+    keys: Rows | None
+    scale: Scale
 
-    def inputs(self) -> tuple[Tensor, ...]:
+    def inputs(self) -> tuple[Tensor | None, ...]:
         """What the autograd functions take first."""
-        return self.rows.data, self.rows.companion, self.keys.data, self.keys.companion, self.scale
+        return inputs(self.rows, self.keys, self.scale)
 
     def shape(self) -> tuple[int, int]:
         """That of the matrix of all pairs."""
-        return len(self.rows.data), len(self.keys.data)
+        return len(self.rows.data), len((self.keys or self.rows).data)
 
 
 class Named(NamedTuple):
@@ -70,11 +72,12 @@ def supcon(sides: Sides, positive: Named, negative: Named) -> Tensor:
 def ntxent(sides: Sides, positive: Named, negative: Named) -> Tensor:
     """log(1 + e^(lse of the anchor's negatives - logit)) of each positive [P], in the order of their names."""
     if are_many(sides, negative):
-        times = _times(sides, negative)
+        times, (own,) = _times(sides, negative), _logits(sides, positive)
         stat = _OfMatrix.apply(*sides.inputs(), times, times, "lse")
     else:
-        stat = _segment_lse(_logits(sides, negative), negative.anchors, sides.shape()[0])
-    return softplus(stat[positive.anchors] - _logits(sides, positive))
+        own, others = _logits(sides, positive, negative)
+        stat = _segment_lse(others, negative.anchors, sides.shape()[0])
+    return softplus(stat[positive.anchors] - own)
 
 
 def ntxent_sum(sides: Sides, positive: Named, negative: Named) -> Tensor:
@@ -105,17 +108,16 @@ class _OfMatrix(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         grad_rows: Tensor,
-        keys: Tensor,
-        grad_keys: Tensor,
+        keys: Tensor | None,
+        grad_keys: Tensor | None,
         scale: Tensor,
         first: Tensor,
         second: Tensor,
         rule: str,
     ) -> Tensor:
-        _, of_rows, _, of_keys, of_scale, *_ = ctx.needs_input_grad
         ctx.rule, ctx.whole = rule, first.numel() <= CHUNK
-        slopes = ctx.whole and (of_rows or of_keys or of_scale)
-        pieces = list(_pieces(rows, keys, scale, first, second, rule, slopes, slopes and of_scale))
+        slopes, moments = ctx.whole and any(needs(ctx)), ctx.whole and needs(ctx)[2]
+        pieces = list(_pieces(rows, keys, scale, first, second, rule, slopes, moments))
         kept = (pieces[0].slopes, pieces[0].moments) if ctx.whole else (first, second)
         ctx.save_for_backward(rows, keys, scale, *kept)
         return torch.cat([piece.losses for piece in pieces])
@@ -124,25 +126,26 @@ class _OfMatrix(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, keys, scale, *kept = ctx.saved_tensors
-        _, of_rows, _, of_keys, of_scale, *_ = ctx.needs_input_grad
+        of_rows, of_keys, of_scale = needs(ctx)
         pieces: Iterable[Any] = [(slice(None), None, *kept)]
         if not ctx.whole:
             first, second = kept
             pieces = _pieces(rows, keys, scale, first, second, ctx.rule, True, of_scale)
-        d_rows = torch.empty_like(rows, dtype=grad.dtype) if of_rows else None
-        d_keys = torch.zeros_like(keys, dtype=grad.dtype) if of_keys else None
+        others = (rows if keys is None else keys).to(grad.dtype)
+        d_rows = torch.zeros_like(rows, dtype=grad.dtype) if of_rows else None
+        d_keys = d_rows if keys is None else torch.zeros_like(others) if of_keys else None
         d_scale = torch.zeros_like(scale) if of_scale else None
         with torch.autocast(rows.device.type, enabled=False):
             for part, _, slopes, moments in pieces:
                 # The anchors' factors go to the smaller matrices [N, D].
                 factors = (grad[part] * scale)[:, None]
                 if d_rows is not None:
-                    torch.mm(slopes, keys.to(grad.dtype), out=d_rows[part]).mul_(factors)
+                    d_rows[part].add_(torch.mm(slopes, others).mul_(factors))
                 if d_keys is not None:
                     d_keys.addmm_(slopes.T, rows[part].to(grad.dtype) * factors)
                 if d_scale is not None:
                     d_scale += grad[part] @ moments
-        return None, d_rows, None, d_keys, d_scale, None, None, None
+        return of_inputs(ctx, (d_rows, d_keys, d_scale))
 
 
 class _Piece(NamedTuple):
@@ -155,11 +158,18 @@ class _Piece(NamedTuple):
 
 
 def _pieces(
-    rows: Tensor, keys: Tensor, scale: Tensor, first: Tensor, second: Tensor, rule: str, slopes: bool, moments: bool
+    rows: Tensor,
+    keys: Tensor | None,
+    scale: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rule: str,
+    slopes: bool,
+    moments: bool,
 ) -> Iterator[_Piece]:
     """All anchors, as many at a time as fit into CHUNK."""
     dtype = statistics_dtype(rows.dtype)
-    keys = keys.to(dtype)
+    keys = (rows if keys is None else keys).to(dtype)
     size = max(CHUNK // len(keys), 1)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
@@ -254,7 +264,7 @@ def _largest(logits: Tensor) -> Tensor:
 def _supcon_of_few(sides: Sides, positive: Named, negative: Named) -> Tensor:
     num_anchors, num_keys = sides.shape()
     anchors, keys = [torch.cat(both) for both in zip(positive, negative)]
-    logits = torch.cat([_logits(sides, positive), _logits(sides, negative)])
+    logits = torch.cat(_logits(sides, positive, negative))
     # The first of equal pairs counts, which is a positive if one of them is.
     pair, order = torch.sort(anchors * num_keys + keys, stable=True)
     first, anchors, logits = changes(pair), anchors[order], logits[order]
@@ -268,8 +278,10 @@ def _supcon_of_few(sides: Sides, positive: Named, negative: Named) -> Tensor:
     return torch.where(number > 0, lse - mean, 0.0)
 
 
-def _logits(sides: Sides, named: Named) -> Tensor:
-    return sides.scale * _PairDots.apply(*sides.inputs()[:4], *named)
+def _logits(sides: Sides, *named: Named) -> list[Tensor]:
+    """Those of the pairs of each, made together."""
+    anchors, keys = [torch.cat(indices) for indices in zip(*named)]
+    return list(_PairLogits.apply(*sides.inputs(), anchors, keys).split([len(pairs.keys) for pairs in named]))
 
 
 def _segment_lse(logits: Tensor, segment: Tensor, count: int) -> Tensor:
@@ -285,26 +297,40 @@ def _segment_max(logits: Tensor, segment: Tensor, count: int) -> Tensor:
     return torch.where(top == -math.inf, 0.0, top)
 
 
-class _PairDots(torch.autograd.Function):
-    """<row of anchors[k], row of keys[k]> [K], by pieces: K rows of each side would be D times the result."""
+class _PairLogits(torch.autograd.Function):
+    """scale <row of anchors[k], row of keys[k]> [K], by pieces: K rows of each side would be D times the result."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, grad_rows: Tensor, keys: Tensor, grad_keys: Tensor, of: Tensor, with_: Tensor
+        ctx: Any,
+        rows: Tensor,
+        grad_rows: Tensor,
+        keys: Tensor | None,
+        grad_keys: Tensor | None,
+        scale: Tensor,
+        of: Tensor,
+        with_: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(rows, keys, of, with_)
         dtype = statistics_dtype(rows.dtype)
         size = max(CHUNK // max(rows.shape[1], 1), 1)
-        dots = [(rows[a].to(dtype) * keys[k].to(dtype)).sum(1) for a, k in zip(of.split(size), with_.split(size))]
-        return torch.cat(dots)
+        others = rows if keys is None else keys
+        parts = zip(of.split(size), with_.split(size))
+        dots = torch.cat([(rows[a].to(dtype) * others[k].to(dtype)).sum(1) for a, k in parts])
+        ctx.save_for_backward(rows, keys, scale, of, with_, dots if needs(ctx)[2] else None)
+        return dots * scale
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, keys, of, with_ = ctx.saved_tensors
-        d_rows, d_keys = torch.zeros_like(rows, dtype=grad.dtype), torch.zeros_like(keys, dtype=grad.dtype)
+        rows, keys, scale, of, with_, dots = ctx.saved_tensors
+        of_rows, of_keys, of_scale = needs(ctx)
+        d_rows = torch.zeros_like(rows, dtype=grad.dtype) if of_rows else None
+        others = rows if keys is None else keys
+        d_keys = d_rows if keys is None else torch.zeros_like(keys, dtype=grad.dtype) if of_keys else None
         size = max(CHUNK // max(rows.shape[1], 1), 1)
-        for a, k, g in zip(of.split(size), with_.split(size), grad.split(size)):
-            d_rows.index_add_(0, a, g[:, None] * keys[k].to(grad.dtype))
-            d_keys.index_add_(0, k, g[:, None] * rows[a].to(grad.dtype))
-        return None, d_rows, None, d_keys, None, None
+        for a, k, g in zip(of.split(size), with_.split(size), (grad * scale)[:, None].split(size)):
+            if d_rows is not None:
+                d_rows.index_add_(0, a, g * others[k].to(grad.dtype))
+            if d_keys is not None:
+                d_keys.index_add_(0, k, g * rows[a].to(grad.dtype))
+        return of_inputs(ctx, (d_rows, d_keys, grad @ dots if of_scale else None))

@@ -144,11 +144,10 @@ class PairLoss(PeerLoss):
         of_positive, positive, *rest = [plain(index).to(embeddings.device).long() for index in indices]
         of_negative, negative = rest if len(rest) == 2 else (of_positive, *rest)
         rows = self._pack(embeddings, torch.arange(len(embeddings), device=embeddings.device))
-        if ref_emb is None:
-            keys = rows.view()
-        else:
+        keys = None
+        if ref_emb is not None:
             keys = self._pack(ref_emb, torch.arange(len(ref_emb), device=ref_emb.device), rows)
-        sides = Sides(rows, keys, Scale.of(self.temperature, rows, self.normalize).value)
+        sides = Sides(rows, keys, Scale.of(self.temperature, rows, self.normalize))
         return sides, Named(of_positive, positive), Named(of_negative, negative)
 
     def _pack(self, vectors: Tensor, order: Tensor, anchors: Rows | None = None) -> Rows:

@@ -1091,7 +1091,7 @@ MUTATIONS = [
     ),
     Mutation(
         "named pairs: slopes without a gradient", "hpcloss/compat/named_pairs.py",
-        "slopes = ctx.whole and (of_rows or of_keys or of_scale)", "slopes = ctx.whole",
+        "ctx.whole and any(needs(ctx)),", "ctx.whole,",
         "test_named_pairs: only_asked",
     ),
     Mutation(
