@@ -212,7 +212,8 @@ def _ntxent_rule(
     """Sum of softplus(lse of the negatives - logit) over the positives; the matrices say how often each pair counts."""
     terms, total, top, stat = _of_negatives(logits, negatives)
     kept = logits - top if relative else None
-    gap = torch.sub(stat, logits, out=logits)
+    # What no positive compares is above all: its term is 0, also where its logit is NaN.
+    gap = torch.sub(stat, logits.masked_fill_(positives == 0, math.inf), out=logits)
     losses = softplus(gap).mul_(positives).sum(1)
     if not slopes:
         return losses, None, None

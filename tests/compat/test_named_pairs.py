@@ -150,6 +150,16 @@ def test_anchors_without_pairs(form, name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_a_row_that_no_pair_names_has_no_part_in_the_value(form, name):
+    keys, loss, indices = rows(M, D, seed=1), LOSSES[name][0](), some_pairs(N, M)
+    a, p, b, n = indices
+    indices = a[p > 0], p[p > 0], b[n > 0], n[n > 0]
+    expected = loss(rows(N, D), None, indices, keys)
+    keys[0] = torch.nan
+    assert torch.equal(loss(rows(N, D), None, indices, keys), expected) and expected.isfinite()
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_only_positives_or_only_negatives(form, name):
     anchors, keys, *_ = all_pairs(N, M)
     nothing = anchors[:0]
