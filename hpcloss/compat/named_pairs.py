@@ -21,6 +21,7 @@ from hpcloss.primitives.rows import Rows
 from hpcloss.primitives.scale import Scale
 
 CHUNK = 1 << 20  # numbers of a matrix that are in memory at once
+LOG2E = 1 / math.log(2)
 FEW = 64  # pairs are few where there are more than this many times as many in the matrix
 
 
@@ -196,7 +197,7 @@ def _supcon_rule(
     some, at_least_one = number > 0, number.clamp(min=1)
     mean = (above * positives).sum(1) / at_least_one
     kept = above.clone() if relative else None
-    terms = above.exp_().sub_(positives)
+    terms = _exp_(above).sub_(positives)
     rest = terms.sum(1)
     losses = torch.where(some, torch.log1p(rest + (at_least_one - 1)) - mean, 0.0)
     if not slopes:
@@ -236,7 +237,7 @@ def _of_negatives(logits: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Terms [n, M] of the sum relative to the largest, and of each row [n, 1] sum, largest and log-sum-exp."""
     terms = torch.where(times > 0, logits, _lowest(logits))
     top = _largest(terms)
-    terms = terms.sub_(top).exp_().mul_(times)
+    terms = _exp_(terms.sub_(top)).mul_(times)
     total = terms.sum(1, keepdim=True)
     return terms, total, top, torch.where(total > 0, total.log() + top, -math.inf)
 
@@ -246,6 +247,11 @@ RULES: dict[str, Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]] = {
     "ntxent": _ntxent_rule,
     "lse": _lse_rule,
 }
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """e^x in place. torch.exp takes 10 to 30 times as long where the result underflows, torch.exp2 does not."""
+    return x.mul_(LOG2E).exp2_()
 
 
 def _lowest(logits: Tensor) -> float:

@@ -1096,7 +1096,7 @@ MUTATIONS = [
     ),
     Mutation(
         "named pairs: logits are not relative to the largest", "hpcloss/compat/named_pairs.py",
-        "terms = terms.sub_(top).exp_()", "top = torch.zeros_like(top)\n    terms = terms.sub_(top).exp_()",
+        "terms = _exp_(terms.sub_(top))", "top = torch.zeros_like(top)\n    terms = _exp_(terms.sub_(top))",
         "test_named_pairs: no_exponential",
     ),
 ]  # fmt: skip
