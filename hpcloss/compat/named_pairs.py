@@ -250,7 +250,7 @@ RULES: dict[str, Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]] = {
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """e^x in place. torch.exp takes 10 to 30 times as long where the result underflows, torch.exp2 does not."""
+    """e^x in place. torch.exp takes 12 to 36 times as long where the result underflows, torch.exp2 as long as ever."""
     return x.mul_(LOG2E).exp2_()
 
 
