@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpcloss.arithmetic import softplus
 from hpcloss.checks import check_vectors
+from hpcloss.compat import named_pairs
 from hpcloss.compat.base import PeerLoss, check_vector_options
-from hpcloss.operators import differentiable_once, statistics_dtype
+from hpcloss.compat.named_pairs import Named, Sides
+from hpcloss.operators import plain
 from hpcloss.plan.labels import labels_of_vectors
 from hpcloss.plan.partition import Pairs, partition, partition_against
-from hpcloss.plan.sorting import changes
 from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
 from hpcloss.primitives.pair_lse import pair_lse
 from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.scale import Scale
-
-CHUNK = 1 << 20  # numbers of each side that are in memory at once where pairs are named one by one
-
-
-class Named(NamedTuple):
-    """Pairs that are named one by one, each [K]."""
-
-    anchors: Tensor
-    keys: Tensor
-    logits: Tensor
 
 
 class PairLoss(PeerLoss):
@@ -99,7 +89,7 @@ class PairLoss(PeerLoss):
                 labels_of_vectors("labels", embeddings, torch.as_tensor(labels))
             if ref_emb is not None and ref_labels is not None:
                 labels_of_vectors("ref_labels", ref_emb, torch.as_tensor(ref_labels))
-            losses, indices = self._of_named(*self._named(embeddings, indices_tuple, ref_emb), len(embeddings))
+            losses, indices = self._of_named(*self._named(embeddings, indices_tuple, ref_emb))
         elif labels is not None:
             losses, indices = self._of_labels(*self._sorted(embeddings, labels, ref_emb, ref_labels))
         else:
@@ -146,23 +136,20 @@ class PairLoss(PeerLoss):
         rows = self._pack(embeddings, pairs.order)
         return rows, self._pack(ref_emb, key_order, rows), pairs
 
-    def _named(self, embeddings: Tensor, indices: Sequence[Tensor], ref_emb: Tensor | None) -> tuple[Named, Named, int]:
-        """The positive pairs, the negative ones, and the number of keys."""
+    def _named(
+        self, embeddings: Tensor, indices: Sequence[Tensor], ref_emb: Tensor | None
+    ) -> tuple[Sides, Named, Named]:
+        """What is compared, the positive pairs and the negative ones."""
         if len(indices) not in (3, 4):
             raise ValueError(f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(indices)}")
-        of_positive, positive, *rest = [index.to(embeddings.device).long() for index in indices]
+        of_positive, positive, *rest = [plain(index).to(embeddings.device).long() for index in indices]
         of_negative, negative = rest if len(rest) == 2 else (of_positive, *rest)
         rows = self._pack(embeddings, torch.arange(len(embeddings), device=embeddings.device))
-        if ref_emb is None:
-            keys = rows.view()
-        else:
+        keys = None
+        if ref_emb is not None:
             keys = self._pack(ref_emb, torch.arange(len(ref_emb), device=ref_emb.device), rows)
-        scale = Scale.of(self.temperature, rows, self.normalize).value
-        both = [
-            Named(a, k, scale * _PairDots.apply(rows.data, rows.companion, keys.data, keys.companion, a, k))
-            for a, k in ((of_positive, positive), (of_negative, negative))
-        ]
-        return both[0], both[1], len(keys.data)
+        sides = Sides(rows, keys, Scale.of(self.temperature, rows, self.normalize))
+        return sides, Named(of_positive, positive), Named(of_negative, negative)
 
     def _pack(self, vectors: Tensor, order: Tensor, anchors: Rows | None = None) -> Rows:
         """Packed vectors; with anchors, as their keys, which may be of another dtype."""
@@ -174,7 +161,7 @@ class PairLoss(PeerLoss):
     def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
         raise NotImplementedError
 
-    def _of_named(self, positive: Named, negative: Named, num_keys: int, num_anchors: int) -> tuple[Tensor, Any]:
+    def _of_named(self, sides: Sides, positive: Named, negative: Named) -> tuple[Tensor, Any]:
         raise NotImplementedError
 
     def _reduce(self, losses: Tensor) -> Tensor:
@@ -201,20 +188,10 @@ class SupConLoss(PairLoss):
         loss = torch.where(_is_contrast(positives.sum(), negatives.sum()), loss, 0.0)
         return torch.zeros_like(loss).index_add(0, pairs.order, loss), torch.arange(len(loss), device=loss.device)
 
-    def _of_named(self, positive: Named, negative: Named, num_keys: int, num_anchors: int) -> tuple[Tensor, Any]:
-        anchors, keys, logits = [torch.cat(both) for both in zip(positive, negative)]
-        # A pair that is named twice counts once: the first of equal ones, which is a positive if one of them is.
-        pair, order = torch.sort(anchors * num_keys + keys, stable=True)
-        first, anchors, logits = changes(pair), anchors[order], logits[order]
-        # Relative to the largest logit of an anchor, so that the loss is no difference of two large numbers.
-        logits = logits - _segment_max(logits, anchors, num_anchors)[anchors]
-        lse = _segment_lse(torch.where(first, logits, -math.inf), anchors, num_anchors)
-        positives = first & (order < len(positive.keys))
-        zeros = torch.zeros_like(lse)
-        number = zeros.index_add(0, anchors, positives.to(lse.dtype))
-        mean = zeros.index_add(0, anchors, torch.where(positives, logits, 0.0)) / number.clamp(min=1)
-        counted = (number > 0) & _is_contrast(len(positive.keys), len(negative.keys))
-        return torch.where(counted, lse - mean, 0.0), torch.arange(num_anchors, device=lse.device)
+    def _of_named(self, sides: Sides, positive: Named, negative: Named) -> tuple[Tensor, Any]:
+        active = _is_contrast(len(positive.keys), len(negative.keys))
+        losses = named_pairs.supcon(sides, positive, negative)
+        return losses if active else _nothing(losses), torch.arange(len(losses), device=losses.device)
 
     def _reduce(self, losses: Tensor) -> Tensor:
         return losses.clamp(min=0).sum() / (losses > 0).sum().clamp(min=1)
@@ -236,11 +213,10 @@ class NTXentLoss(PairLoss):
         super().__init__(temperature, **options)
 
     def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
-        name = type(self.reducer).__name__
-        if self.reducer is not None and (name != "MeanReducer" or self.reducer.collect_stats):
+        if self._needs_each():
             raise NotImplementedError(
-                f"reducer {name} needs the loss of each pair, which labels do not give; use MeanReducer without"
-                " collect_stats, or an indices_tuple"
+                f"reducer {type(self.reducer).__name__} needs the loss of each pair, which labels do not give; use"
+                " MeanReducer without collect_stats, or an indices_tuple"
             )
         scale = Scale.of(self.temperature, rows, self.normalize)
         stat = pair_lse(rows, pairs, "negatives", scale, keys=keys)
@@ -249,14 +225,18 @@ class NTXentLoss(PairLoss):
         share = positives / positives.sum().clamp(min=1)
         return torch.where(_is_contrast(positives.sum(), negatives.sum()), (share * mean).sum(), 0.0), None
 
-    def _of_named(self, positive: Named, negative: Named, num_keys: int, num_anchors: int) -> tuple[Tensor, Any]:
-        stat = _segment_lse(negative.logits, negative.anchors, num_anchors)[positive.anchors]
-        loss = softplus(stat - positive.logits)
+    def _of_named(self, sides: Sides, positive: Named, negative: Named) -> tuple[Tensor, Any]:
         active = _is_contrast(len(positive.keys), len(negative.keys))
-        return loss if active else 0 * loss, (positive.anchors, positive.keys)
+        if self._needs_each():
+            losses = named_pairs.ntxent(sides, positive, negative)
+            return losses if active else _nothing(losses), positive
+        loss = named_pairs.ntxent_sum(sides, positive, negative) / max(len(positive.keys), 1)
+        return loss if active else _nothing(loss), None
 
-    def _reduce(self, losses: Tensor) -> Tensor:
-        return losses.sum() / max(losses.numel(), 1)
+    def _needs_each(self) -> bool:
+        """Whether the reducer takes the losses of the pairs one by one; their mean is made without them."""
+        name = type(self.reducer).__name__
+        return self.reducer is not None and (name != "MeanReducer" or self.reducer.collect_stats)
 
 
 def _normalizes(distance: Any) -> bool:
@@ -278,39 +258,6 @@ def _is_contrast(positives: Any, negatives: Any) -> Any:
     return (positives > 0) & (negatives > 0) & ((positives > 1) | (negatives > 1))
 
 
-def _segment_lse(logits: Tensor, segment: Tensor, count: int) -> Tensor:
-    """Log-sum-exp of the logits [K] of each of `count` segments; -inf, without gradient, for an empty one."""
-    top = _segment_max(logits, segment, count)
-    total = torch.zeros_like(top).index_add(0, segment, (logits - top[segment]).exp())
-    return torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, -math.inf)
-
-
-def _segment_max(logits: Tensor, segment: Tensor, count: int) -> Tensor:
-    """The largest of the logits [K] of each of `count` segments, without gradient; 0 where all are -inf."""
-    top = logits.new_full((count,), -math.inf).scatter_reduce(0, segment, logits.detach(), "amax")
-    return torch.where(top == -math.inf, 0.0, top)
-
-
-class _PairDots(torch.autograd.Function):
-    """<row of anchors[k], row of keys[k]> [K], by pieces: K rows of each side would be D times the result."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, grad_rows: Tensor, keys: Tensor, grad_keys: Tensor, of: Tensor, with_: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(rows, keys, of, with_)
-        dtype = statistics_dtype(rows.dtype)
-        size = max(CHUNK // max(rows.shape[1], 1), 1)
-        dots = [(rows[a].to(dtype) * keys[k].to(dtype)).sum(1) for a, k in zip(of.split(size), with_.split(size))]
-        return torch.cat(dots)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, keys, of, with_ = ctx.saved_tensors
-        d_rows, d_keys = torch.zeros_like(rows, dtype=grad.dtype), torch.zeros_like(keys, dtype=grad.dtype)
-        size = max(CHUNK // max(rows.shape[1], 1), 1)
-        for a, k, g in zip(of.split(size), with_.split(size), grad.split(size)):
-            d_rows.index_add_(0, a, g[:, None] * keys[k].to(grad.dtype))
-            d_keys.index_add_(0, k, g[:, None] * rows[a].to(grad.dtype))
-        return None, d_rows, None, d_keys, None, None
+def _nothing(losses: Tensor) -> Tensor:
+    """Zeros that are joined to the graph, whatever the losses are."""
+    return losses.masked_fill(torch.ones_like(losses, dtype=torch.bool), 0.0)

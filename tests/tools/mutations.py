@@ -1069,6 +1069,36 @@ MUTATIONS = [
         "*grad.shape[1:]).sum(0)[: ctx.count]", "*grad.shape[1:])[0][: ctx.count]",
         "test_distributed: whole_batch and phpc and 2",
     ),
+    Mutation(
+        "named pairs: negatives alone stand in the denominator", "hpcloss/compat/named_pairs.py",
+        "absent = (~own)", "absent = torch.ones_like(own)",
+        "test_named_pairs: value_and_gradient",
+    ),
+    Mutation(
+        "named pairs: a pair named twice counts once", "hpcloss/compat/named_pairs.py",
+        "counts.new_ones(()), accumulate=True", "counts.new_ones(())",
+        "test_named_pairs: value_and_gradient",
+    ),
+    Mutation(
+        "named pairs: the sum of a single positive is rounded", "hpcloss/compat/named_pairs.py",
+        "torch.log1p(rest + (at_least_one - 1))", "torch.log(rest + at_least_one)",
+        "test_named_pairs: single_positive",
+    ),
+    Mutation(
+        "named pairs: the keys' gradient is that of the last piece", "hpcloss/compat/named_pairs.py",
+        "d_keys.addmm_(slopes.T", "d_keys.zero_().addmm_(slopes.T",
+        "test_named_pairs: value_and_gradient",
+    ),
+    Mutation(
+        "named pairs: slopes without a gradient", "hpcloss/compat/named_pairs.py",
+        "ctx.whole and any(needs(ctx)),", "ctx.whole,",
+        "test_named_pairs: only_asked",
+    ),
+    Mutation(
+        "named pairs: logits are not relative to the largest", "hpcloss/compat/named_pairs.py",
+        "terms = _exp_(terms.sub_(top))", "top = torch.zeros_like(top)\n    terms = _exp_(terms.sub_(top))",
+        "test_named_pairs: no_exponential",
+    ),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.peers import Stubs
-from hpcloss.compat import infonce, lightly, monai, pml
+from hpcloss.compat import infonce, lightly, monai, named_pairs, pml
 from tests.compat.test_compat import INDICES, SET, SETTABLE, settable
 from tests.tools.cases import assert_same, integers, rows
 from tests.tools.numerics import assert_exact
@@ -27,6 +27,7 @@ from info_nce import InfoNCE, info_nce  # noqa: E402
 from lightly.loss import NTXentLoss  # noqa: E402
 from monai.losses import ContrastiveLoss  # noqa: E402
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers  # noqa: E402
+from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices  # noqa: E402
 
 
 def with_reference(loss):
@@ -108,13 +109,52 @@ def test_lightly_bank_of_a_number_of_rows():
     torch.testing.assert_close(ours(x, y), theirs(x, y))
 
 
-@pytest.mark.parametrize("miner", ["MultiSimilarityMiner", "TripletMarginMiner", "BatchHardMiner"])
-@pytest.mark.parametrize(("ours", "theirs"), [(pml.SupConLoss, losses.SupConLoss), (pml.NTXentLoss, losses.NTXentLoss)])
-def test_pml_miners(miner, ours, theirs):
-    x, labels = rows(40, 8), integers(4, 40)
-    indices = getattr(miners, miner)()(x, labels)
+PML = [(pml.SupConLoss, losses.SupConLoss), (pml.NTXentLoss, losses.NTXentLoss)]
+# Pairs computed one by one, as a matrix, and as a matrix by two or three anchors.
+FORMS = {"few": (0, 1 << 20), "whole": (10**9, 1 << 20), "pieces": (10**9, 100)}
+MINERS = {
+    "all pairs": lambda x, y, *others: get_all_pairs_indices(y, *others[1:]),
+    "multi-similarity": miners.MultiSimilarityMiner(),
+    "triplets": miners.TripletMarginMiner(),
+    "semihard": miners.TripletMarginMiner(type_of_triplets="semihard"),
+    "batch hard": miners.BatchHardMiner(),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    for name, value in zip(("FEW", "CHUNK"), FORMS[request.param]):
+        monkeypatch.setattr(named_pairs, name, value)
+
+
+@pytest.mark.parametrize("miner", MINERS)
+@pytest.mark.parametrize(("ours", "theirs"), PML)
+def test_pml_miners(form, ours, theirs, miner):
+    labels = integers(4, 40)
+    x = rows(40, 8) + 2 * torch.nn.functional.one_hot(labels, 8)
+    indices = MINERS[miner](x, labels)
     assert len(indices[0]) > 10
     assert_same(lambda x: ours()(x, labels, indices), lambda x: theirs()(x, labels, indices), x)
+    twice = [index.repeat(2) for index in indices]
+    assert_same(lambda x: ours()(x, labels, twice), lambda x: theirs()(x, labels, twice), x)
+
+
+@pytest.mark.parametrize("miner", [None, *MINERS])
+@pytest.mark.parametrize(("ours", "theirs"), PML)
+def test_pml_cross_batch_memory(form, ours, theirs, miner):
+    """Batches of 16 through a memory of 40 rows, which is filled and overwritten."""
+    both = [
+        losses.CrossBatchMemory(build(), embedding_size=8, memory_size=40, miner=MINERS.get(miner))
+        for build in (ours, theirs)
+    ]
+    for step in range(5):
+        labels = integers(4, 16, seed=step)
+        x = (rows(16, 8, seed=step) + 2 * torch.nn.functional.one_hot(labels, 8)).requires_grad_()
+        values = [loss(x, labels) for loss in both]
+        assert values[1] > 1e-3
+        assert_exact(*[value.detach() for value in values])
+        assert_exact(*[torch.autograd.grad(value, x)[0] for value in values])
+    assert both[0].has_been_filled and torch.equal(both[0].embedding_memory, both[1].embedding_memory)
 
 
 PARTS = [
@@ -136,7 +176,7 @@ def test_pml_parts_by_labels(options):
 
 
 @pytest.mark.parametrize("options", PARTS)
-def test_pml_parts_by_pairs(options):
+def test_pml_parts_by_pairs(form, options):
     labels = integers(4, 40)
     indices = (*torch.where(labels[:, None] == labels), *torch.where(labels[:, None] != labels))
     ours, theirs = pml.NTXentLoss(**options), losses.NTXentLoss(**options)
@@ -181,7 +221,6 @@ def test_what_is_set_later_holds_there_too(peer, attribute, value):
     assert_exact(*values)
 
 
-PML = [(pml.SupConLoss, losses.SupConLoss), (pml.NTXentLoss, losses.NTXentLoss)]
 OF_DISTANCE = [{"normalize_embeddings": False}, {"p": 1}, {"power": 2}, {"is_inverted": False}]
 
 
