@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpcloss.losses.arithmetic import softplus
+from hpcloss.arithmetic import softplus
 from hpcloss.operators import differentiable_once, statistics_dtype
 from hpcloss.plan.sorting import changes
 from hpcloss.primitives.autograd import inputs, needs, of_inputs

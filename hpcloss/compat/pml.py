@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcloss.arithmetic import softplus
 from hpcloss.checks import check_vectors
 from hpcloss.compat import named_pairs
 from hpcloss.compat.base import PeerLoss, check_vector_options
