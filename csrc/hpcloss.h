@@ -134,6 +134,32 @@ HPCLOSS_API int32_t hpcloss_unpack(const float* grad, const float* packed, const
                                    int64_t channels, const void* order, int32_t index_type, int32_t normalize,
                                    float* d_vectors, int32_t threads);
 
+// Rows of logits [rows, keys] (similarity * scale / ln 2) of regions one behind the other, each with `rows_of_region`
+// anchors and `keys` keys; key 0 of the first has number first_key. pos_start, pos_end, self_pos [rows] of index_type:
+// key numbers as in `Pairs`.
+typedef struct {
+  int64_t rows, rows_of_region, keys, first_key;
+  const void *pos_start, *pos_end, *self_pos;
+  int32_t index_type;
+} hpcloss_rows;
+
+// Which keys count (hpcloss/primitives/pair_lse.py).
+enum { HPCLOSS_POSITIVE_KEYS = 0, HPCLOSS_NEGATIVE_KEYS = 1, HPCLOSS_OTHERS = 2, HPCLOSS_EVERY = 3 };
+
+// lse [rows, count] <- log2 of the sum of 2^(factor_k logit) over the keys of the rule; -inf for none.
+HPCLOSS_API int32_t hpcloss_lse(const float* logits, const hpcloss_rows* rows, int32_t rule, const float* factors,
+                                int32_t count, float* lse, int32_t threads);
+// logits <- the sum over k of grad [rows, count] * factor_k * 2^(factor_k logit - lse_k), 0 for other keys.
+HPCLOSS_API int32_t hpcloss_lse_slopes(float* logits, const hpcloss_rows* rows, int32_t rule, const float* factors,
+                                       int32_t count, const float* lse, const float* grad, int32_t threads);
+// lse [regions * keys] <- log2 of the sum of 2^logit over the rows that count the key; -inf for none.
+HPCLOSS_API int32_t hpcloss_lse_columns(const float* logits, const hpcloss_rows* rows, int32_t rule, float* lse);
+// logits <- row_grad * 2^(logit - row_lse) + column_grad * 2^(logit - column_lse), 0 for other keys. column_lse is
+// finite, also of a key that no row counts.
+HPCLOSS_API int32_t hpcloss_lse_both_slopes(float* logits, const hpcloss_rows* rows, int32_t rule, const float* row_lse,
+                                            const float* row_grad, const float* column_lse, const float* column_grad,
+                                            int32_t threads);
+
 // How a loss of hpcloss_contrast is formed (hpcloss/primitives/contrast.py).
 enum { HPCLOSS_OWN = 0, HPCLOSS_NEGATIVES = 1, HPCLOSS_ALL = 2, HPCLOSS_PAIR = 3 };
 

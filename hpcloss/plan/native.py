@@ -29,6 +29,7 @@ MAX_ROWS = 2**32 - 1  # of a sample
 MAX_CUDA_SAMPLES = 4096  # of an interval
 MAX_CUDA_INTERVALS = 2**29  # of a sample
 FORMS = ("own", "negatives", "all", "pair")
+RULES = ("positives", "negatives", "others", "every")
 KINDS = ("uniform", "weighted", "hardest", "hard_easy")
 
 _int64 = ctypes.c_int64  # ctypes passes plain integers as 32 bits, where it is not told
@@ -41,6 +42,10 @@ _FUNCTIONS = (
     "class_intervals",
     "contrast",
     "label_sort",
+    "lse",
+    "lse_both_slopes",
+    "lse_columns",
+    "lse_slopes",
     "pack",
     "pair_counts",
     "pair_counted",
@@ -104,6 +109,21 @@ class ContrastOptions(ctypes.Structure):
     ]
 
 
+class Rows(ctypes.Structure):
+    """`hpcloss_rows` of the C header."""
+
+    _fields_ = [
+        ("rows", _int64),
+        ("rows_of_region", _int64),
+        ("keys", _int64),
+        ("first_key", _int64),
+        ("pos_start", ctypes.c_void_p),
+        ("pos_end", ctypes.c_void_p),
+        ("self_pos", ctypes.c_void_p),
+        ("index_type", ctypes.c_int32),
+    ]
+
+
 class _Found(NamedTuple):
     library: ctypes.CDLL | None
     reason: str
@@ -157,6 +177,11 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.hpcloss_pack.argtypes += [ctypes.c_int32, *[ctypes.c_void_p] * 2, ctypes.c_int32]
     library.hpcloss_unpack.argtypes = [*[ctypes.c_void_p] * 3, *[_int64] * 2, ctypes.c_void_p, *[ctypes.c_int32] * 2]
     library.hpcloss_unpack.argtypes += [ctypes.c_void_p, ctypes.c_int32]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int32
+    library.hpcloss_lse.argtypes = [pointer, pointer, integer, pointer, integer, pointer, integer]
+    library.hpcloss_lse_slopes.argtypes = [pointer, pointer, integer, pointer, integer, pointer, pointer, integer]
+    library.hpcloss_lse_columns.argtypes = [pointer, pointer, integer, pointer]
+    library.hpcloss_lse_both_slopes.argtypes = [pointer, pointer, integer, *[pointer] * 4, integer]
     library.hpcloss_add_transpose.argtypes = [ctypes.c_void_p, _int64, *[ctypes.c_void_p] * 2, ctypes.c_int32]
     return library
 
@@ -342,6 +367,62 @@ def contrast_options(
 ) -> ContrastOptions:
     """The options of `contrast`, as the C header names them."""
     return ContrastOptions(FORMS.index(form), differentiated, of_weights, damped, log2_multiplicity)
+
+
+def rows_of(
+    logits: Tensor, rows_of_region: int, first_key: int, bounds: Sequence[Tensor], first_row: int
+) -> tuple[Tensor, Rows]:
+    """Logits [rows, keys] of the rows from `first_row` on, as the functions of log-sum-exps take them.
+
+    bounds: pos_start, pos_end and self_pos of all rows, which must outlive the result.
+    """
+    kind, at = bounds[0].dtype, first_row * bounds[0].element_size()
+    pointers = [bound.data_ptr() + at for bound in bounds]
+    return logits, Rows(logits.shape[0], rows_of_region, logits.shape[1], first_key, *pointers, _TYPES[kind])
+
+
+@functools.lru_cache(maxsize=64)
+def _floats(values: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * len(values))(*values)
+
+
+def lse(rows: tuple[Tensor, Rows], rule: str, factors: tuple[float, ...], found: Tensor) -> None:
+    """found [rows, factors] <- log2 of the sums of 2^(factor logit) over the keys of the rule."""
+    logits, at = rows
+    error = _find().library.hpcloss_lse(  # type: ignore[union-attr]
+        logits.data_ptr(), ctypes.addressof(at), RULES.index(rule), _floats(factors), len(factors), found.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _raise_on(error, "lse")
+
+
+def lse_slopes(rows: tuple[Tensor, Rows], rule: str, factors: tuple[float, ...], found: Tensor, grad: Tensor) -> None:
+    """Write the slopes of `lse` by the logits over them, weighted by grad [rows, factors]."""
+    logits, at = rows
+    error = _find().library.hpcloss_lse_slopes(  # type: ignore[union-attr]
+        logits.data_ptr(), ctypes.addressof(at), RULES.index(rule), _floats(factors), len(factors), found.data_ptr(),
+        grad.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _raise_on(error, "lse_slopes")
+
+
+def lse_columns(rows: tuple[Tensor, Rows], rule: str, found: Tensor) -> None:
+    """found [regions * keys] <- log2 of the sums of 2^logit over the rows that count the key."""
+    logits, at = rows
+    error = _find().library.hpcloss_lse_columns(  # type: ignore[union-attr]
+        logits.data_ptr(), ctypes.addressof(at), RULES.index(rule), found.data_ptr()
+    )
+    _raise_on(error, "lse_columns")
+
+
+def lse_both_slopes(rows: tuple[Tensor, Rows], rule: str, *of_rows_and_columns: Tensor) -> None:
+    """Write the slopes of both over the logits. The rows' log2-sums and gradients, then those of the columns."""
+    logits, at = rows
+    pointers = [x.data_ptr() for x in of_rows_and_columns]
+    error = _find().library.hpcloss_lse_both_slopes(  # type: ignore[union-attr]
+        logits.data_ptr(), ctypes.addressof(at), RULES.index(rule), *pointers, torch.get_num_threads()
+    )
+    _raise_on(error, "lse_both_slopes")
 
 
 def contrast(

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from hpcloss.backends.arithmetic import INF, LN2, LOG2E, accumulation, gradients_of_logits
-from hpcloss.backends.dense.batches import Batch, batches, softmax_terms
+from hpcloss.backends.dense.batches import Batch, batches, regions_of, softmax_terms
+from hpcloss.backends.dense.rows import add_gradients, groups, is_native, native_rows
+from hpcloss.plan import native
 from hpcloss.plan.partition import Intervals
 
 
@@ -31,6 +33,11 @@ def pair_lse(
     """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
     at, (anchors, keys) = Intervals(*intervals), accumulation(anchors, keys)
     lse = anchors.new_full(anchors.shape[:1], -INF)
+    if bias is None and is_native(anchors):
+        for group in groups(regions_of(at)):
+            logits = group.logits(anchors, anchors if keys is None else keys, float(scale) * LOG2E)
+            native.lse(native_rows(group, logits, at), rule, (1.0,), lse[group.anchors()])
+        return lse.mul_(LN2)
     for batch in batches(anchors, keys, at):
         softmax = softmax_terms(_logits(batch, scale.to(lse.dtype), bias, rule), batch.lowest)
         batch.put(softmax.lse().mul_(LN2), lse)
@@ -58,6 +65,15 @@ def pair_lse_backward(
     d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
     empty = lse == -INF
     grad, shift = torch.where(empty, 0.0, grad.to(anchors.dtype)), torch.where(empty, 0.0, lse) * LOG2E
+    if bias is None and is_native(anchors):
+        for group in groups(regions_of(at)):
+            logits, rows = (
+                group.logits(anchors, anchors if keys is None else keys, float(scale) * LOG2E),
+                group.anchors(),
+            )
+            native.lse_slopes(native_rows(group, logits, at), rule, (1.0,), shift[rows], grad[rows])
+            add_gradients(group, logits, anchors, keys, d_anchors, d_keys)
+        return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)
     for batch in batches(anchors, keys, at):
         logits = _logits(batch, scale, bias, rule)
         slope = logits.sub_(batch.take(shift)[..., None]).exp2_().mul_(batch.take(grad)[..., None])
@@ -71,6 +87,12 @@ def pair_lse_both(
     """lse over the keys of each anchor [N] and over the anchors of each key [M], from one S; -inf for an empty set."""
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     rows, columns = anchors.new_full(anchors.shape[:1], -INF), anchors.new_full(keys.shape[:1], -INF)
+    if is_native(anchors) and others is not None:
+        for group in groups(regions_of(at)):
+            found = native_rows(group, group.logits(anchors, others, float(scale) * LOG2E), at)
+            native.lse(found, rule, (1.0,), rows[group.anchors()])
+            native.lse_columns(found, rule, columns[group.keys()])
+        return rows.mul_(LN2), columns.mul_(LN2)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale.to(rows.dtype), None, rule)
         of_keys = softmax_terms(logits.mT.contiguous(), batch.lowest).lse().mul_(LN2)
@@ -102,6 +124,13 @@ def pair_lse_both_backward(
     sides = [(grad_rows, rows), (grad_columns, columns)]
     of_rows, of_columns = (torch.where(lse == -INF, 0.0, grad.to(anchors.dtype)) for grad, lse in sides)
     rows, columns = (torch.where(lse == -INF, 0.0, lse) * LOG2E for _, lse in sides)
+    if is_native(anchors) and others is not None:
+        for group in groups(regions_of(at)):
+            logits, own, met = group.logits(anchors, others, float(scale) * LOG2E), group.anchors(), group.keys()
+            statistics = rows[own], of_rows[own], columns[met], of_columns[met]
+            native.lse_both_slopes(native_rows(group, logits, at), rule, *statistics)
+            add_gradients(group, logits, anchors, others, d_anchors, d_keys)
+        return gradients_of_logits(anchors, others, scale, d_anchors, d_keys, needs_anchors, needs_scale)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale, None, rule)
         slope = torch.sub(logits, batch.take_keys(columns)[:, None]).exp2_().mul_(batch.take_keys(of_columns)[:, None])

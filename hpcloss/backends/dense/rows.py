@@ -70,13 +70,39 @@ def native_gradients(
         if keys is None and rows == columns:
             if d_anchors is not None:
                 _write_both(slope, of_pairs[rows], others[rows], group.number, d_anchors[rows])
-            continue
-        slope, own, other, factor = map(group.cut, (slope, anchors[rows], others[columns], of_pairs[rows, None]))
-        if d_anchors is not None:
-            group.cut(d_anchors[rows]).add_(torch.bmm(slope, other).mul_(factor))
-        if d_keys is not None:
-            group.cut(d_keys[columns]).baddbmm_(slope.mT, own * factor)
+        else:
+            _add_sides(group, slope, of_pairs[rows], anchors, others, d_anchors, d_keys)
     return d_anchors, d_keys
+
+
+def _add_sides(
+    group: Group,
+    slope: Tensor,
+    factor: Tensor,
+    anchors: Tensor,
+    others: Tensor,
+    d_anchors: Tensor | None,
+    d_keys: Tensor | None,
+) -> None:
+    """Add the gradients of a group for slopes times a factor of each row."""
+    rows, columns = group.anchors(), group.keys()
+    slope, own, other, of_rows = map(group.cut, (slope, anchors[rows], others[columns], factor[:, None]))
+    if d_anchors is not None:
+        group.cut(d_anchors[rows]).add_(torch.bmm(slope, other).mul_(of_rows))
+    if d_keys is not None:
+        group.cut(d_keys[columns]).baddbmm_(slope.mT, own * of_rows)
+
+
+def add_gradients(
+    group: Group, slope: Tensor, anchors: Tensor, keys: Tensor | None, d_anchors: Tensor | None, d_keys: Tensor | None
+) -> None:
+    """Add the gradients of a group for slopes as they are."""
+    rows, one = group.anchors(), slope.new_ones(slope.shape[0])
+    if keys is None and rows == group.keys():
+        if d_anchors is not None:
+            _write_both(slope, one, anchors[rows], group.number, d_anchors[rows])
+    else:
+        _add_sides(group, slope, one, anchors, anchors if keys is None else keys, d_anchors, d_keys)
 
 
 def _write_both(slope: Tensor, factor: Tensor, rows: Tensor, number: int, gradient: Tensor) -> None:
@@ -123,9 +149,24 @@ class Group:
         n, m = self.first.shape()
         return self.number * n, m
 
+    def logits(self, anchors: Tensor, others: Tensor, factor: float, into: Tensor | None = None) -> Tensor:
+        """The similarities times a factor [anchors, keys], in `into` if given."""
+        rows, columns, shape = self.anchors(), self.keys(), self.shape()
+        logits = anchors.new_empty(shape) if into is None else into.view(shape)
+        if self.number == 1:
+            return torch.addmm(logits, anchors[rows], others[columns].T, beta=0, alpha=factor, out=logits)
+        batch, own, other = map(self.cut, (logits, anchors[rows], others[columns]))
+        torch.baddbmm(batch, own, other.mT, beta=0, alpha=factor, out=batch)
+        return logits
+
     def cut(self, values: Tensor) -> Tensor:
         """Rows of all regions, one behind the other, by region."""
         return values.view(self.number, -1, values.shape[1])
+
+
+def native_rows(group: Group, logits: Tensor, at: Intervals) -> tuple[Tensor, native.Rows]:
+    """The logits of a group, as the library's functions of log-sum-exps take them."""
+    return native.rows_of(logits, logits.shape[0] // group.number, group.keys().start, at[:3], group.anchors().start)
 
 
 def groups(regions: list[Region]) -> Iterator[Group]:
@@ -165,15 +206,9 @@ class Call:
 
     def slopes(self, group: Group, anchors: Tensor, others: Tensor, kept: Tensor | None = None) -> Tensor:
         """The slopes of a group's rows [rows, keys], in `kept` if given."""
-        rows, columns, shape = group.anchors(), group.keys(), group.shape()
-        logits = anchors.new_empty(shape) if kept is None else kept.view(shape)
-        if group.number == 1:
-            torch.addmm(logits, anchors[rows], others[columns].T, beta=0, alpha=self.factor, out=logits)
-        else:
-            batch, own, other = map(group.cut, (logits, anchors[rows], others[columns]))
-            torch.baddbmm(batch, own, other.mT, beta=0, alpha=self.factor, out=batch)
+        logits = group.logits(anchors, others, self.factor, kept)
         native.contrast(
-            logits, shape[0] // group.number, columns.start, self.bounds, rows.start, self.options, self.needs_slopes,
-            self.loss, self.counted, self.by_scale,
+            logits, logits.shape[0] // group.number, group.keys().start, self.bounds, group.anchors().start,
+            self.options, self.needs_slopes, self.loss, self.counted, self.by_scale,
         )  # fmt: skip
         return logits
