@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 # Pairs of the largest region, up to which `dense` takes less time than the tiles.
-DENSE_UP_TO = {"cpu": 1 << 18, "mps": MOST}
+DENSE_UP_TO = {"cpu": 1 << 19, "mps": MOST}
 DENSE_ELSEWHERE = 1 << 20  # one tile there, with the same mask
 
 
