@@ -11,16 +11,20 @@ another device, the operations of torch and of the native library on a GPU, and 
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import ctypes
 import datetime
 import functools
 import importlib.util
 import json
 import os
+import pstats
 import re
 import resource
+import statistics
 import subprocess
 import sys
+import time
 import traceback
 import types
 import warnings
@@ -426,6 +430,66 @@ def tried(driver: Driver) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def host_time(driver: Driver, name: str, n: int, dtype: str) -> dict[str, Any]:
+    """Microseconds of processor time of a step, and of an eager one of 8 rows; its launches; the shares of its stages.
+
+    Medians of turns, the two side by side. A share is that of a step under Python's profiler, which makes small
+    functions look larger than they are.
+    """
+    loss, (leaves, others) = CASES[name].make(), CASES[name].inputs(n, getattr(torch, dtype))
+    few, labels = leaf(8, DIM, dtype=torch.float32), choice([0, 1, 2], 8)
+
+    def ours() -> None:
+        torch.autograd.grad(loss(*leaves, **others), leaves)
+
+    def eager() -> None:
+        torch.autograd.grad(eager_supcon(few, labels), [few])
+
+    turns: dict[Any, list[float]] = {ours: [], eager: []}
+    for _ in range(3):
+        ours(), eager()
+    for _ in range(21):
+        for one, taken in turns.items():
+            began = time.process_time()
+            for _ in range(20):
+                one()
+            taken.append((time.process_time() - began) / 20 * 1e6)
+    before = driver.launches()
+    ours()
+    launches = sum((driver.launches() - before).values())
+    profile = cProfile.Profile()
+    profile.runcall(lambda: [ours() for _ in range(50)])
+    found = {key[2]: cumulative for key, (_, _, _, cumulative, _) in pstats.Stats(profile).stats.items()}
+    whole = found[ours.__name__]
+    return {
+        "us": statistics.median(turns[ours]),
+        "eager_us": statistics.median(turns[eager]),
+        "launches": launches,
+        "stages": {stage: found[stage] / whole for stage in STAGES if stage in found},
+    }
+
+
+# Functions by whose time a step is told apart; those of the primitives are the forward passes.
+STAGES = (
+    "partition", "class_sort", "pack", "contrast", "pair_lse", "pair_mean", "pair_cross_entropy", "reduce",
+    "_engine_run_backward", "pack_backward", "pair_lse_backward", "pair_mean_backward",
+    "pair_cross_entropy_backward",
+)  # fmt: skip
+
+
+def eager_supcon(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What people write: every pair of a few rows."""
+    rows_ = torch.nn.functional.normalize(embeddings, dim=1)
+    logits = rows_ @ rows_.T / 0.1
+    itself = torch.eye(len(rows_), dtype=torch.bool)
+    positive = (labels[:, None] == labels) & ~itself
+    log_share = logits - torch.logsumexp(logits.masked_fill(itself, -float("inf")), 1, keepdim=True)
+    return -((log_share * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+
+ANSWERS = {"step": step, "refusals": refusals, "tried": tried, "host_time": host_time}
+
+
 def serve(capability: int, rank: int, ranks: int, store: str) -> None:
     """Answer requests, a line each: one of the functions above and its arguments."""
     torch.set_num_threads(1)
@@ -440,7 +504,7 @@ def serve(capability: int, rank: int, ranks: int, store: str) -> None:
         for request in sys.stdin:
             try:
                 name, arguments = json.loads(request)
-                answer = {"result": {"step": step, "refusals": refusals, "tried": tried}[name](driver, **arguments)}
+                answer = {"result": ANSWERS[name](driver, **arguments)}
             except Exception:
                 answer = {"error": traceback.format_exc()}
             print(json.dumps(answer), file=answers, flush=True)

@@ -289,7 +289,7 @@ def room_for_statistics(
     empty [N]: -inf for a row without pairs, whose incoming gradient means nothing. grad_lse: a second gradient, which
     means nothing where `total` [N] is 0.
     """
-    grad = grad.to(torch.float32)  # that of a mean has stride 0
+    grad = grad if grad.dtype == torch.float32 else grad.to(torch.float32)  # that of a mean has stride 0
     statistics = grad.new_empty(grad.numel(), 4)
     if rows.dtype != torch.float16 or not grad.numel():
         return statistics, None, None, grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -38,31 +39,43 @@ class Tiling(NamedTuple):
 
 def tiling(shape: str, rows: Tensor) -> Tiling:
     """Blocks of `rows` [N, D] in the tile shape of this name (`configs.config`)."""
-    tiles, channels = configs.config(shape, rows), rows.shape[1]
+    tiles = configs.config(shape, rows)
+    # A precision is of no meaning for half precision.
+    constants = _constants(tiles, rows.shape[1], "tf32" if configs.precision(rows) == "tf32" else "ieee")
+    return Tiling(triton.cdiv(rows.shape[0], tiles.block_i), constants)
+
+
+@functools.cache
+def _constants(tiles: configs.Config, channels: int, precision: str) -> dict[str, Any]:
     constants = {
         "D": channels,
         "BLOCK_I": tiles.block_i,
         "BLOCK_J": tiles.block_j,
         "BLOCK_D": max(triton.next_power_of_2(channels), 16),
-        "PRECISION": "tf32" if configs.precision(rows) == "tf32" else "ieee",  # of no meaning for half precision
+        "PRECISION": precision,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    if tiles.maxnreg is not None:
-        constants["maxnreg"] = tiles.maxnreg
-    return Tiling(triton.cdiv(rows.shape[0], tiles.block_i), constants)
+    return constants if tiles.maxnreg is None else {**constants, "maxnreg": tiles.maxnreg}
 
 
 def int32(indices: list[Tensor]) -> list[Tensor]:
     """Row numbers as kernels read them."""
-    return [index.to(torch.int32).contiguous() for index in indices]
+    return [_as(index, torch.int32) for index in indices]
 
 
 def fp32(values: Any) -> Any:
     """Row vectors and scalars as kernels read them; None stays None."""
-    return None if values is None else values.to(torch.float32).contiguous()
+    return None if values is None else _as(values, torch.float32)
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values, contiguous and in a dtype. Both conversions take microseconds also where there is nothing to do."""
+    return values if values.dtype == dtype and values.is_contiguous() else values.to(dtype).contiguous()
 
 
 def as_anchors(anchors: Tensor, keys: Tensor | None) -> Tensor:
     """The keys, in the anchors' dtype: a matrix unit multiplies equals (fp16 views meet an fp32 memory bank)."""
-    return anchors if keys is None else keys.to(anchors.dtype)
+    if keys is None:
+        return anchors
+    return keys if keys.dtype == anchors.dtype else keys.to(anchors.dtype)
