@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -57,7 +57,7 @@ ops = Operators()
 
 def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `torch.ops.hpcloss.<name>`. The body runs with autocast off, as it chooses its own precision."""
-    _define(name, schema, fake, body)
+    _define(name, schema, fake, lambda args: (body, args))
 
 
 def register_on_backends(name: str, schema: str, fake: Callable[..., Any]) -> None:
@@ -65,24 +65,23 @@ def register_on_backends(name: str, schema: str, fake: Callable[..., Any]) -> No
 
     The body is the backend's function of the same name. It takes the arguments before the last one.
     """
-
-    @functools.cache
-    def of(backend: str) -> Callable[..., Any]:
-        return cast(Callable[..., Any], getattr(load(backend), name))
-
-    _define(name, schema, fake, lambda *args: of(args[-1])(*args[:-1]))
+    _define(name, schema, fake, lambda args: (getattr(load(args[-1]), name), args[:-1]))
 
 
-def _define(name: str, schema: str, fake: Callable[..., Any], body: Callable[..., Any]) -> None:
-    """Define an operator and its entry in `ops`."""
+def _define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    chosen: Callable[[Sequence[Any]], tuple[Callable[..., Any], Sequence[Any]]],
+) -> None:
+    """Define an operator and its entry in `ops`. chosen: what serves a call, and what it takes of the arguments."""
 
-    def run(*args: Any) -> Any:
+    def run_without_autocast(*args: Any) -> Any:
         given = [plain(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         device = next(arg for arg in given if isinstance(arg, torch.Tensor)).device.type
-        if not torch.is_autocast_enabled(device):
-            return body(*given)
+        body, taken = chosen(given)
         with torch.autocast(device, enabled=False):
-            return body(*given)
+            return body(*taken)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
@@ -93,12 +92,13 @@ def _define(name: str, schema: str, fake: Callable[..., Any], body: Callable[...
                 device = device or arg.device.type
             elif isinstance(arg, torch.Tensor):
                 return operator(*args)  # of a subclass, which torch may have to dispatch
-        if device in ("", "meta"):
+        if device in ("", "meta") or torch.is_autocast_enabled(device):
             return operator(*args)
-        return run(*args) if torch.is_autocast_enabled(device) else body(*args)
+        body, taken = chosen(args)
+        return body(*taken)
 
     torch.library.define(f"hpcloss::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"hpcloss::{name}", "default", run)
+    torch.library.impl(f"hpcloss::{name}", "default", run_without_autocast)
     torch.library.register_fake(f"hpcloss::{name}", fake)
     operator = getattr(torch.ops.hpcloss, name).default
     setattr(ops, name, call)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hpcloss.backends.blockwise.rows import pack, pack_backward, rows_dtype
 from hpcloss.backends.blockwise.segment_mean import segment_mean
 from hpcloss.backends.dense.batches import MOST, Region, largest_region, regions_of
-from hpcloss.backends.dense.rows import is_native
+from hpcloss.plan import native
 from hpcloss.plan.partition import Intervals
 
 __all__ = [
@@ -40,7 +40,15 @@ def choose(at: Intervals, num_keys: int, in_pieces: bool = False) -> str:
 
 def takes_pieces(anchors: Tensor) -> bool:
     """Whether a contrast of these anchors and other keys may run in pieces."""
-    return is_native(anchors)
+    return anchors.dtype == torch.float32 and anchors.device.type == "cpu" and _has_library()
+
+
+def _has_library() -> bool:
+    return not native.why_not("cpu")
+
+
+# What `torch.compiler.assume_constant_result` sets; calling it would import the compiler, and Triton, at once.
+_has_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kept_slopes(at: Intervals, num_keys: int) -> int:

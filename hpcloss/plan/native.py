@@ -1,8 +1,8 @@
 """The native library (`csrc/`): loaded with ctypes, or the reason why it is not there.
 
 It holds the partition and the samplers in C++ and, where it was built with nvcc, in CUDA, and gives the same integers
-as the PyTorch implementation in `sorting.py` and `draw.py`, which serves wherever `why_not` gives a reason. In C++ it
-also forms the losses of small problems from their similarities, as `hpcloss.backends.dense` does elsewhere. Functions
+as the PyTorch implementation in `sorting.py` and `draw.py`, which serves wherever `why_not` gives a reason. Its
+functions of floats, in C++ alone, are called by `hpcloss.backends.library`. Functions
 here take checked, contiguous tensors of one device and queue their work on its current stream.
 
 The environment variable HPCLOSS_LIBRARY names another library file to load, which must then load; empty, it means none.
@@ -28,14 +28,12 @@ MAX_SEGMENTS = 2**31 - 2
 MAX_ROWS = 2**32 - 1  # of a sample
 MAX_CUDA_SAMPLES = 4096  # of an interval
 MAX_CUDA_INTERVALS = 2**29  # of a sample
-FORMS = ("own", "negatives", "all", "pair")
-RULES = ("positives", "negatives", "others", "every")
 KINDS = ("uniform", "weighted", "hardest", "hard_easy")
 
 _int64 = ctypes.c_int64  # ctypes passes plain integers as 32 bits, where it is not told
 _PACKAGE = Path(__file__).parents[1]  # where the installation puts the library
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-_TYPES = {torch.uint8: 0, torch.int32: 1, torch.int64: 2}
+TYPES = {torch.uint8: 0, torch.int32: 1, torch.int64: 2}
 _FUNCTIONS = (
     "add_transpose",
     "class_sort",
@@ -97,33 +95,6 @@ class Regions(ctypes.Structure):
     ]
 
 
-class ContrastOptions(ctypes.Structure):
-    """`hpcloss_contrast_options` of the C header."""
-
-    _fields_ = [
-        ("form", ctypes.c_int32),
-        ("differentiated", ctypes.c_int32),
-        ("of_weights", ctypes.c_float),
-        ("damped", ctypes.c_float),
-        ("log2_multiplicity", ctypes.c_float),
-    ]
-
-
-class Rows(ctypes.Structure):
-    """`hpcloss_rows` of the C header."""
-
-    _fields_ = [
-        ("rows", _int64),
-        ("rows_of_region", _int64),
-        ("keys", _int64),
-        ("first_key", _int64),
-        ("pos_start", ctypes.c_void_p),
-        ("pos_end", ctypes.c_void_p),
-        ("self_pos", ctypes.c_void_p),
-        ("index_type", ctypes.c_int32),
-    ]
-
-
 class _Found(NamedTuple):
     library: ctypes.CDLL | None
     reason: str
@@ -171,18 +142,6 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, returned in types.items():
         if hasattr(library, name):
             getattr(library, name).restype = returned
-    library.hpcloss_contrast.argtypes = [ctypes.c_void_p, *[_int64] * 4, *[ctypes.c_void_p] * 3, ctypes.c_int32]
-    library.hpcloss_contrast.argtypes += [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 3, ctypes.c_int32]
-    library.hpcloss_pack.argtypes = [ctypes.c_void_p, *[_int64] * 2, ctypes.c_void_p, ctypes.c_int32, *[_int64] * 2]
-    library.hpcloss_pack.argtypes += [ctypes.c_int32, *[ctypes.c_void_p] * 2, ctypes.c_int32]
-    library.hpcloss_unpack.argtypes = [*[ctypes.c_void_p] * 3, *[_int64] * 2, ctypes.c_void_p, *[ctypes.c_int32] * 2]
-    library.hpcloss_unpack.argtypes += [ctypes.c_void_p, ctypes.c_int32]
-    pointer, integer = ctypes.c_void_p, ctypes.c_int32
-    library.hpcloss_lse.argtypes = [pointer, pointer, integer, pointer, integer, pointer, integer]
-    library.hpcloss_lse_slopes.argtypes = [pointer, pointer, integer, pointer, integer, pointer, pointer, integer]
-    library.hpcloss_lse_columns.argtypes = [pointer, pointer, integer, pointer]
-    library.hpcloss_lse_both_slopes.argtypes = [pointer, pointer, integer, *[pointer] * 4, integer]
-    library.hpcloss_add_transpose.argtypes = [ctypes.c_void_p, _int64, *[ctypes.c_void_p] * 2, ctypes.c_int32]
     return library
 
 
@@ -224,6 +183,14 @@ def why_not(device: str, index: int | None = None) -> str:
     return ""
 
 
+def library() -> ctypes.CDLL:
+    """The library. NativeError where there is none."""
+    found, reason = _find()
+    if found is None:
+        raise NativeError(reason)
+    return found
+
+
 def serves(tensor: Tensor) -> bool:
     """Whether the native library has the functions for the tensor's device."""
     device = tensor.device
@@ -260,11 +227,11 @@ def class_sort(
     regions, ignored = _regions(ids, spatial, size, per_image), (ctypes.c_int64 * len(ignore))(*ignore)
     first = classes.stop if background is None else background  # the label of rank 0, if it is a class
     arguments = (
-        _pointer(labels), _TYPES[labels.dtype], _int64(n), ctypes.byref(regions), _int64(num_regions),
+        _pointer(labels), TYPES[labels.dtype], _int64(n), ctypes.byref(regions), _int64(num_regions),
         _int64(classes.start), _int64(len(classes)), _int64(first), ignored, _int64(len(ignore)),
-        _pointer(order), _pointer(offsets), _TYPES[dtype], _pointer(outside),
+        _pointer(order), _pointer(offsets), TYPES[dtype], _pointer(outside),
     )  # fmt: skip
-    _call("class_sort", labels.device, arguments, (_int64(n), _int64(num_segments), _TYPES[dtype]))
+    _call("class_sort", labels.device, arguments, (_int64(n), _int64(num_segments), TYPES[dtype]))
     return order, offsets, outside
 
 
@@ -284,18 +251,18 @@ def label_sort(
     order, *bounds = [torch.empty(count, dtype=dtype, device=device) for count in [n] * 4 + [num_regions] * 4]
     regions, ignored = _regions(ids, spatial, size, per_image), (ctypes.c_int64 * len(ignore))(*ignore)
     arguments = (
-        _pointer(labels), _TYPES[labels.dtype], _int64(n), ctypes.byref(regions), _int64(num_regions),
+        _pointer(labels), TYPES[labels.dtype], _int64(n), ctypes.byref(regions), _int64(num_regions),
         None if background is None else ctypes.byref(_int64(background)), ignored, _int64(len(ignore)),
-        _pointer(order), _TYPES[dtype], *(_pointer(bound) for bound in bounds),
+        _pointer(order), TYPES[dtype], *(_pointer(bound) for bound in bounds),
     )  # fmt: skip
-    _call("label_sort", device, arguments, (_int64(n), _TYPES[dtype]))
+    _call("label_sort", device, arguments, (_int64(n), TYPES[dtype]))
     return order, *bounds
 
 
 def _regions(ids: Tensor | None, spatial: Sequence[int], size: Sequence[int], per_image: bool) -> Regions:
     axes = ctypes.c_int64 * MAX_AXES
     return Regions(
-        None if ids is None else ids.data_ptr(), _TYPES[torch.int64 if ids is None else ids.dtype],
+        None if ids is None else ids.data_ptr(), TYPES[torch.int64 if ids is None else ids.dtype],
         0 if ids is not None else len(spatial), axes(*spatial), axes(*size), per_image,
     )  # fmt: skip
 
@@ -306,7 +273,7 @@ def class_intervals(offsets: Tensor, n: int, num_classes: int, background_first:
     bounds = [offsets.new_empty(n) for _ in range(3)] + [offsets.new_empty(num_regions) for _ in range(4)]
     arguments = (
         _pointer(offsets), _int64(num_regions), _int64(num_classes), int(background_first), _int64(n),
-        _TYPES[offsets.dtype], *(_pointer(bound) for bound in bounds),
+        TYPES[offsets.dtype], *(_pointer(bound) for bound in bounds),
     )  # fmt: skip
     _call("class_intervals", offsets.device, arguments)
     return tuple(bounds)
@@ -332,7 +299,7 @@ def _pairs(intervals: Sequence[Tensor]) -> tuple[object, ...]:
     if any(len(x) != len(rows) for x in intervals[:3]) or any(len(x) != len(bounds) for x in intervals[3:]):
         raise ValueError(f"intervals must be 3 of rows and 4 of regions, got lengths {[len(x) for x in intervals]}")
     pointers = (_pointer(interval) for interval in intervals)
-    return (*pointers, _int64(rows.numel()), _int64(bounds.numel()), _TYPES[rows.dtype])
+    return (*pointers, _int64(rows.numel()), _int64(bounds.numel()), TYPES[rows.dtype])
 
 
 def sample(
@@ -343,10 +310,10 @@ def sample(
     chosen, chosen_offsets = order.new_empty(num_intervals * k), torch.empty_like(offsets)
     code = KINDS.index(kind)
     arguments = (
-        _pointer(order), _pointer(offsets), _TYPES[order.dtype], _int64(n), _int64(num_intervals), _int64(k), code,
+        _pointer(order), _pointer(offsets), TYPES[order.dtype], _int64(n), _int64(num_intervals), _int64(k), code,
         _pointer(values), _int64(num_pixels), _pointer(seed), _pointer(chosen), _pointer(chosen_offsets),
     )  # fmt: skip
-    _call("sample", order.device, arguments, (_int64(n), _int64(num_intervals), _int64(k), code, _TYPES[order.dtype]))
+    _call("sample", order.device, arguments, (_int64(n), _int64(num_intervals), _int64(k), code, TYPES[order.dtype]))
     return chosen, chosen_offsets
 
 
@@ -354,129 +321,11 @@ def sample_positives(pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: in
     """`sampling.sample_positives`."""
     rows = pos_start.new_empty(pos_start.numel(), k)
     arguments = (
-        _pointer(pos_start), _pointer(pos_end), _pointer(self_pos), _TYPES[pos_start.dtype],
+        _pointer(pos_start), _pointer(pos_end), _pointer(self_pos), TYPES[pos_start.dtype],
         _int64(pos_start.numel()), _int64(k), _pointer(seed), _pointer(rows),
     )  # fmt: skip
     _call("sample_positives", pos_start.device, arguments)
     return rows
-
-
-@functools.lru_cache(maxsize=64)
-def contrast_options(
-    form: str, differentiated: bool, of_weights: float, damped: float, log2_multiplicity: float
-) -> ContrastOptions:
-    """The options of `contrast`, as the C header names them."""
-    return ContrastOptions(FORMS.index(form), differentiated, of_weights, damped, log2_multiplicity)
-
-
-def rows_of(
-    logits: Tensor, rows_of_region: int, first_key: int, bounds: Sequence[Tensor], first_row: int
-) -> tuple[Tensor, Rows]:
-    """Logits [rows, keys] of the rows from `first_row` on, as the functions of log-sum-exps take them.
-
-    bounds: pos_start, pos_end and self_pos of all rows, which must outlive the result.
-    """
-    kind, at = bounds[0].dtype, first_row * bounds[0].element_size()
-    pointers = [bound.data_ptr() + at for bound in bounds]
-    return logits, Rows(logits.shape[0], rows_of_region, logits.shape[1], first_key, *pointers, _TYPES[kind])
-
-
-@functools.lru_cache(maxsize=64)
-def _floats(values: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
-    return (ctypes.c_float * len(values))(*values)
-
-
-def lse(rows: tuple[Tensor, Rows], rule: str, factors: tuple[float, ...], found: Tensor) -> None:
-    """found [rows, factors] <- log2 of the sums of 2^(factor logit) over the keys of the rule."""
-    logits, at = rows
-    error = _find().library.hpcloss_lse(  # type: ignore[union-attr]
-        logits.data_ptr(), ctypes.addressof(at), RULES.index(rule), _floats(factors), len(factors), found.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    _raise_on(error, "lse")
-
-
-def lse_slopes(rows: tuple[Tensor, Rows], rule: str, factors: tuple[float, ...], found: Tensor, grad: Tensor) -> None:
-    """Write the slopes of `lse` by the logits over them, weighted by grad [rows, factors]."""
-    logits, at = rows
-    error = _find().library.hpcloss_lse_slopes(  # type: ignore[union-attr]
-        logits.data_ptr(), ctypes.addressof(at), RULES.index(rule), _floats(factors), len(factors), found.data_ptr(),
-        grad.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    _raise_on(error, "lse_slopes")
-
-
-def lse_columns(rows: tuple[Tensor, Rows], rule: str, found: Tensor) -> None:
-    """found [regions * keys] <- log2 of the sums of 2^logit over the rows that count the key."""
-    logits, at = rows
-    error = _find().library.hpcloss_lse_columns(  # type: ignore[union-attr]
-        logits.data_ptr(), ctypes.addressof(at), RULES.index(rule), found.data_ptr()
-    )
-    _raise_on(error, "lse_columns")
-
-
-def lse_both_slopes(rows: tuple[Tensor, Rows], rule: str, *of_rows_and_columns: Tensor) -> None:
-    """Write the slopes of both over the logits. The rows' log2-sums and gradients, then those of the columns."""
-    logits, at = rows
-    pointers = [x.data_ptr() for x in of_rows_and_columns]
-    error = _find().library.hpcloss_lse_both_slopes(  # type: ignore[union-attr]
-        logits.data_ptr(), ctypes.addressof(at), RULES.index(rule), *pointers, torch.get_num_threads()
-    )
-    _raise_on(error, "lse_both_slopes")
-
-
-def contrast(
-    logits: Tensor,
-    rows_of_region: int,
-    first_key: int,
-    bounds: Sequence[Tensor],
-    first_row: int,
-    options: ContrastOptions,
-    needs_slopes: bool,
-    loss: Tensor,
-    counted: Tensor,
-    by_scale: Tensor | None,
-) -> None:
-    """Losses of the rows from `first_row` on, of `loss`, `counted` and `by_scale` [N], and their slopes in place of the
-    logits [rows, keys]. bounds: pos_start, pos_end and self_pos [N]. CPU tensors, fp32."""
-    kind, at = bounds[0].dtype, first_row * bounds[0].element_size()
-    pointers = [bound.data_ptr() + at for bound in bounds]
-    error = _find().library.hpcloss_contrast(  # type: ignore[union-attr]
-        logits.data_ptr(), logits.shape[0], rows_of_region, logits.shape[1], first_key, *pointers, _TYPES[kind],
-        ctypes.addressof(options), needs_slopes, loss.data_ptr() + 4 * first_row, counted.data_ptr() + first_row,
-        None if by_scale is None else by_scale.data_ptr() + 4 * first_row, torch.get_num_threads(),
-    )  # fmt: skip
-    _raise_on(error, "contrast")
-
-
-def pack(vectors: Tensor, order: Tensor, live: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """`pack` of vectors [N, D]; contiguous CPU tensors, fp32."""
-    rows, channels = order.numel(), vectors.shape[1]
-    packed, inverse_norm = vectors.new_empty(rows, channels), vectors.new_empty(rows)
-    error = _find().library.hpcloss_pack(  # type: ignore[union-attr]
-        vectors.data_ptr(), vectors.shape[0], channels, order.data_ptr(), _TYPES[order.dtype], rows, live, normalize,
-        packed.data_ptr(), inverse_norm.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    _raise_on(error, "pack")
-    return packed, inverse_norm
-
-
-def unpack(grad: Tensor, packed: Tensor, inverse_norm: Tensor, order: Tensor, normalize: bool) -> Tensor:
-    """The backward pass of `pack`, where the order names each vector once; contiguous CPU tensors, fp32."""
-    rows, channels = packed.shape
-    d_vectors = torch.empty_like(packed)
-    error = _find().library.hpcloss_unpack(  # type: ignore[union-attr]
-        grad.data_ptr(), packed.data_ptr(), inverse_norm.data_ptr(), rows, channels, order.data_ptr(),
-        _TYPES[order.dtype], normalize, d_vectors.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    _raise_on(error, "unpack")
-    return d_vectors
-
-
-def add_transpose(slopes: Tensor, factor: Tensor, both: Tensor) -> None:
-    """both <- slopes_ij factor_i + slopes_ji factor_j [n, n]; contiguous CPU tensors, fp32."""
-    pointers = slopes.data_ptr(), slopes.shape[0], factor.data_ptr(), both.data_ptr(), torch.get_num_threads()
-    _raise_on(_find().library.hpcloss_add_transpose(*pointers), "add_transpose")  # type: ignore[union-attr]
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -489,7 +338,7 @@ def _call(
     """Call `hpcloss_<function>` for a device. workspace: what the size of the CUDA function's workspace depends on."""
     library = _find().library
     if device.type == "cpu":
-        _raise_on(getattr(library, f"hpcloss_{function}")(*arguments, torch.get_num_threads()), function)
+        raise_on(getattr(library, f"hpcloss_{function}")(*arguments, torch.get_num_threads()), function)
         return
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -509,10 +358,10 @@ def _call_cuda(
         buffer = torch.empty(max(size, 16), dtype=torch.uint8, device=device)
         arguments = (*arguments, _pointer(buffer), _int64(buffer.numel()))
     error = getattr(library, f"hpcloss_cuda_{function}")(*arguments, ctypes.c_void_p(stream))
-    _raise_on(error, function, library)
+    raise_on(error, function, library)
 
 
-def _raise_on(error: int, function: str, library: ctypes.CDLL | None = None) -> None:
+def raise_on(error: int, function: str, library: ctypes.CDLL | None = None) -> None:
     if error:
         text = _ERRORS.get(error, f"error {error}")
         if error == 8 and library is not None:

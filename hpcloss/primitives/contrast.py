@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hpcloss.arithmetic import softplus
-from hpcloss.operators import differentiable_once, load, ops, register_on_backends, statistics_dtype
+from hpcloss.backends import pytorch
+from hpcloss.operators import differentiable_once, ops, register_on_backends, statistics_dtype
 from hpcloss.plan.partition import Pairs
 from hpcloss.primitives.autograd import fake_gradients, inputs, needs, of_inputs
 from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
@@ -51,7 +52,7 @@ def contrast(
         form = (denominator, float(hardness), float(discount), detach_weights, multiplicity)
         given, kept = inputs(rows, keys, scale), 0
         if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in given]):
-            kept = load("pytorch").kept_slopes(pairs.intervals, (rows if keys is None else keys).data.shape[0])
+            kept = pytorch.kept_slopes(pairs.intervals, (rows if keys is None else keys).data.shape[0])
         return _Contrast.apply(*given, form, torch.is_grad_enabled(), kept, backend, *pairs.intervals)
     if denominator == "pair":
         lse = pair_lse(rows, pairs, "negatives", scale, keys=keys)

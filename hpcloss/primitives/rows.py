@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpcloss.backends import resolve
+from hpcloss.backends import pytorch, resolve
 from hpcloss.operators import differentiable_once, load, ops, plain, register_on_backends, statistics_dtype
 from hpcloss.plan.partition import Pairs
 
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
         """
         if self.backend not in ("pytorch", "dense"):
             return self.backend
-        pytorch, others = load("pytorch"), self if keys is None else keys
+        others = self if keys is None else keys
         if self.backend == "pytorch":
             in_pieces = contrast and keys is not None and pytorch.takes_pieces(self.data)
             return pytorch.choose(pairs.intervals, others.data.shape[0], in_pieces)

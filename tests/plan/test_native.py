@@ -408,9 +408,9 @@ def test_every_function_checks_its_arguments():
 def test_errors_have_texts_and_classes():
     for code, kind in ((1, native.NativeError), (4, ValueError), (5, IndexError), (7, MemoryError), (99, RuntimeError)):
         with pytest.raises(kind, match="hpcloss_name: ") as caught:
-            native._raise_on(code, "name")
+            native.raise_on(code, "name")
         assert isinstance(caught.value, native.NativeError)
-    native._raise_on(0, "name")
+    native.raise_on(0, "name")
 
 
 # ---------------------------------------------------------------------------- what is found, and what is said if not

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from hpcloss.backends import library
 from hpcloss.operators import NORM_EPS, statistics_dtype
 from hpcloss.plan import native
 
@@ -45,7 +46,7 @@ def _gather(features: Tensor, order: Tensor) -> Tensor:
 def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Rows `order` of the map, those from `live` on zero, and the inverse norm by which each was multiplied."""
     if _is_native(features):
-        return native.pack(features, order.contiguous(), int(live), normalize)
+        return library.pack(features, order.contiguous(), int(live), normalize)
     rows = _gather(features, order).to(statistics_dtype(features.dtype))
     # Filled, not multiplied by zero: an ignored pixel may hold inf or NaN.
     on_host = rows.device.type == "cpu"
@@ -87,7 +88,7 @@ def pack_backward(
     """Gradient of the map in its own layout, from the gradient of its rows."""
     is_rows = list(stride) == [shape[1], 1] and dtype == grad.dtype
     if permutation and is_rows and _is_native(data) and grad.dtype == data.dtype:
-        return native.unpack(grad.contiguous(), data, inverse_norm, order.contiguous(), normalize)
+        return library.unpack(grad.contiguous(), data, inverse_norm, order.contiguous(), normalize)
     few = order.numel() * FEW < shape[0] * math.prod(shape[2:])
     # Few rows are added where they belong; most rows next to each other, to be brought into the layout at the end.
     layout = [shape[0], *shape[1:]] if few else [shape[0], *shape[2:], shape[1]]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpcloss.backends import library
 from hpcloss.backends.arithmetic import INF, LN2, LOG2E, accumulation, gradients_of_logits
 from hpcloss.backends.dense.batches import Batch, batches, regions_of, softmax_terms
 from hpcloss.backends.dense.rows import add_gradients, groups, is_native, native_rows
-from hpcloss.plan import native
 from hpcloss.plan.partition import Intervals
 
 
@@ -36,7 +36,7 @@ def pair_lse(
     if bias is None and is_native(anchors):
         for group in groups(regions_of(at)):
             logits = group.logits(anchors, anchors if keys is None else keys, float(scale) * LOG2E)
-            native.lse(native_rows(group, logits, at), rule, (1.0,), lse[group.anchors()])
+            library.lse(native_rows(group, logits, at), rule, (1.0,), lse[group.anchors()])
         return lse.mul_(LN2)
     for batch in batches(anchors, keys, at):
         softmax = softmax_terms(_logits(batch, scale.to(lse.dtype), bias, rule), batch.lowest)
@@ -71,7 +71,7 @@ def pair_lse_backward(
                 group.logits(anchors, anchors if keys is None else keys, float(scale) * LOG2E),
                 group.anchors(),
             )
-            native.lse_slopes(native_rows(group, logits, at), rule, (1.0,), shift[rows], grad[rows])
+            library.lse_slopes(native_rows(group, logits, at), rule, (1.0,), shift[rows], grad[rows])
             add_gradients(group, logits, anchors, keys, d_anchors, d_keys)
         return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)
     for batch in batches(anchors, keys, at):
@@ -90,8 +90,8 @@ def pair_lse_both(
     if is_native(anchors) and others is not None:
         for group in groups(regions_of(at)):
             found = native_rows(group, group.logits(anchors, others, float(scale) * LOG2E), at)
-            native.lse(found, rule, (1.0,), rows[group.anchors()])
-            native.lse_columns(found, rule, columns[group.keys()])
+            library.lse(found, rule, (1.0,), rows[group.anchors()])
+            library.lse_columns(found, rule, columns[group.keys()])
         return rows.mul_(LN2), columns.mul_(LN2)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale.to(rows.dtype), None, rule)
@@ -128,7 +128,7 @@ def pair_lse_both_backward(
         for group in groups(regions_of(at)):
             logits, own, met = group.logits(anchors, others, float(scale) * LOG2E), group.anchors(), group.keys()
             statistics = rows[own], of_rows[own], columns[met], of_columns[met]
-            native.lse_both_slopes(native_rows(group, logits, at), rule, *statistics)
+            library.lse_both_slopes(native_rows(group, logits, at), rule, *statistics)
             add_gradients(group, logits, anchors, others, d_anchors, d_keys)
         return gradients_of_logits(anchors, others, scale, d_anchors, d_keys, needs_anchors, needs_scale)
     for batch in batches(anchors, others, at):

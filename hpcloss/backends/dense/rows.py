@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hpcloss.backends import library
 from hpcloss.backends.arithmetic import LOG2E
 from hpcloss.backends.dense.batches import MOST, Region, regions_of
 from hpcloss.backends.dense.forms import Options
@@ -110,7 +111,7 @@ def _write_both(slope: Tensor, factor: Tensor, rows: Tensor, number: int, gradie
     both, length = torch.empty_like(slope), slope.shape[1]
     for first in range(0, slope.shape[0], length):
         part = slice(first, first + length)
-        native.add_transpose(slope[part], factor[part], both[part])
+        library.add_transpose(slope[part], factor[part], both[part])
     if number == 1:
         torch.mm(both, rows, out=gradient)
     else:
@@ -164,9 +165,9 @@ class Group:
         return values.view(self.number, -1, values.shape[1])
 
 
-def native_rows(group: Group, logits: Tensor, at: Intervals) -> tuple[Tensor, native.Rows]:
+def native_rows(group: Group, logits: Tensor, at: Intervals) -> tuple[Tensor, library.Rows]:
     """The logits of a group, as the library's functions of log-sum-exps take them."""
-    return native.rows_of(logits, logits.shape[0] // group.number, group.keys().start, at[:3], group.anchors().start)
+    return library.rows_of(logits, logits.shape[0] // group.number, group.keys().start, at[:3], group.anchors().start)
 
 
 def groups(regions: list[Region]) -> Iterator[Group]:
@@ -196,7 +197,7 @@ class Call:
         number = float(scale)
         over = 1 / number if number else 0.0  # a scale of 0 has no logits to weigh by
         self.factor, self.bounds, self.needs_slopes = number * LOG2E, at[:3], needs_slopes
-        self.options = native.contrast_options(
+        self.options = library.contrast_options(
             options.denominator, bool(options.hardness) and not options.detach_weights, -options.hardness * over,
             options.discount * over, math.log2(options.multiplicity),
         )  # fmt: skip
@@ -207,7 +208,7 @@ class Call:
     def slopes(self, group: Group, anchors: Tensor, others: Tensor, kept: Tensor | None = None) -> Tensor:
         """The slopes of a group's rows [rows, keys], in `kept` if given."""
         logits = group.logits(anchors, others, self.factor, kept)
-        native.contrast(
+        library.contrast(
             logits, logits.shape[0] // group.number, group.keys().start, self.bounds, group.anchors().start,
             self.options, self.needs_slopes, self.loss, self.counted, self.by_scale,
         )  # fmt: skip
