@@ -121,18 +121,23 @@ HPCLOSS_API int32_t hpcloss_sample_positives(const void* pos_start, const void* 
                                              int32_t index_type, int64_t n, int64_t k, const int64_t* seed, void* rows,
                                              int32_t threads);
 
-// packed [rows, channels] <- the vectors [num_vectors, channels] in the order [rows] of index_type, if asked divided by
-// their length (a vector shorter than 1e-12 becomes 0); inverse_norm [rows] <- by what each was multiplied. Rows from
-// `live` on are 0.
-HPCLOSS_API int32_t hpcloss_pack(const float* vectors, int64_t num_vectors, int64_t channels, const void* order,
-                                 int32_t index_type, int64_t rows, int64_t live, int32_t normalize, float* packed,
-                                 float* inverse_norm, int32_t threads);
+// A map of features. Pixel `p` of image `i` has number i * pixels + p; a batch of vectors has images of one pixel.
+typedef struct {
+  int64_t images, pixels, channels;
+  int64_t image_stride, pixel_stride, channel_stride;  // in floats
+} hpcloss_map;
 
-// d_vectors [rows, channels] <- the gradient of the vectors from grad [rows, channels], that of the packed rows. The
-// order [rows] names each vector once.
-HPCLOSS_API int32_t hpcloss_unpack(const float* grad, const float* packed, const float* inverse_norm, int64_t rows,
-                                   int64_t channels, const void* order, int32_t index_type, int32_t normalize,
-                                   float* d_vectors, int32_t threads);
+// packed [rows, channels] <- the pixels of `order` [rows], of index_type, if asked divided by their length (a pixel
+// shorter than 1e-12 becomes 0); inverse_norm [rows] <- by what each was multiplied. Rows from `live` on are 0.
+HPCLOSS_API int32_t hpcloss_pack(const float* features, const hpcloss_map* map, const void* order, int32_t index_type,
+                                 int64_t rows, int64_t live, int32_t normalize, float* packed, float* inverse_norm,
+                                 int32_t threads);
+
+// d_features <- the gradient of the map's pixels from grad [rows, channels], that of the packed rows; the order names
+// each pixel once.
+HPCLOSS_API int32_t hpcloss_unpack(const float* grad, const float* packed, const float* inverse_norm,
+                                   const hpcloss_map* map, const void* order, int32_t index_type, int64_t rows,
+                                   int32_t normalize, float* d_features, int32_t threads);
 
 // Rows of logits [rows, keys] (similarity * scale / ln 2) of regions one behind the other, each with `rows_of_region`
 // anchors and `keys` keys; key 0 of the first has number first_key. pos_start, pos_end, self_pos [rows] of index_type:

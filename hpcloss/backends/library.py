@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,9 +55,21 @@ _ARGUMENTS = {
     "lse_both_slopes": (_P, _P, _I, _P, _P, _P, _P, _I),
     "lse_columns": (_P, _P, _I, _P),
     "lse_slopes": (_P, _P, _I, _P, _I, _P, _P, _I),
-    "pack": (_P, _L, _L, _P, _I, _L, _L, _I, _P, _P, _I),
-    "unpack": (_P, _P, _P, _L, _L, _P, _I, _I, _P, _I),
+    "pack": (_P, _P, _P, _I, _L, _L, _I, _P, _P, _I),
+    "unpack": (_P, _P, _P, _P, _P, _I, _L, _I, _P, _I),
 }
+
+
+class Map(ctypes.Structure):
+    """`hpcloss_map` of the C header."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("images", "pixels", "channels", "image_stride", "pixel_stride", "channel_stride")
+    ]
+
+
+Strides = tuple[int, int, int]  # between images, pixels and channels
 
 
 @functools.cache
@@ -153,28 +166,35 @@ def contrast(
     native.raise_on(error, "contrast")
 
 
-def pack(vectors: Tensor, order: Tensor, live: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """`pack` of vectors [N, D]; contiguous CPU tensors, fp32."""
-    rows, channels = order.numel(), vectors.shape[1]
-    packed, inverse_norm = vectors.new_empty(rows, channels), vectors.new_empty(rows)
+def pack(features: Tensor, strides: Strides, order: Tensor, live: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """`pack` of a map [B, D, *S] whose memory is dense."""
+    rows, channels = order.numel(), features.shape[1]
+    packed, inverse_norm = features.new_empty(rows, channels), features.new_empty(rows)
     error = _library().hpcloss_pack(
-        vectors.data_ptr(), vectors.shape[0], channels, order.data_ptr(), native.TYPES[order.dtype], rows, live,
-        normalize, packed.data_ptr(), inverse_norm.data_ptr(), torch.get_num_threads(),
+        features.data_ptr(), ctypes.addressof(_map(features.shape, strides)), order.data_ptr(),
+        native.TYPES[order.dtype], rows, live, normalize, packed.data_ptr(), inverse_norm.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     native.raise_on(error, "pack")
     return packed, inverse_norm
 
 
-def unpack(grad: Tensor, packed: Tensor, inverse_norm: Tensor, order: Tensor, normalize: bool) -> Tensor:
-    """The backward pass of `pack`, where the order names each vector once; contiguous CPU tensors, fp32."""
-    rows, channels = packed.shape
-    d_vectors = torch.empty_like(packed)
+def unpack(
+    grad: Tensor, packed: Tensor, inverse_norm: Tensor, order: Tensor, normalize: bool, strides: Strides, into: Tensor
+) -> None:
+    """Write the gradient of a map [B, D, *S], each of whose pixels the order names once."""
     error = _library().hpcloss_unpack(
-        grad.data_ptr(), packed.data_ptr(), inverse_norm.data_ptr(), rows, channels, order.data_ptr(),
-        native.TYPES[order.dtype], normalize, d_vectors.data_ptr(), torch.get_num_threads(),
+        grad.data_ptr(), packed.data_ptr(), inverse_norm.data_ptr(), ctypes.addressof(_map(into.shape, strides)),
+        order.data_ptr(), native.TYPES[order.dtype], order.numel(), normalize, into.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     native.raise_on(error, "unpack")
-    return d_vectors
+
+
+@functools.lru_cache(maxsize=64)
+def _map(shape: tuple[int, ...], strides: Strides) -> Map:
+    images, channels, *spatial = shape
+    return Map(images, math.prod(spatial), channels, *strides)
 
 
 def add_transpose(slopes: Tensor, factor: Tensor, both: Tensor) -> None:

@@ -13,6 +13,7 @@ from hpcloss.plan import native
 
 FEW = 4  # rows are few where the map has more than this many times as many pixels
 LARGE = 1e15  # the squares of a row of 1e30 overflow fp32
+FEW_NUMBERS = 1 << 17  # of a map, up to which reading it pixel by pixel is no slower than bringing channels together
 ROWS = 1 << 12  # handled at a time in the backward pass, to keep temporaries small
 
 
@@ -45,8 +46,9 @@ def _gather(features: Tensor, order: Tensor) -> Tensor:
 
 def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Rows `order` of the map, those from `live` on zero, and the inverse norm by which each was multiplied."""
-    if _is_native(features):
-        return library.pack(features, order.contiguous(), int(live), normalize)
+    strides = _native_strides(features)
+    if strides is not None:
+        return library.pack(features, strides, order.contiguous(), int(live), normalize)
     rows = _gather(features, order).to(statistics_dtype(features.dtype))
     # Filled, not multiplied by zero: an ignored pixel may hold inf or NaN.
     on_host = rows.device.type == "cpu"
@@ -68,10 +70,18 @@ def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tupl
     return rows.mul_(inverse_norm[:, None]), inverse_norm
 
 
-def _is_native(vectors: Tensor) -> bool:
-    """Whether the native library packs these features: vectors that stand next to each other, on the CPU in fp32."""
-    rows = vectors.dim() == 2 and vectors.dtype == torch.float32 and vectors.is_contiguous()
-    return rows and vectors.device.type == "cpu" and native.serves(vectors)
+def _native_strides(features: Tensor) -> library.Strides | None:
+    """Strides between images, pixels and channels where the native library packs these features: in fp32, on the CPU,
+    and dense in memory with channels last, or first where there are few."""
+    if features.dtype != torch.float32 or features.device.type != "cpu" or not native.serves(features):
+        return None
+    channels = features.shape[1]
+    pixels = features.numel() // max(features.shape[0] * channels, 1)
+    if features.dim() == 2 and features.is_contiguous():
+        return channels, 1, 1
+    if features.is_contiguous():
+        return (channels * pixels, 1, pixels) if features.numel() <= FEW_NUMBERS else None
+    return (channels * pixels, channels, 1) if features.movedim(1, -1).is_contiguous() else None
 
 
 def pack_backward(
@@ -86,9 +96,12 @@ def pack_backward(
     permutation: bool,
 ) -> Tensor:
     """Gradient of the map in its own layout, from the gradient of its rows."""
-    is_rows = list(stride) == [shape[1], 1] and dtype == grad.dtype
-    if permutation and is_rows and _is_native(data) and grad.dtype == data.dtype:
-        return library.unpack(grad.contiguous(), data, inverse_norm, order.contiguous(), normalize)
+    if permutation and dtype == grad.dtype and data.dtype == dtype:
+        gradient = torch.empty_strided(shape, stride, dtype=dtype, device=grad.device)
+        strides = _native_strides(gradient)
+        if strides is not None:
+            library.unpack(grad.contiguous(), data, inverse_norm, order.contiguous(), normalize, strides, gradient)
+            return gradient
     few = order.numel() * FEW < shape[0] * math.prod(shape[2:])
     # Few rows are added where they belong; most rows next to each other, to be brought into the layout at the end.
     layout = [shape[0], *shape[1:]] if few else [shape[0], *shape[2:], shape[1]]
