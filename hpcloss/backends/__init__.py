@@ -174,6 +174,7 @@ def info() -> str:
     lines = [
         f"hpcloss: imported from {_PACKAGE}{_installation()}",
         f"torch {torch.__version__}, CUDA {'available' if cuda else 'not available'}",
+        "backend dense: available",
         "backend blockwise: available",
     ]
     device, index = ("cuda", torch.cuda.current_device()) if cuda else ("cpu", None)

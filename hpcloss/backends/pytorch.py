@@ -58,7 +58,7 @@ def kept_slopes(at: Intervals, num_keys: int) -> int:
     """
     if at.key_end.numel() == 1:
         return at.pos_start.numel() * num_keys
-    if at.pos_start.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _is_read(at):
         return 0
     count = sum([n * m for n, m in map(Region.shape, regions_of(at))])
     return count if count <= MOST else 0
@@ -77,5 +77,10 @@ def check_dense(at: Intervals, num_keys: int) -> None:
 def _pairs(at: Intervals, num_keys: int) -> int:
     """Pairs that the dense backend holds at once: of the largest region where sizes can be read, else of all rows."""
     all_pairs = at.pos_start.numel() * num_keys
-    readable = at.pos_start.device.type == "cpu" and not torch.compiler.is_compiling()
-    return largest_region(at) if readable and at.key_end.numel() > 1 else all_pairs
+    return largest_region(at) if at.key_end.numel() > 1 and _is_read(at) else all_pairs
+
+
+def _is_read(at: Intervals) -> bool:
+    """Whether the host reads the bounds of regions: on the CPU, of tensors that hold values. Fake ones hold none."""
+    bound = at.pos_start
+    return bound.device.type == "cpu" and not torch.compiler.is_compiling() and type(bound) is Tensor

@@ -40,7 +40,7 @@ with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     print([backends.resolve("auto", x) for _ in range(3)], len(told), told[0].message)
 """)
-    assert out.startswith("['blockwise', 'blockwise', 'blockwise'] 1 ")
+    assert out.startswith("['pytorch', 'pytorch', 'pytorch'] 1 ")
     assert "AMD" in out and "HPCLOSS_ROCM=1" in out
 
 

@@ -104,7 +104,7 @@ def refusal(*arguments, **options):
 
 def assert_tiles(told, message):
     """`auto` takes the tiles, says so once, and an explicit request raises with the reason."""
-    assert [resolve("auto", tensor()) for _ in range(3)] == ["blockwise"] * 3
+    assert [resolve("auto", tensor()) for _ in range(3)] == ["pytorch"] * 3
     (said,) = told()
     assert re.fullmatch(re.escape(TILES) + message, said), said
     assert re.fullmatch(f"backend 'triton' cannot run this call: {message}", refusal())
@@ -127,7 +127,7 @@ def test_right_numbers(stage, told, dtype):
 
 def test_no_trial_where_no_kernel_takes_the_call(stage, told):
     for call in (tensor(dtype=torch.float64), tensor(channels=513)):
-        assert resolve("auto", call) == "blockwise"
+        assert resolve("auto", call) == "pytorch"
     assert stage.tried == [] and told() == []
 
 
@@ -218,7 +218,7 @@ def test_rounding_is_not_wrong(stage, told):
 
 def test_single_precision_is_held_to_more(stage, told):
     stage.spoiling("pack", lambda rows: rows.half().float())
-    assert resolve("auto", tensor(dtype=torch.float32)) == "blockwise"
+    assert resolve("auto", tensor(dtype=torch.float32)) == "pytorch"
     assert "in float32 with 64 channels computes wrong numbers" in told()[0] and "at most 0.0001" in told()[0]
 
 
@@ -229,7 +229,7 @@ def test_single_precision_is_held_to_more(stage, told):
 @pytest.mark.parametrize("name", ["build", "pair_lse"])
 def test_short_memory_is_asked_again(stage, told, name, error):
     stage.failing(name, error)
-    assert [resolve("auto", tensor()) for _ in range(2)] == ["blockwise"] * 2
+    assert [resolve("auto", tensor()) for _ in range(2)] == ["pytorch"] * 2
     (said,) = told()
     assert said.startswith(FOR_NOW) and type(error).__name__ in said
     assert type(error).__name__ in refusal()
@@ -241,7 +241,7 @@ def test_short_memory_is_asked_again(stage, told, name, error):
 def test_a_capture_elsewhere_is_no_failure(stage, told):
     """A graph that another thread captures forbids what the trial does."""
     stage.failing("pack", RuntimeError("CUDA error: operation not permitted when stream is capturing"))
-    assert resolve("auto", tensor()) == "blockwise" and told()[0].startswith(FOR_NOW)
+    assert resolve("auto", tensor()) == "pytorch" and told()[0].startswith(FOR_NOW)
     stage.kernels.pack = pack
     assert resolve("auto", tensor()) == "triton" and len(told()) == 1
 
@@ -249,7 +249,7 @@ def test_a_capture_elsewhere_is_no_failure(stage, told):
 def test_no_trial_during_capture(stage, told):
     """Nothing is launched that the host would wait for. `auto` takes the tiles, an explicit request the kernels."""
     stage.capturing = True
-    assert [resolve("auto", tensor()) for _ in range(2)] == ["blockwise"] * 2
+    assert [resolve("auto", tensor()) for _ in range(2)] == ["pytorch"] * 2
     assert told() == [f"{FOR_NOW}a CUDA graph is being captured and no step has run before, so the kernels cannot be"
                       " tried (run one step before the capture)"]  # fmt: skip
     assert resolve("triton", tensor()) == "triton" and stage.tried == []
@@ -261,9 +261,9 @@ def test_no_trial_during_capture(stage, told):
 
 def test_a_failure_is_remembered_during_capture(stage, told):
     stage.failing("pair_lse", RuntimeError("invalid argument"))
-    assert resolve("auto", tensor()) == "blockwise"
+    assert resolve("auto", tensor()) == "pytorch"
     stage.capturing = True
-    assert resolve("auto", tensor()) == "blockwise" and "invalid argument" in refusal() and len(told()) == 1
+    assert resolve("auto", tensor()) == "pytorch" and "invalid argument" in refusal() and len(told()) == 1
 
 
 # ------------------------------------------------------------------------------------------- devices and threads
@@ -281,7 +281,7 @@ def test_two_devices(stage, told):
 
     trial.failure = failure  # `stage` puts it back
     found = [resolve("auto", tensor(index)) for index in (0, 1, 1, 0)]
-    assert found == ["triton", "blockwise", "blockwise", "triton"]
+    assert found == ["triton", "pytorch", "pytorch", "triton"]
     assert [index for index, *_ in stage.tried] == [0, 1]
     assert told() == [f"{TILES}{STEP}fails: RuntimeError: no kernel image"]
 
@@ -289,7 +289,7 @@ def test_two_devices(stage, told):
 def test_one_failure_of_two_dtypes(stage, told):
     """What keeps all kernels from a device is one reason; what fails in one dtype is none of another's."""
     stage.failing("build", RuntimeError("no compiler"))
-    assert [resolve("auto", tensor(dtype=dtype)) for dtype in (torch.float16, torch.float32)] == ["blockwise"] * 2
+    assert [resolve("auto", tensor(dtype=dtype)) for dtype in (torch.float16, torch.float32)] == ["pytorch"] * 2
     assert len(told()) == 1
     backends.forget()
     stage.build = Stage().build
@@ -301,7 +301,7 @@ def test_one_failure_of_two_dtypes(stage, told):
 
     stage.kernels.pack = pack_single
     found = [resolve("auto", tensor(dtype=dtype)) for dtype in (torch.float16, torch.float32) * 2]
-    assert found == ["blockwise", "triton"] * 2
+    assert found == ["pytorch", "triton"] * 2
     assert told()[1:] == [f"{TILES}{STEP}fails: OSError: bad fp16"]
 
 
@@ -322,7 +322,7 @@ def test_threads_at_once(stage, told, error):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == ["blockwise" if error else "triton"] * 4
+    assert found == ["pytorch" if error else "triton"] * 4
     assert len(stage.tried) == 1 and len(told()) == (1 if error else 0)
 
 
@@ -363,7 +363,7 @@ def test_while_torch_compile_traces(stage, told, works, dynamic):
         x = torch.zeros(8, channels)
         assert torch.equal(compiled(x), torch.full_like(x, 0 if works else 1))
     assert stage.tried == [(None, torch.float32, 64)]
-    assert resolve("auto", tensor(dtype=torch.float32)) == ("triton" if works else "blockwise")
+    assert resolve("auto", tensor(dtype=torch.float32)) == ("triton" if works else "pytorch")
 
 
 def test_the_host_may_wait_where_a_training_forbids_it(monkeypatch):

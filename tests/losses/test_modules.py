@@ -136,7 +136,8 @@ def test_detach_weights_changes_the_gradient_alone():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_backend_reaches_the_function(name):
-    assert torch.equal(call(name, backend="blockwise"), function(name))
+    for backend in ("dense", "blockwise"):
+        assert torch.equal(call(name, backend=backend), function(name, backend=backend))
     with pytest.raises(NotImplementedError, match="triton"):
         call(name, backend="triton")
 

@@ -58,12 +58,12 @@ def test_without_triton(fresh, monkeypatch):
     with pytest.raises(NotImplementedError, match="Triton is not installed .pip install triton."):
         LOSS(rows(1, 3, 4, 4, dtype=torch.float32), LABELS)
     assert "backend triton: not available, Triton is not installed" in hpcloss.info()
-    assert resolve("auto", torch.zeros(1, 3)) == "blockwise"
+    assert resolve("auto", torch.zeros(1, 3)) == "pytorch"
 
 
 def test_info():
     lines = hpcloss.info().splitlines()
-    assert "backend blockwise: available" in lines
+    assert "backend dense: available" in lines and "backend blockwise: available" in lines
     (line,) = [line for line in lines if line.startswith("backend triton: ")]
     if INTERPRETED and not torch.cuda.is_available():
         assert line == "backend triton: available"
@@ -100,10 +100,10 @@ def test_info_says_which_package_was_imported(tmp_path, monkeypatch):
         assert hpcloss.info().splitlines()[0] == f"hpcloss: imported from {package}{remark}"
 
 
-def test_auto_on_the_cpu_is_blockwise():
+def test_auto_on_the_cpu_is_pytorch():
     """Under the interpreter too, which is for tests."""
     for dtype in (torch.float32, torch.float16, torch.float64):
-        assert resolve("auto", torch.zeros(1, 3, dtype=dtype)) == "blockwise"
+        assert resolve("auto", torch.zeros(1, 3, dtype=dtype)) == "pytorch"
 
 
 def test_a_backend_that_is_not_asked_for_is_not_refused():
