@@ -14,7 +14,7 @@ from hpcloss.distributed import has_peers
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
 from hpcloss.losses.reduction import reduce, softmax, sum_of
-from hpcloss.losses.vectors import images, two_views
+from hpcloss.losses.vectors import two_views
 from hpcloss.memory import NO_GROUP, EmbeddingQueue
 from hpcloss.plan.labels import labels_of_vectors
 from hpcloss.plan.partition import partition_against
@@ -54,7 +54,7 @@ def ihpc_loss(
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
-    owner = images(view1, gather) if groups is None else labels_of_vectors("groups", view1, groups)
+    owner = None if groups is None else labels_of_vectors("groups", view1, groups)
     rows, keys, by_group, own = two_views(view1, view2, owner, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
     negative = pair_lse(rows, by_group, "negatives", scale, keys=keys)
@@ -63,7 +63,8 @@ def ihpc_loss(
         check_vectors("bank", bank, like=view1)
         if bank_groups is None:
             bank_groups = torch.full_like(bank[:, 0], NO_GROUP, dtype=torch.int64)
-        if groups is None:  # no image of the batch is in the bank, whatever its number
+        if owner is None:  # no image of the batch is in the bank
+            owner = torch.zeros_like(view1[:, 0], dtype=torch.int64)
             bank_groups = torch.where(bank_groups == UNFILLED, UNFILLED, NO_GROUP)
         # Anchors in the order of `rows`: both partitions sort the same groups stably.
         bank_pairs, bank_order = partition_against(owner.repeat(2), bank_groups, ignore_index=(UNFILLED,))

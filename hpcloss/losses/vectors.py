@@ -16,7 +16,7 @@ from hpcloss.losses.module import Loss
 from hpcloss.losses.options import check_each, checked, unchecked
 from hpcloss.losses.reduction import reduce
 from hpcloss.plan.labels import VECTORS_IGNORED, labels_of_vectors
-from hpcloss.plan.partition import Intervals, Pairs, one_to_one, paired, partition, partition_against
+from hpcloss.plan.partition import Intervals, Pairs, one_to_one, paired, partition, partition_against, two_by_two
 from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.pair_lse import pair_lse, pair_lse_both
 from hpcloss.primitives.pair_mean import pair_mean
@@ -149,7 +149,7 @@ def ntxent_loss(
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
-    rows, keys, _, own = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
+    rows, keys, _, own = two_views(view1, view2, None, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
     loss, counted = contrast(rows, own, keys=keys, scale=scale, denominator="pair")
     return reduce(loss, counted, reduction, own.order, gather=gather)
@@ -328,7 +328,7 @@ def hard_negative_nce_loss(
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
-    rows, keys, by_image, own = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
+    rows, keys, by_image, own = two_views(view1, view2, None, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
     positive, _ = pair_mean(rows, own, "logit", scale.unbounded(), keys=keys)
 
@@ -401,12 +401,6 @@ class HardNegativeNCELoss(Loss):
         return unchecked(hard_negative_nce_loss)(view1, view2, **self.options)
 
 
-def images(views: Tensor, gather: bool) -> Tensor:
-    """A number for each image of a batch [N], on all ranks with `gather`."""
-    number = torch.arange(views.shape[0], device=views.device)
-    return distinct(number) if gather else number
-
-
 def gather_all(keys: Rows) -> tuple[Intervals, Rows]:
     """The keys of all ranks, and each own key against them; `self_pos` is its place among them."""
     number = torch.arange(keys.data.shape[0], device=keys.data.device)
@@ -416,16 +410,24 @@ def gather_all(keys: Rows) -> tuple[Intervals, Rows]:
 
 
 def two_views(
-    view1: Tensor, view2: Tensor, groups: Tensor, normalize: bool, backend: str, gather: bool
+    view1: Tensor, view2: Tensor, groups: Tensor | None, normalize: bool, backend: str, gather: bool
 ) -> tuple[Rows, Rows | None, Pairs, Pairs]:
     """The rows of both views, sorted by group, and the keys where they are not these; pairs by group, and the same with
-    the other view as only positive."""
+    the other view as only positive.
+
+    groups None: each image is one of its own, on all ranks.
+    """
     check_vectors("view2", view2, like=view1, same_length=True)
+    count, views = view1.shape[0], torch.cat([view1, view2])
+    if groups is None and not gather:
+        own = two_by_two(count, views.device)
+        return pack(views, own.order, own.live(), normalize=normalize, permutation=True, backend=backend), None, own, own
+    if groups is None:
+        groups = distinct(torch.arange(count, device=views.device))
     by_group = partition(groups.repeat(2))
-    order, count = by_group.order.long(), view1.shape[0]
+    order = by_group.order.long()
     row_of = torch.empty_like(order).scatter_(0, order, torch.arange(2 * count, device=order.device))
-    rows = pack(torch.cat([view1, view2]), by_group.order, normalize=normalize, permutation=True, backend=backend)
-    keys = None
+    rows, keys = pack(views, by_group.order, normalize=normalize, permutation=True, backend=backend), None
     if gather:
         by_group, keys = gather_keys(rows, by_group, groups.repeat(2)[order])
     other_view = row_of[(order + count) % max(2 * count, 1)]

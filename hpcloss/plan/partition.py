@@ -287,7 +287,21 @@ def paired(pairs: Pairs, partner: Tensor) -> Pairs:
 def one_to_one(count: int, device: torch.device) -> Pairs:
     """Anchor i with key i as its positive and all other keys as negatives; anchors are not among the keys."""
     rows = torch.arange(count, dtype=index_dtype(count), device=device)
-    starts, ends = rows.new_zeros(2, 1), rows.new_full((2, 1), count)
     # No tensor twice: an operator's inputs may not alias.
-    bounds = (rows.clone(), rows + 1, torch.full_like(rows, -1), starts[0], ends[0], starts[1], ends[1])
-    return Pairs(rows, Intervals(*bounds))
+    return Pairs(rows, Intervals(rows.clone(), rows + 1, torch.full_like(rows, -1), *_one_region(rows)))
+
+
+def two_by_two(count: int, device: torch.device) -> Pairs:
+    """Two views of `count` images, as `partition` sorts them by image; each row's only positive is its image's other.
+
+    The order is that of torch.cat([view1, view2]): rows 2 i and 2 i + 1 are those of image i.
+    """
+    rows = torch.arange(2 * count, dtype=index_dtype(2 * count), device=device)
+    partner = rows ^ 1
+    return Pairs(rows.view(2, count).T.flatten(), Intervals(partner, partner + 1, rows, *_one_region(rows)))
+
+
+def _one_region(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The bounds of a region that holds all rows, as anchors and as keys."""
+    count = rows.numel()
+    return rows.new_zeros(1), rows.new_full((1,), count), rows.new_zeros(1), rows.new_full((1,), count)
