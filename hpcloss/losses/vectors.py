@@ -153,8 +153,8 @@ def ntxent_loss(
     gather = has_peers(gather)
     rows, keys, _, own = two_views(view1, view2, None, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
-    loss, counted = contrast(rows, own, keys=keys, scale=scale, denominator="pair")
-    return reduce(loss, counted, reduction, own.order, gather=gather)
+    positive, negative = one_positive(rows, own, scale, keys=keys)
+    return reduce(softplus(negative - positive), None, reduction, own.order, gather=gather)
 
 
 class NTXentLoss(Loss):
@@ -236,10 +236,11 @@ def infonce_loss(
             met, all_keys = gather_all(keys)
             place = met.self_pos  # of the own positive among the keys of all ranks
             pairs = pairs.replace(pos_start=place, pos_end=place + 1, key_start=met.key_start, key_end=met.key_end)
-        loss, _ = contrast(rows, pairs, keys=all_keys, scale=scale, denominator="pair")
+        own, lse = one_positive(rows, pairs, scale, keys=all_keys)
+        loss = softplus(lse - own)
         if symmetric:
-            _, all_rows = gather_all(rows)
-            loss = (loss + contrast(keys, pairs, keys=all_rows, scale=scale, denominator="pair")[0]) / 2
+            own, lse = one_positive(keys, pairs, scale, keys=gather_all(rows)[1])
+            loss = (loss + softplus(lse - own)) / 2
     return reduce(loss, None, reduction, gather=gather)
 
 
