@@ -342,19 +342,18 @@ def hard_negative_nce_loss(
         counted = (negatives > 0).expand_as(positive)
         sums = torch.where(counted, sums, 0.0)
     log_count = negatives.clamp(min=1).to(positive.dtype).log()
-    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}
+    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}. Here the logarithm of their ratio to N e^{l+}, without N.
     if beta:
         hard, weights = sums.unbind()
-        negative = hard - weights + log_count
+        ratio = hard - weights - positive
     else:
-        negative = sums
+        ratio = sums - log_count - positive
     if tau_plus:
         # The share of false negatives, as a logarithm; from 1 on nothing is left, and the lowest value holds.
-        share = positive - negative + (log_count + math.log(tau_plus))
-        left = -share.clamp(max=0.0).expm1()
-        left = negative + (left.clamp(min=torch.finfo(left.dtype).tiny).log() - math.log1p(-tau_plus))
-        negative = torch.maximum(left, log_count - scale.value)
-    loss = softplus(negative - positive)
+        left = -(math.log(tau_plus) - ratio).clamp(max=0.0).expm1()
+        left = ratio + left.clamp(min=torch.finfo(left.dtype).tiny).log()
+        ratio = torch.maximum(left - math.log1p(-tau_plus), -scale.value - positive)
+    loss = softplus(ratio + log_count)
     if counted is not None:
         loss = torch.where(counted, loss, 0.0)
     return reduce(loss, counted, reduction, own.order, gather=gather)

@@ -66,14 +66,14 @@ class _OnePositive(torch.autograd.Function):
         own, lse, kept = ops.one_positive(anchors, keys, scale, bound, factors, both, list(intervals), backend)
         ctx.save_for_backward(own, lse, kept, anchors, keys, scale, *intervals)
         ctx.form, ctx.backend = (bound, factors, both), backend
-        return own, lse if lse.shape[0] > 1 else lse[0]
+        return own, lse
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_own: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         own, lse, kept, anchors, keys, scale, *intervals = ctx.saved_tensors
         found = ops.one_positive_backward(
-            grad_own, grad.view_as(lse), own, lse, kept, anchors, keys, scale, *ctx.form, intervals, *needs(ctx),
+            grad_own, grad, own, lse, kept, anchors, keys, scale, *ctx.form, intervals, *needs(ctx),
             ctx.backend,
         )  # fmt: skip
         return of_inputs(ctx, found)
@@ -92,7 +92,8 @@ def _fake(
     dtype, count = statistics_dtype(anchors.dtype), anchors.shape[0]
     pairs = (count, (anchors if keys is None else keys).shape[0]) if backend == "dense" else (0, 0)
     number = 2 if both else len(factors)
-    own, lse, kept = (anchors.new_empty(shape, dtype=dtype) for shape in ((count,), (number, count), pairs))
+    sums = (count,) if number == 1 else (number, count)
+    own, lse, kept = (anchors.new_empty(shape, dtype=dtype) for shape in ((count,), sums, pairs))
     return own, lse, kept
 
 

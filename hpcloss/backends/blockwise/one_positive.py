@@ -23,7 +23,7 @@ def one_positive(
     both: bool,
     intervals: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The positive's logit [N], the negatives' log-sum-exps [K, N], and nothing for backward."""
+    """The positive's logit [N], the negatives' log-sum-exps [N], of K > 1 [K, N], and nothing for backward."""
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     own, scale = anchors.new_empty(anchors.shape[0]), scale.to(anchors.dtype)
     for rows, place in _parts(at):
@@ -33,7 +33,7 @@ def one_positive(
         lse = torch.stack(pair_lse_both(anchors, others, scale, scale_bound, intervals, "negatives"))
     else:
         lse = pair_lse(anchors, others, None, scale, scale_bound, intervals, "negatives", factors)
-    return own, lse if lse.dim() == 2 else lse[None], anchors.new_empty(0, 0)
+    return own, lse, anchors.new_empty(0, 0)
 
 
 def one_positive_backward(

@@ -26,7 +26,7 @@ def one_positive(
     both: bool,
     intervals: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The positive's logit [N], the negatives' log-sum-exps [K, N], and what backward needs [N, M].
+    """The positive's logit [N], the negatives' log-sum-exps [N], of K > 1 [K, N], and what backward needs [N, M].
 
     That is logits to base 2, or their exponentials where one serves all sums; -inf or 0 for others than negatives.
     """
@@ -41,11 +41,10 @@ def one_positive(
         _exclude_others(logits, at)
     safe = _is_safe(anchors, others, scale_bound, factors)
     if safe and tuple(factors) == (1.0,):
-        logits.exp2_()
-        sums = [logits.sum(1), logits.sum(0)] if both else [logits.sum(1)]
-        return own, torch.stack(sums).log_(), logits
+        of_rows = logits.exp2_().sum(1)
+        return own, (torch.stack([of_rows, logits.sum(0)]) if both else of_rows).log_(), logits
     found = [_log_sum(_times(logits, factor), dim, safe) for factor, dim in _sums(factors, both)]
-    return own, torch.stack(found).mul_(LN2), logits
+    return own, (found[0] if len(found) == 1 else torch.stack(found)).mul_(LN2), logits
 
 
 def _is_safe(anchors: Tensor, keys: Tensor | None, scale_bound: float | None, factors: Sequence[float]) -> bool:
@@ -128,10 +127,9 @@ def one_positive_backward(
 def _safe_slope(kept: Tensor, weight: Tensor, factors: Sequence[float], both: bool) -> Tensor:
     """sum_k w_k factor_k exp2(factor_k logit_ij), with w the gradient over the sum of the exponentials [K, N]."""
     if tuple(factors) == (1.0,):
-        of_rows = weight[0][:, None]
-        return kept * (of_rows + weight[1] if both else of_rows)
+        return kept * (weight[0][:, None] + weight[1] if both else weight[:, None])
     slope: Tensor | None = None
-    for (factor, dim), one in zip(_sums(factors, both), weight):
+    for (factor, dim), one in zip(_sums(factors, both), weight.view(len(factors), -1)):
         terms, one = (kept * factor).exp2_(), (one * factor).unsqueeze(dim)
         slope = terms.mul_(one) if slope is None else slope.addcmul_(terms, one)
     return kept if slope is None else slope
@@ -140,7 +138,9 @@ def _safe_slope(kept: Tensor, weight: Tensor, factors: Sequence[float], both: bo
 def _slope(logits: Tensor, grad: Tensor, shift: Tensor, factors: Sequence[float], both: bool) -> Tensor:
     """sum_k g_k factor_k exp2(factor_k logit_ij - shift_k), which overflows nowhere."""
     slope: Tensor | None = None
-    for (factor, dim), weight, above in zip(_sums(factors, both), grad, shift):
+    sums = _sums(factors, both)
+    grad, shift = (values.view(len(sums), -1) for values in (grad, shift))
+    for (factor, dim), weight, above in zip(sums, grad, shift):
         terms = (_times(logits, factor) - above.unsqueeze(dim)).exp2_()
         weight = _times(weight, factor).unsqueeze(dim)
         slope = terms.mul_(weight) if slope is None else slope.addcmul_(terms, weight)
