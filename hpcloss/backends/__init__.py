@@ -1,8 +1,8 @@
 """Where the primitives run: the only place that knows how.
 
 A backend is a package here with the same functions: `rows_dtype`, `pack`, `pair_lse`, `pair_lse_both`,
-`pair_cross_entropy`, `pair_mean` and their `_backward`, and `segment_mean`. Nothing of Triton is imported before a call
-needs it.
+`pair_cross_entropy`, `pair_mean` and their `_backward`, and `segment_mean`; those of PyTorch also have `one_positive`.
+Nothing of Triton is imported before a call needs it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -13,11 +14,12 @@ from hpcloss.checks import below_one, check_used, check_vectors
 from hpcloss.distributed import has_peers
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import checked, unchecked
-from hpcloss.losses.reduction import reduce, softmax, sum_of
-from hpcloss.losses.vectors import images, two_views
+from hpcloss.losses.reduction import number_of, reduce, softmax, sum_of
+from hpcloss.losses.views import two_views
 from hpcloss.memory import NO_GROUP, EmbeddingQueue
 from hpcloss.plan.labels import labels_of_vectors
-from hpcloss.plan.partition import partition_against
+from hpcloss.plan.partition import Pairs, partition_against
+from hpcloss.primitives.one_positive import one_positive
 from hpcloss.primitives.pair_lse import pair_lse
 from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import pack
@@ -54,34 +56,50 @@ def ihpc_loss(
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
-    owner = images(view1, gather) if groups is None else labels_of_vectors("groups", view1, groups)
+    owner = None if groups is None else labels_of_vectors("groups", view1, groups)
     rows, keys, by_group, own = two_views(view1, view2, owner, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
-    negative = pair_lse(rows, by_group, "negatives", scale, keys=keys)
-    _, negatives = by_group.intervals.counts()
+    if groups is None:
+        positive, negative = one_positive(rows, own, scale, keys=keys)
+    else:
+        positive, _ = pair_mean(rows, own, "logit", scale.unbounded(), keys=keys)
+        negative = pair_lse(rows, by_group, "negatives", scale, keys=keys)
+    plans = [] if groups is None else [by_group.intervals]
     if bank is not None:
         check_vectors("bank", bank, like=view1)
-        if bank_groups is None:
-            bank_groups = torch.full_like(bank[:, 0], NO_GROUP, dtype=torch.int64)
-        if groups is None:  # no image of the batch is in the bank, whatever its number
-            bank_groups = torch.where(bank_groups == UNFILLED, UNFILLED, NO_GROUP)
-        # Anchors in the order of `rows`: both partitions sort the same groups stably.
-        bank_pairs, bank_order = partition_against(owner.repeat(2), bank_groups, ignore_index=(UNFILLED,))
-        filled = bank_pairs.intervals.key_end
+        pairs, order = _against_bank(owner, view1, bank, bank_groups)
+        filled = pairs.intervals.key_end
         if check_finite:
-            check_used(bank_order, filled, bank=bank)
-        bank_rows = pack(bank.detach(), bank_order, filled, normalize=normalize, backend=rows.backend)
-        negative = merge(negative, pair_lse(rows, bank_pairs, "negatives", scale, keys=bank_rows))
-        negatives = negatives + bank_pairs.intervals.counts()[1]
-    positive, _ = pair_mean(rows, own, "logit", scale.unbounded(), keys=keys)
-    counted = negatives > 0
-    factor = 1.0 if beta is None else 1 - beta
-    loss = softplus(negative - factor * positive)
+            check_used(order, filled, bank=bank)
+        bank_rows = pack(bank.detach(), order, filled, normalize=normalize, backend=rows.backend)
+        negative = merge(negative, pair_lse(rows, pairs, "negatives", scale, keys=bank_rows))
+        plans = [by_group.intervals, pairs.intervals]
+    counted = None  # without groups and bank either every image has a negative or none
+    if plans:
+        counted = functools.reduce(Tensor.add_, [plan.counts()[1] for plan in plans]) > 0
+    # 0 without a negative: the log-sum-exp of none is -inf.
+    loss = softplus(negative - (positive if beta is None else (1 - beta) * positive))
     if beta is None and hardness:
-        exponent = -hardness * positive.detach() / scale.value.detach()
-        loss = loss * (softmax(exponent, counted, gather) * sum_of(counted, gather))
-    loss = torch.where(counted, loss, 0.0)
+        weights = softmax(positive.detach() * (-hardness / scale.value.detach()), counted, gather)
+        if reduction == "mean":
+            return sum_of(weights * loss, gather)
+        loss = loss * (weights * number_of(counted, loss, gather))
     return reduce(loss, counted, reduction, own.order, gather=gather)
+
+
+def _against_bank(
+    groups: Tensor | None, view1: Tensor, bank: Tensor, bank_groups: Tensor | None
+) -> tuple[Pairs, Tensor]:
+    """The rows of both views against the bank, of which no image of the batch is a part unless there are groups.
+
+    Anchors in the order of `two_views`: both partitions sort the same groups stably.
+    """
+    if bank_groups is None:
+        bank_groups = torch.full_like(bank[:, 0], NO_GROUP, dtype=torch.int64)
+    if groups is None:
+        groups = torch.zeros_like(view1[:, 0], dtype=torch.int64)
+        bank_groups = torch.where(bank_groups == UNFILLED, UNFILLED, NO_GROUP)
+    return partition_against(groups.repeat(2), bank_groups, ignore_index=(UNFILLED,))
 
 
 class IHPCLoss(Loss):

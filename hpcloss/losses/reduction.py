@@ -13,7 +13,7 @@ from hpcloss.plan.partition import partition
 
 def reduce(
     loss: Tensor,
-    counted: Tensor,
+    counted: Tensor | None,
     reduction: str,
     order: Tensor | None = None,
     labels: Tensor | None = None,
@@ -21,7 +21,7 @@ def reduce(
     *,
     gather: bool = False,
 ) -> Tensor:
-    """Weighted sum of the losses [N] of counted anchors; weights come from integer counts: deterministic.
+    """Weighted sum of the losses [N] of counted anchors, None for all; weights come from integer counts: deterministic.
 
     order [N]: the place of each anchor among `labels` of any shape, in which "none" returns the losses, or without
     labels among N; by default its own. Where the reduction is a mean of means: of those of the classes in `labels`, or
@@ -32,13 +32,19 @@ def reduce(
         return loss if order is None else loss.new_zeros(places.numel()).index_add(0, order, loss).view(places.shape)
     group = places.reshape(-1)[order] if reduction == "class" else regions
     if group is not None and gather:
-        everyone = gather_labels(group, counted)
+        everyone = gather_labels(group, _or_all(counted, loss))
         weight = group_weight(everyone.labels, everyone.regions == 1)[everyone.own]
         return total((loss * weight.to(loss.dtype)).sum())
     if group is not None:
-        return (loss * group_weight(group, counted).to(loss.dtype)).sum()
+        return (loss * group_weight(group, _or_all(counted, loss)).to(loss.dtype)).sum()
+    if reduction == "mean" and counted is None and not gather and loss.numel():
+        return loss.mean()
     summed = sum_of(loss, gather)
-    return summed if reduction == "sum" else summed / sum_of(counted, gather).clamp(min=1)
+    return summed if reduction == "sum" else summed / sum_of(_or_all(counted, loss), gather).clamp(min=1)
+
+
+def _or_all(counted: Tensor | None, loss: Tensor) -> Tensor:
+    return torch.ones_like(loss, dtype=torch.bool) if counted is None else counted
 
 
 def sum_of(values: Tensor, gather: bool) -> Tensor:
@@ -46,9 +52,19 @@ def sum_of(values: Tensor, gather: bool) -> Tensor:
     return total(values.sum()) if gather else values.sum()
 
 
-def softmax(exponents: Tensor, counted: Tensor, gather: bool) -> Tensor:
-    """Softmax over the counted anchors [N], of all ranks with `gather`; finite, and meaning nothing, where none is."""
-    exponents = torch.where(counted, exponents, -math.inf)
+def number_of(counted: Tensor | None, loss: Tensor, gather: bool) -> Tensor | int:
+    """The number of counted anchors, of those of all ranks with `gather`; counted None: all that have a loss."""
+    if counted is None and not gather:
+        return loss.numel()
+    return sum_of(_or_all(counted, loss), gather)
+
+
+def softmax(exponents: Tensor, counted: Tensor | None, gather: bool) -> Tensor:
+    """Softmax over the counted anchors [N], by default all, of all ranks with `gather`; finite, and meaning nothing,
+    where none is counted."""
+    if counted is None and not gather:
+        return torch.softmax(exponents, 0)
+    exponents = exponents if counted is None else torch.where(counted, exponents, -math.inf)
     everyone, own = gather_values(exponents, -math.inf) if gather else (exponents, None)
     weights = torch.softmax(torch.where((everyone != -math.inf).any(), everyone, 0.0), 0)
     return weights if own is None else weights[own]

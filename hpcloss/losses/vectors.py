@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from hpcloss.arithmetic import softplus
 from hpcloss.checks import check_used, check_vectors
-from hpcloss.distributed import distinct, gather_keys, gather_labels, has_peers
+from hpcloss.distributed import gather_keys, gather_labels, has_peers
 from hpcloss.losses.module import Loss
 from hpcloss.losses.options import check_each, checked, unchecked
 from hpcloss.losses.reduction import reduce
+from hpcloss.losses.views import gather_all, queries_and_keys, two_views
 from hpcloss.plan.labels import VECTORS_IGNORED, labels_of_vectors
-from hpcloss.plan.partition import Intervals, Pairs, one_to_one, paired, partition, partition_against
+from hpcloss.plan.partition import one_to_one, partition, partition_against
 from hpcloss.primitives.contrast import contrast
-from hpcloss.primitives.pair_lse import pair_lse, pair_lse_both
+from hpcloss.primitives.one_positive import one_positive
+from hpcloss.primitives.pair_lse import pair_lse
 from hpcloss.primitives.pair_mean import pair_mean
-from hpcloss.primitives.rows import Rows, pack
+from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 
 
@@ -149,10 +151,10 @@ def ntxent_loss(
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
-    rows, keys, _, own = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
+    rows, keys, _, own = two_views(view1, view2, None, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
-    loss, counted = contrast(rows, own, keys=keys, scale=scale, denominator="pair")
-    return reduce(loss, counted, reduction, own.order, gather=gather)
+    positive, negative = one_positive(rows, own, scale, keys=keys)
+    return reduce(softplus(negative - positive), None, reduction, own.order, gather=gather)
 
 
 class NTXentLoss(Loss):
@@ -210,8 +212,7 @@ def infonce_loss(
         check_used(temperature=temperature, query=query, positive=positive, negatives=negatives)
     gather = has_peers(gather)
     pairs = one_to_one(query.shape[0], query.device)
-    rows = pack(query, pairs.order, normalize=normalize, backend=backend)
-    keys = pack(positive, pairs.order, normalize=normalize, backend=rows.backend)
+    rows, keys = queries_and_keys(query, positive, pairs, normalize, backend)
     scale = Scale.of(temperature, rows, normalize)
     if negatives is not None:
         own, _ = pair_mean(rows, pairs, "logit", scale.unbounded(), keys=keys)
@@ -225,20 +226,22 @@ def infonce_loss(
         lse = pair_lse(rows, whole, "every", scale, keys=others)
         loss = softplus(lse - own)
     elif symmetric and not gather:
-        own, _ = pair_mean(rows, pairs, "logit", scale.unbounded(), keys=keys)
-        of_query, of_key = pair_lse_both(rows, keys, pairs, "negatives", scale)
-        loss = (softplus(of_query - own) + softplus(of_key - own)) / 2
+        own, of_both = one_positive(rows, pairs, scale, keys=keys, both=True)
+        loss = softplus(of_both - own)
+        if reduction != "mean":  # which is that of both directions at once
+            loss = loss.mean(0)
     else:
         all_keys = keys
         if gather:
             met, all_keys = gather_all(keys)
             place = met.self_pos  # of the own positive among the keys of all ranks
             pairs = pairs.replace(pos_start=place, pos_end=place + 1, key_start=met.key_start, key_end=met.key_end)
-        loss, _ = contrast(rows, pairs, keys=all_keys, scale=scale, denominator="pair")
+        own, lse = one_positive(rows, pairs, scale, keys=all_keys)
+        loss = softplus(lse - own)
         if symmetric:
-            _, all_rows = gather_all(rows)
-            loss = (loss + contrast(keys, pairs, keys=all_rows, scale=scale, denominator="pair")[0]) / 2
-    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), reduction, gather=gather)
+            own, lse = one_positive(keys, pairs, scale, keys=gather_all(rows)[1])
+            loss = (loss + softplus(lse - own)) / 2
+    return reduce(loss, None, reduction, gather=gather)
 
 
 class InfoNCELoss(Loss):
@@ -328,26 +331,31 @@ def hard_negative_nce_loss(
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
     gather = has_peers(gather)
-    rows, keys, by_image, own = two_views(view1, view2, images(view1, gather), normalize, backend, gather)
+    rows, keys, by_image, own = two_views(view1, view2, None, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
-    positive, _ = pair_mean(rows, own, "logit", scale.unbounded(), keys=keys)
-
-    def lse(factor: float) -> Tensor:
-        return pair_lse(rows, by_image, "negatives", scale.times(factor), keys=keys)
-
-    _, negatives = by_image.intervals.counts()
-    counted, log_count = negatives > 0, negatives.clamp(min=1).to(positive.dtype).log()
-    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}; not -inf minus -inf where there is no negative.
-    hard = torch.where(counted, lse(1 + beta), 0.0)
-    negative = log_count + hard - torch.where(counted, lse(beta), 0.0) if beta else hard
+    factors = (1 + beta, beta) if beta else (1.0,)
+    positive, sums = one_positive(rows, own, scale, keys=keys, factors=factors)
+    # Keys of one image are two, and all are of one region.
+    negatives = own.intervals.key_end - own.intervals.key_start - 2
+    counted = None
+    if gather or view1.shape[0] < 2:  # else there is a negative; not -inf minus -inf where none is
+        counted = (negatives > 0).expand_as(positive)
+        sums = torch.where(counted, sums, 0.0)
+    log_count = negatives.clamp(min=1).to(positive.dtype).log()
+    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}. Here the logarithm of their ratio to N e^{l+}, without N.
+    if beta:
+        hard, weights = sums.unbind()
+        ratio = hard - weights - positive
+    else:
+        ratio = sums - log_count - positive
     if tau_plus:
         # The share of false negatives, as a logarithm; from 1 on nothing is left, and the lowest value holds.
-        share = math.log(tau_plus) + log_count + positive - negative
-        some_left = ~(share >= -4 * torch.finfo(share.dtype).eps)  # NaN stays NaN
-        left = negative + torch.log1p(-torch.where(some_left, share, -1.0).exp()) - math.log1p(-tau_plus)
-        lowest = log_count - scale.value
-        negative = torch.where(some_left, torch.maximum(left, lowest), lowest)
-    loss = torch.where(counted, softplus(negative - positive), 0.0)
+        left = -(math.log(tau_plus) - ratio).clamp(max=0.0).expm1()
+        left = ratio + left.clamp(min=torch.finfo(left.dtype).tiny).log()
+        ratio = torch.maximum(left - math.log1p(-tau_plus), -scale.value - positive)
+    loss = softplus(ratio + log_count)
+    if counted is not None:
+        loss = torch.where(counted, loss, 0.0)
     return reduce(loss, counted, reduction, own.order, gather=gather)
 
 
@@ -399,34 +407,3 @@ class HardNegativeNCELoss(Loss):
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """view1, view2 [N, D]: row i of both shows image i."""
         return unchecked(hard_negative_nce_loss)(view1, view2, **self.options)
-
-
-def images(views: Tensor, gather: bool) -> Tensor:
-    """A number for each image of a batch [N], on all ranks with `gather`."""
-    number = torch.arange(views.shape[0], device=views.device)
-    return distinct(number) if gather else number
-
-
-def gather_all(keys: Rows) -> tuple[Intervals, Rows]:
-    """The keys of all ranks, and each own key against them; `self_pos` is its place among them."""
-    number = torch.arange(keys.data.shape[0], device=keys.data.device)
-    one_class = torch.zeros_like(number)
-    pairs, everyone = gather_keys(keys, partition(one_class), one_class)
-    return pairs.intervals, everyone
-
-
-def two_views(
-    view1: Tensor, view2: Tensor, groups: Tensor, normalize: bool, backend: str, gather: bool
-) -> tuple[Rows, Rows | None, Pairs, Pairs]:
-    """The rows of both views, sorted by group, and the keys where they are not these; pairs by group, and the same with
-    the other view as only positive."""
-    check_vectors("view2", view2, like=view1, same_length=True)
-    by_group = partition(groups.repeat(2))
-    order, count = by_group.order.long(), view1.shape[0]
-    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(2 * count, device=order.device))
-    rows = pack(torch.cat([view1, view2]), by_group.order, normalize=normalize, permutation=True, backend=backend)
-    keys = None
-    if gather:
-        by_group, keys = gather_keys(rows, by_group, groups.repeat(2)[order])
-    other_view = row_of[(order + count) % max(2 * count, 1)]
-    return rows, keys, by_group, paired(by_group, by_group.intervals.self_pos[other_view])

@@ -9,11 +9,14 @@ Nothing here reads device data on the host and every shape is static, so a step 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from hpcloss.operators import ops
 from hpcloss.plan.draw import draw
@@ -21,6 +24,8 @@ from hpcloss.plan.labels import is_class
 from hpcloss.plan.native import MAX_AXES
 from hpcloss.plan.regions import Grid
 from hpcloss.plan.sorting import index_dtype
+
+MOST_KEPT = 1 << 10  # anchors of a plan that is kept
 
 
 class Intervals(NamedTuple):
@@ -286,8 +291,42 @@ def paired(pairs: Pairs, partner: Tensor) -> Pairs:
 
 def one_to_one(count: int, device: torch.device) -> Pairs:
     """Anchor i with key i as its positive and all other keys as negatives; anchors are not among the keys."""
+    return _known(_one_to_one, count, device)
+
+
+def two_by_two(count: int, device: torch.device) -> Pairs:
+    """Two views of `count` images, as `partition` sorts them by image; each row's only positive is its image's other.
+
+    The order is that of torch.cat([view1, view2]): rows 2 i and 2 i + 1 are those of image i.
+    """
+    return _known(_two_by_two, count, device)
+
+
+def _known(make: Callable[[int, torch.device], Pairs], count: int, device: torch.device) -> Pairs:
+    """A plan that follows from a number alone. Of small problems on the CPU it is kept from step to step: making it
+    takes a twentieth of a step of 64 rows."""
+    plain = not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.is_inference_mode_enabled())
+    return _kept(make, count) if plain and device.type == "cpu" and count <= MOST_KEPT else make(count, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(make: Callable[[int, torch.device], Pairs], count: int) -> Pairs:
+    return make(count, torch.device("cpu"))
+
+
+def _one_to_one(count: int, device: torch.device) -> Pairs:
     rows = torch.arange(count, dtype=index_dtype(count), device=device)
-    starts, ends = rows.new_zeros(2, 1), rows.new_full((2, 1), count)
     # No tensor twice: an operator's inputs may not alias.
-    bounds = (rows.clone(), rows + 1, torch.full_like(rows, -1), starts[0], ends[0], starts[1], ends[1])
-    return Pairs(rows, Intervals(*bounds))
+    return Pairs(rows, Intervals(rows.clone(), rows + 1, torch.full_like(rows, -1), *_one_region(rows)))
+
+
+def _two_by_two(count: int, device: torch.device) -> Pairs:
+    rows = torch.arange(2 * count, dtype=index_dtype(2 * count), device=device)
+    partner = rows ^ 1
+    return Pairs(rows.view(2, count).T.flatten(), Intervals(partner, partner + 1, rows, *_one_region(rows)))
+
+
+def _one_region(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The bounds of a region that holds all rows, as anchors and as keys."""
+    count = rows.numel()
+    return rows.new_zeros(1), rows.new_full((1,), count), rows.new_zeros(1), rows.new_full((1,), count)

@@ -26,14 +26,15 @@ def inputs(anchors: Rows, keys: Rows | None, scale: Scale) -> tuple[Tensor | Non
 
 def needs(ctx: Any) -> tuple[bool, bool, bool]:
     """Whether backward has to give gradients of the anchors, the keys and the scale."""
-    return ctx.needs_input_grad[1], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+    _, of_anchors, _, of_keys, of_scale, *_ = ctx.needs_input_grad
+    return of_anchors, of_keys, of_scale
 
 
 def of_inputs(ctx: Any, found: tuple[Tensor | None, ...], sixth: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """What backward returns: an operator's gradients of anchors, keys and scale, and that of the sixth input."""
-    of_anchors, of_keys, of_scale = [value if needed else None for value, needed in zip(found, needs(ctx))]
-    rest = (None,) * (len(ctx.needs_input_grad) - 6)
-    return None, of_anchors, None, of_keys, of_scale, sixth, *rest
+    needed = ctx.needs_input_grad
+    of_anchors, of_keys, of_scale = [value if needed[place] else None for place, value in zip((1, 3, 4), found)]
+    return None, of_anchors, None, of_keys, of_scale, sixth, *(None,) * (len(needed) - 6)
 
 
 def fake_gradients(

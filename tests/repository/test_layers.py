@@ -41,11 +41,11 @@ INSIDE = {
         {"scale", "segment_mean"},
         {"autograd"},
         {"pair_lse", "pair_mean", "pair_cross_entropy"},
-        {"contrast"},
+        {"contrast", "one_positive"},
     ],
     "losses": [
         {"options", "reduction"},
-        {"module"},
+        {"module", "views"},
         {"cells", "vectors"},
         set(),  # the families: every other module
     ],

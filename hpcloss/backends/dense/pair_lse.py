@@ -95,7 +95,9 @@ def pair_lse_both(
         return rows.mul_(LN2), columns.mul_(LN2)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale.to(rows.dtype), None, rule)
-        of_keys = softmax_terms(logits.mT.contiguous(), batch.lowest).lse().mul_(LN2)
+        # A copy also of a single row or column, which is contiguous both ways.
+        transposed = logits.mT.clone(memory_format=torch.contiguous_format)
+        of_keys = softmax_terms(transposed, batch.lowest).lse().mul_(LN2)
         batch.put(softmax_terms(logits, batch.lowest).lse().mul_(LN2), rows)
         batch.put_keys(of_keys, columns)
     return rows, columns
