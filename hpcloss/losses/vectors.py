@@ -153,8 +153,8 @@ def ntxent_loss(
     gather = has_peers(gather)
     rows, keys, _, own = two_views(view1, view2, None, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
-    positive, negative = one_positive(rows, own, scale, keys=keys)
-    return reduce(softplus(negative - positive), None, reduction, own.order, gather=gather)
+    loss, _ = contrast(rows, own, keys=keys, scale=scale, denominator="pair")
+    return reduce(loss, None, reduction, own.order, gather=gather)
 
 
 class NTXentLoss(Loss):
@@ -236,11 +236,10 @@ def infonce_loss(
             met, all_keys = gather_all(keys)
             place = met.self_pos  # of the own positive among the keys of all ranks
             pairs = pairs.replace(pos_start=place, pos_end=place + 1, key_start=met.key_start, key_end=met.key_end)
-        own, lse = one_positive(rows, pairs, scale, keys=all_keys)
-        loss = softplus(lse - own)
+        loss, _ = contrast(rows, pairs, keys=all_keys, scale=scale, denominator="pair")
         if symmetric:
-            own, lse = one_positive(keys, pairs, scale, keys=gather_all(rows)[1])
-            loss = (loss + softplus(lse - own)) / 2
+            of_keys, _ = contrast(keys, pairs, keys=gather_all(rows)[1], scale=scale, denominator="pair")
+            loss = (loss + of_keys) / 2
     return reduce(loss, None, reduction, gather=gather)
 
 

@@ -50,12 +50,7 @@ def two_views(
 
 
 def queries_and_keys(query: Tensor, positive: Tensor, pairs: Pairs, normalize: bool, backend: str) -> tuple[Rows, Rows]:
-    """Both packed in their own order. On the CPU at once: of few rows the calls take longer than the work."""
-    count, order, live = query.shape[0], pairs.order, pairs.live()
-    if query.device.type == "cpu" and backend != "triton" and query.dtype == positive.dtype:
-        order = torch.arange(2 * count)
-        both = pack(torch.cat([query, positive]), order, normalize=normalize, permutation=True, backend=backend)
-        data, companions = (part.split_with_sizes([count, count]) for part in (both.data, both.companion))
-        return Rows(data[0], companions[0], both.backend), Rows(data[1], companions[1], both.backend)
+    """Both packed in their own order."""
+    order, live = pairs.order, pairs.live()
     rows = pack(query, order, live, normalize=normalize, permutation=True, backend=backend)
     return rows, pack(positive, order, live, normalize=normalize, permutation=True, backend=rows.backend)

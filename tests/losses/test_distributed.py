@@ -746,12 +746,13 @@ class Alive(TorchDispatchMode):
 
 def check_memory(images):
     """Of N rows of D numbers: rows and keys are kept, (W + 1) N D; in backward two terms' gradients of both come to
-    them, 3 (W + 1) N D. What is more has a few numbers a row: plan, labels, statistics."""
+    them, 3 (W + 1) N D. What is more has a few numbers a row: plan, labels, statistics. The dense backend, for problems as
+    small as this, keeps slopes as well."""
     world, pixels, dim = dist.get_world_size(), images * 64, 64
     z = rows(images, dim, 8, 8, seed=dist.get_rank(), dtype=torch.float32).requires_grad_()
     labels = choice([0, 1, 2], images, 8, 8)
     with Alive(z, labels) as alive:
-        loss = hpcloss.region_phpc_loss(z, labels, 4, gather=True)
+        loss = hpcloss.region_phpc_loss(z, labels, 4, gather=True, backend="blockwise")
         kept = alive.bytes()
         loss.backward()
     rows_and_keys, rest = 4 * (world + 1) * pixels * dim, (8 * world + 40) * pixels + 2000

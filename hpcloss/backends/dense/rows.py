@@ -87,6 +87,15 @@ def _add_sides(
 ) -> None:
     """Add the gradients of a group for slopes times a factor of each row."""
     rows, columns = group.anchors(), group.keys()
+    if group.number == 1:
+        weighted = anchors[rows] * factor[:, None]
+        if d_anchors is not None and d_anchors is not d_keys:
+            torch.mm(slope, others[columns], out=d_anchors[rows]).mul_(factor[:, None])
+        elif d_anchors is not None:
+            d_anchors[rows] += torch.mm(slope, others[columns]).mul_(factor[:, None])
+        if d_keys is not None:
+            d_keys[columns].addmm_(slope.T, weighted)
+        return
     slope, own, other, of_rows = map(group.cut, (slope, anchors[rows], others[columns], factor[:, None]))
     if d_anchors is not None:
         group.cut(d_anchors[rows]).add_(torch.bmm(slope, other).mul_(of_rows))
