@@ -41,11 +41,13 @@ HPCLOSS_CLONES Found contrast_row(float* x, int64_t keys, int64_t pos_start, int
     at += pieces.piece[i].count;
   }
   const float of_weights = options->of_weights;
+  float heaviest = 0.0f;  // the logit of the largest weight: terms relative to it keep the differences that weights see
   if (of_weights == 0.0f) {
     std::fill(weight, weight + positives, 1.0f / static_cast<float>(positives));
   } else {
     for (int64_t j = 0; j < positives; ++j) weight[j] = of_weights * logit[j];
     const float most = largest(weight, positives, -kInfinity);
+    heaviest = most / of_weights;
     multiply(weight, positives, 1.0f / exp2_and_sum(weight, positives, most));
   }
 
@@ -79,7 +81,7 @@ HPCLOSS_CLONES Found contrast_row(float* x, int64_t keys, int64_t pos_start, int
 #pragma omp simd reduction(+ : mean)
     for (int64_t j = 0; j < positives; ++j) {
       mean += weight[j] * (logit[j] - from);
-      term[j] = -kLn2 * logit[j];
+      term[j] = -kLn2 * (logit[j] - heaviest);
       logit[j] = weight[j];
     }
     loss = ((form == HPCLOSS_ALL ? 0.0f : shift) + log_total - mean) * kLn2;

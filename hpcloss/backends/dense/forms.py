@@ -50,7 +50,9 @@ def _of_weights(shares: Tensor, terms: Tensor, scale: Tensor, options: Options) 
     """The part of a slope that flows through the weights of the mean of `terms`; None where they are constants."""
     if not options.hardness or options.detach_weights:
         return None
-    return (terms - mean(shares, terms)).mul_(shares).mul_(-options.hardness / scale)
+    from_mean = terms - mean(shares, terms)
+    from_mean.sub_(mean(shares, from_mean))  # the mean of large terms is rounded by as much as those near it differ
+    return from_mean.mul_(shares).mul_(-options.hardness / scale)
 
 
 def _against_all(batch: Batch, logits: Tensor, scale: Tensor, options: Options) -> Found:
