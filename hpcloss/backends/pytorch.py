@@ -32,8 +32,8 @@ DENSE_ELSEWHERE = 1 << 20  # one tile there, with the same mask
 
 def choose(at: Intervals, num_keys: int, in_pieces: bool = False) -> str:
     """The backend of a call: "dense", or beyond its size "pieces", where these serve, else "blockwise"."""
-    if isinstance(num_keys, torch.SymInt) or isinstance(at.pos_start.numel(), torch.SymInt):
-        return "blockwise"  # else the compiled code would be for sizes below the limit, or above it
+    if torch.compiler.is_compiling():
+        return "blockwise"  # else compiled code would be for sizes below the limit alone, or above it
     limit = DENSE_UP_TO.get(at.pos_start.device.type, DENSE_ELSEWHERE)
     if _pairs(at, num_keys) <= limit:
         return "dense"
