@@ -50,7 +50,8 @@ def groups() -> dict[str, dict[str, Row]]:
                                      more=as_good_as_small),
         "pack, channels first": row(pack_row, False),
         "pack, channels last": row(pack_row, True),
-        **{f"small supcon {n}": row(small_row, supcon, eager_supcon, n=n) for n in size((256, 512, 1024), (64,))},
+        **{f"small supcon {n}": row(small_row, supcon, eager_supcon, n=n)
+           for n in size((16, 64, 256, 512, 1024), (64,))},
         **{f"small region map {s}x{s}": row(small_row, region_phpc, eager_phpc, batch=1, height=s, width=s)
            for s in size((16, 32), (8,))},
         "pair_lse negatives": row(primitive_row, "pair_lse", "negatives"),
