@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpcloss import functional
+from hpcloss import functional, reference
 from hpcloss.backends.blockwise import tiles
 from tests.tools import near_minimum
 from tests.tools.near_minimum import CASES, SPREADS, TEMPERATURES, assert_near, features
@@ -49,6 +49,18 @@ def test_the_gradient_was_noise():
     (grad,) = torch.autograd.grad(loss, z)
     assert 0 <= loss < 1e-9
     assert grad.norm() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["ntxent", "ihpc", "infonce", "hard_negative_nce"])
+@pytest.mark.parametrize("count", [16, 600])
+def test_small_losses_of_one_positive_are_exact_relative_to_themselves(name, count):
+    """One view twice: losses near the rounding error of a logit, 1e-6, of which more than half of the digits are
+    right."""
+    z = torch.randn(count, 512, generator=torch.Generator().manual_seed(5))
+    loss = getattr(functional, f"{name}_loss")(z, z, temperature=0.05)
+    exact = getattr(reference, f"{name}_loss")(z.double(), z.double(), temperature=0.05)
+    assert 0 < exact < 1e-5
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
 
 
 def test_rows_opposite_to_all_keys_at_a_small_temperature():

@@ -11,7 +11,7 @@ import torch
 from hpcloss import reference
 from hpcloss.backends import blockwise, resolve
 from hpcloss.backends.blockwise import tiles
-from hpcloss.plan.partition import Intervals, Pairs, partition, partition_against
+from hpcloss.plan.partition import Intervals, Pairs, one_to_one, partition, partition_against
 from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
 from hpcloss.primitives.pair_lse import RULES, pair_lse, pair_lse_both
 from hpcloss.primitives.pair_mean import pair_mean
@@ -72,6 +72,15 @@ def test_pair_lse_both(plan, rule, schedule):
             reference.pair_lse(keys, anchors, mask.T, scale, None),
         )
         compare(torch.cat(actual), torch.cat(expected), [anchors, keys, scale])
+
+
+def test_pair_lse_both_of_one_row(schedule):
+    """A single row is a contiguous column as well."""
+    x, keys = (value.requires_grad_() for value in (rows(1, 5), rows(9, 5, seed=1)))
+    pairs = one_to_one(1, x.device).replace(key_end=torch.tensor([9], dtype=torch.int32))
+    found = pair_lse_both(as_rows(x), as_rows(keys), pairs, "every", Scale(torch.tensor(3.0).double()))
+    logits = 3 * x @ keys.T
+    compare(torch.cat(found), torch.cat([logits.logsumexp(1), logits.logsumexp(0)]), [x, keys])
 
 
 def test_pair_lse_both_refuses_rules_it_has_no_intervals_for():

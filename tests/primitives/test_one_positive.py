@@ -74,6 +74,18 @@ def test_both_directions(schedule):
     assert_right(PLANS["one to one"](), (1.0,), both=True)
 
 
+def test_a_factor_that_overflows(schedule):
+    """The scale is safe without a shift, its multiple is not: unit rows in fp32."""
+    data = torch.eye(4)[torch.tensor([0, 0, 0, 0, 1, 1])].requires_grad_()
+    plan = Plan(two_by_two(3, torch.device("cpu")), None)
+    scale = Scale(torch.tensor(30.0), 30.0)
+    _, lse = one_positive(as_rows(data), plan.pairs, scale, factors=(1.0, 4.0))
+    (grad,) = torch.autograd.grad(lse[1].sum(), data)
+    exact = torch.tensor([2.0, 2.0, 2.0, 2.0, 4.0, 4.0]).log() + torch.tensor([120.0] * 4 + [0.0] * 2)
+    torch.testing.assert_close(lse[1], exact)
+    assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_two_by_two_is_the_partition_by_image(count):
     found, pairs = two_by_two(count, torch.device("cpu")), partition(torch.arange(count).repeat(2))

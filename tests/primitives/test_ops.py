@@ -11,10 +11,11 @@ import hpcloss
 import hpcloss.primitives.segment_mean  # its operators have tests of their own
 from hpcloss.backends import blockwise
 from hpcloss.plan import native
-from hpcloss.plan.partition import partition, partition_against
+from hpcloss.plan.partition import one_to_one, partition, partition_against, two_by_two
+from hpcloss.primitives.one_positive import one_positive
 from hpcloss.primitives.pair_lse import RULES, pair_lse
 from hpcloss.primitives.pair_mean import pair_mean
-from hpcloss.primitives.rows import pack
+from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.scale import Scale
 from tests.primitives.test_backends import as_rows
 from tests.tools.cases import choice, integers, rows
@@ -204,6 +205,37 @@ def test_opcheck_pair_lse_both(dtype):
             check(OPS.pair_lse_both_backward, *grads, *lse, *arguments, *needs, "blockwise", trace=False)
 
 
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+@pytest.mark.parametrize("factors, both", [((1.0,), False), ((2.0, 1.0), False), ((1.0,), True)])
+def test_opcheck_one_positive(factors, both, backend):
+    pairs = one_to_one(9, torch.device("cpu")) if both else two_by_two(5, torch.device("cpu"))
+    at, count = list(pairs.intervals), pairs.order.numel()
+    x, keys = rows(count, 3), rows(9, 3, seed=1) if both else None
+    for bound in (9.0, None):
+        arguments = x, keys, torch.tensor(2.0), bound, factors, both, at
+        check(OPS.one_positive, *arguments, backend)
+        own, lse, kept = OPS.one_positive(*arguments, backend)
+        for needs in itertools.product((False, True), repeat=3):
+            grads = torch.ones_like(own), torch.ones_like(lse)
+            check(OPS.one_positive_backward, *grads, own, lse, kept, *arguments, *needs, backend, trace=False)
+
+
+@pytest.mark.parametrize("factors, both", [((1.0,), False), ((2.0, 1.0), False), ((1.0,), True)])
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+def test_gradcheck_one_positive(factors, both, backend):
+    make, count = (one_to_one, 5) if both else (two_by_two, 3)
+    pairs = make(count, torch.device("cpu"))
+    leaves = [rows(pairs.order.numel(), 3, seed=seed).requires_grad_() for seed in range(2 if both else 1)]
+
+    def run(scale, *sides):
+        packed = [Rows(side.detach(), side, backend) for side in sides]
+        return one_positive(
+            packed[0], pairs, Scale(scale), keys=packed[1] if both else None, factors=factors, both=both
+        )
+
+    assert gradcheck(run, (torch.tensor(2.0).double().requires_grad_(), *leaves))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cross", [False, True])
 def test_opcheck_pair_cross_entropy(dtype, cross):
@@ -247,7 +279,7 @@ def test_every_operator_is_known():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("hpcloss::")}
     assert names == {
         "pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_lse_both", "pair_lse_both_backward",
-        "pair_cross_entropy", "pair_cross_entropy_backward",
+        "pair_cross_entropy", "pair_cross_entropy_backward", "one_positive", "one_positive_backward",
         "pair_mean", "pair_mean_backward", "segment_mean", "segment_mean_backward",
         "class_sort", "label_sort", "class_intervals", "pair_counts", "pair_counted", "sample", "sample_positives",
     }  # fmt: skip

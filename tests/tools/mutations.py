@@ -134,11 +134,74 @@ MUTATIONS = [
     ),
     Mutation(
         "one positive: two parts that cancel", "hpcloss/losses/vectors.py",
-        """    negative = pair_lse(rows, own, "negatives", scale, keys=keys)
-    loss = softplus(negative - pair_mean""",
-        """    negative = pair_lse(rows, own, "others", scale, keys=keys)
-    loss = (negative - pair_mean""",
-        "test_near_minimum: NT-Xent",
+        "reduce(softplus(negative - positive), None", "reduce(torch.logaddexp(negative, positive) - positive, None",
+        "test_near_minimum: small_losses and ntxent",
+    ),
+    Mutation(
+        "one positive: it stays among the negatives", "hpcloss/backends/dense/one_positive.py",
+        "    logits.scatter_(1, place, -INF)\n", "",
+        "test_one_positive: test_one_positive and dense and paired",
+    ),
+    Mutation(
+        "one positive: the anchor meets itself among other keys", "hpcloss/backends/dense/one_positive.py",
+        "int(at.self_pos[0]) >= 0", "int(at.self_pos[0]) < -1",
+        "test_one_positive: test_one_positive and dense and among",
+    ),
+    Mutation(
+        "one positive: keys that do not exist are met", "hpcloss/backends/dense/one_positive.py",
+        "key >= at.key_end", "key > at.key_end",
+        "test_one_positive: test_one_positive and dense and dead",
+    ),
+    Mutation(
+        "one positive: a factor is left out of the gradient", "hpcloss/backends/dense/one_positive.py",
+        "weight = _times(weight, factor).unsqueeze(dim)", "weight = weight.unsqueeze(dim)",
+        "test_one_positive: test_one_positive and dense and two",
+    ),
+    Mutation(
+        "one positive: a factor is left out of the gradient without a shift", "hpcloss/backends/dense/one_positive.py",
+        "(one * factor).unsqueeze(dim)", "one.unsqueeze(dim)",
+        "test_one_positive: test_one_positive and dense and two",
+    ),
+    Mutation(
+        "one positive: the sums of rows stand for those of columns", "hpcloss/backends/dense/one_positive.py",
+        "logits.sum(0)", "logits.sum(1)",
+        "test_one_positive: test_both_directions and dense",
+    ),
+    Mutation(
+        "one positive: the bound of the largest factor is that of the scale", "hpcloss/backends/dense/one_positive.py",
+        "scale_bound * max(factors)", "scale_bound",
+        "test_one_positive: test_a_factor_that_overflows",
+    ),
+    Mutation(
+        "one positive: tiles take the logit's gradient for one side", "hpcloss/backends/blockwise/one_positive.py",
+        "        if into.numel():\n", "        if others is not None and into.numel():\n",
+        "test_one_positive: test_one_positive and sliced and paired",
+    ),
+    Mutation(
+        "several factors: tiles take the first one's weights for all", "hpcloss/backends/blockwise/pair_lse.py",
+        "weight = weights[number, rows, None]", "weight = weights[0, rows, None]",
+        "test_one_positive: test_one_positive and sliced and paired",
+    ),
+    Mutation(
+        "several factors: the last multiple is a multiple of the first", "hpcloss/backends/blockwise/pair_lse.py",
+        'torch.mul(logits, factor, out=tiles.buffer("multiple", tile))', "logits.mul_(factor)",
+        "test_one_positive: test_one_positive and sliced and paired",
+    ),
+    Mutation(
+        "two by two: each row is its own partner", "hpcloss/plan/partition.py",
+        "partner = rows ^ 1", "partner = rows ^ 0",
+        "test_one_positive: two_by_two",
+    ),
+    Mutation(
+        "hard negatives: what is left of none is as much as before", "hpcloss/losses/vectors.py",
+        "ratio = torch.maximum(left - math.log1p(-tau_plus), -scale.value - positive)",
+        "ratio = left - math.log1p(-tau_plus)",
+        "test_vectors: hard_negative",
+    ),
+    Mutation(
+        "the single row's sums of columns overwrite its logits", "hpcloss/backends/dense/pair_lse.py",
+        "logits.mT.clone(memory_format=torch.contiguous_format)", "logits.mT.contiguous()",
+        "test_backends: test_pair_lse_both_of_one_row",
     ),
     Mutation(
         "the assignment is not subtracted", "hpcloss/losses/prototype.py",

@@ -18,6 +18,7 @@ from hpcloss.plan.partition import Intervals
 ROWS = 1 << 12  # gathered at a time
 PIECE = 1 << 16  # numbers of a temporary, where a float64 copy of all rows would cost memory
 NAN = float("nan")
+Rows = slice | Tensor  # some rows, by their numbers or next to each other
 
 
 def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Intervals) -> Tensor | None:
@@ -25,12 +26,10 @@ def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Interval
 
     mass [N]: the logarithm of the number of positives.
     """
-    out = anchors.new_zeros(anchors.shape[0])
     others = anchors if keys is None else keys
-    if _at_most_one(mass):
-        for i, j in _partners(mass, at):
-            out[i] = (anchors[i] * others[j]).sum(1)
-        return out
+    if at_most_one(mass):
+        return mean_of_one(anchors, others, mass, at)
+    out = anchors.new_zeros(anchors.shape[0])
     runs = _long_runs(mass, at)
     if runs is not None:
         for i0, i1, p0, p1 in runs:
@@ -48,6 +47,14 @@ def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Interval
     return out.mul_(torch.exp(-finite_mass(mass)))
 
 
+def mean_of_one(anchors: Tensor, keys: Tensor, mass: Tensor, at: Intervals) -> Tensor:
+    """The same where no anchor has two positives."""
+    out = anchors.new_zeros(anchors.shape[0])
+    for i, j in _partners(mass, at):
+        out[i] = torch.linalg.vecdot(anchors[i], keys.index_select(0, j))
+    return out
+
+
 def linear_mean_backward(
     grad: Tensor,
     anchors: Tensor,
@@ -63,15 +70,17 @@ def linear_mean_backward(
     d_anchors = torch.zeros_like(anchors) if needs_anchors else None
     d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
 
-    def add(pairs: Iterator[tuple[Tensor, Tensor]], sign: int) -> None:
+    def add(pairs: Iterator[tuple[Rows, Tensor]], sign: int) -> None:
         for i, j in pairs:
-            factor = sign * per_pair[i, None]
-            if d_anchors is not None:
-                d_anchors.index_add_(0, i, others[j] * factor)
+            factor = (per_pair[i] if sign > 0 else -per_pair[i])[:, None]
+            if d_anchors is not None and isinstance(i, Tensor):
+                d_anchors.index_add_(0, i, others.index_select(0, j) * factor)
+            elif d_anchors is not None:
+                d_anchors[i].addcmul_(others.index_select(0, j), factor)
             if d_keys is not None:
                 d_keys.index_add_(0, j, anchors[i] * factor)
 
-    if _at_most_one(mass):
+    if at_most_one(mass):
         add(_partners(mass, at), 1)
     elif (runs := _long_runs(mass, at)) is not None:
         for i0, i1, p0, p1 in runs:
@@ -93,19 +102,24 @@ def linear_mean_backward(
     return d_anchors, None if keys is None else d_keys
 
 
-def _at_most_one(mass: Tensor) -> bool:
+def at_most_one(mass: Tensor) -> bool:
     """Whether no anchor has two positives, known where the host may read it."""
     return mass.device.type == "cpu" and bool((mass <= 0).all())
 
 
-def _partners(mass: Tensor, at: Intervals) -> Iterator[tuple[Tensor, Tensor]]:
-    """Anchors that have one positive and its key, some at a time."""
-    for i in (mass == 0).nonzero()[:, 0].split(ROWS):
+def _partners(mass: Tensor, at: Intervals) -> Iterator[tuple[Rows, Tensor]]:
+    """Anchors that have one positive and its key, some at a time; slices where all of them have one."""
+    there = mass == 0
+    count = mass.shape[0]
+    rows: list[Rows] = [slice(first, first + ROWS) for first in range(0, count, ROWS)]
+    if not bool(there.all()):
+        rows = list(there.nonzero()[:, 0].split(ROWS))
+    for i in rows:
         start = at.pos_start[i]
         yield i, (start + (at.self_pos[i] == start)).long()
 
 
-def _selves(at: Intervals) -> Iterator[tuple[Tensor, Tensor]]:
+def _selves(at: Intervals) -> Iterator[tuple[Rows, Tensor]]:
     """Anchors that lie in the interval of their positives and their own key, some at a time."""
     for i in at.self_is_positive().nonzero()[:, 0].split(ROWS):
         yield i, at.self_pos[i].long()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hpcloss.arithmetic import softplus
 from hpcloss.backends.arithmetic import INF, LOG2E, accumulation, gradients
+from hpcloss.backends.blockwise.linear_mean import at_most_one, linear_mean_backward, mean_of_one
 from hpcloss.backends.dense.batches import Batch, batches
 from hpcloss.backends.dense.forms import mean
 from hpcloss.backends.dense.weights import Weights, weights
@@ -31,6 +32,11 @@ def pair_mean(
     """
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
+    if stat is None and log_weight is None and not hardness and at.pos_start.device.type == "cpu":
+        mass = at.counts()[0].to(anchors.dtype).log_()
+        if at_most_one(mass):
+            own = mean_of_one(anchors, anchors if others is None else others, mass, at)
+            return own.mul_(scale), mass, torch.zeros_like(mass)
     one = torch.ones_like(scale)
     out, slope = (anchors.new_zeros(anchors.shape[0]) for _ in range(2))
     mass = torch.full_like(out, -INF)
@@ -68,6 +74,13 @@ def pair_mean_backward(
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     scale = scale.to(anchors.dtype)
     grad = torch.where(mass == -INF, 0.0, grad.to(anchors.dtype))
+    if stat is None and log_weight is None and not hardness and at_most_one(mass):
+        linear = linear_mean_backward(grad * scale, anchors, others, mass, at, needs_anchors, needs_keys)
+        if linear is not None:
+            d_scale = anchors.new_zeros(())
+            if needs_scale:
+                d_scale = torch.dot(grad, mean_of_one(anchors, anchors if others is None else others, mass, at))
+            return gradients(anchors, *linear, d_scale)
     d_anchors = torch.zeros_like(anchors) if needs_anchors else None
     d_keys = d_anchors if others is None else torch.zeros_like(others) if needs_keys else None
     d_scale, one = anchors.new_zeros(()), torch.ones_like(scale)
