@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpcloss.backends.arithmetic import gradients
+from hpcloss.backends.arithmetic import cast, gradients
 from hpcloss.backends.dense.batches import MOST, Region, regions_of
 from hpcloss.backends.dense.forms import Options
 from hpcloss.backends.dense.rows import Call, Group
@@ -36,7 +36,7 @@ def pair_contrast(
     """As `pair_contrast` of the dense backend, but for what is kept: the gradients of anchors and keys, as far as they
     are needed, for slopes that are not weighted."""
     at, options = Intervals(*intervals), Options(denominator, hardness, discount, detach_weights, multiplicity)
-    by_scale = anchors.new_zeros(anchors.shape[0] if needs_scale else 0)
+    keys, by_scale = cast(keys, anchors.dtype), anchors.new_zeros(anchors.shape[0] if needs_scale else 0)
     found = anchors.new_zeros(kept)
     call = Call(anchors, at, scale, options, by_scale, needs_anchors or needs_keys or needs_scale)
     _add_gradients(call, at, anchors, keys, None, *_parts(found, anchors, keys, needs_anchors, needs_keys))
@@ -63,7 +63,7 @@ def pair_contrast_backward(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = g_i scale slope_ij, as d anchors, d keys, d scale."""
-    at, factor = Intervals(*intervals), grad * scale
+    at, factor, keys = Intervals(*intervals), grad * scale, cast(keys, anchors.dtype)
     d_anchors, d_keys = _parts(kept, anchors, keys, needs_anchors, needs_keys)
     if d_anchors is not None:
         d_anchors = d_anchors * factor[:, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 from hpcloss.backends import library
 from hpcloss.backends.arithmetic import INF, LN2, LOG2E, accumulation, gradients_of_logits
 from hpcloss.backends.dense.batches import Batch, batches, regions_of, softmax_terms
-from hpcloss.backends.dense.rows import add_gradients, groups, is_native, native_rows
+from hpcloss.backends.dense.rows import add_gradients, groups, is_native, native_rows, readable
 from hpcloss.plan.partition import Intervals
 
 
@@ -34,6 +34,7 @@ def pair_lse(
     at, (anchors, keys) = Intervals(*intervals), accumulation(anchors, keys)
     lse = anchors.new_full(anchors.shape[:1], -INF)
     if bias is None and is_native(anchors):
+        at = readable(at)
         for group in groups(regions_of(at)):
             logits = group.logits(anchors, anchors if keys is None else keys, float(scale) * LOG2E)
             library.lse(native_rows(group, logits, at), rule, (1.0,), lse[group.anchors()])
@@ -66,6 +67,7 @@ def pair_lse_backward(
     empty = lse == -INF
     grad, shift = torch.where(empty, 0.0, grad.to(anchors.dtype)), torch.where(empty, 0.0, lse) * LOG2E
     if bias is None and is_native(anchors):
+        at = readable(at)
         for group in groups(regions_of(at)):
             logits, rows = (
                 group.logits(anchors, anchors if keys is None else keys, float(scale) * LOG2E),
@@ -88,6 +90,7 @@ def pair_lse_both(
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     rows, columns = anchors.new_full(anchors.shape[:1], -INF), anchors.new_full(keys.shape[:1], -INF)
     if is_native(anchors) and others is not None:
+        at = readable(at)
         for group in groups(regions_of(at)):
             found = native_rows(group, group.logits(anchors, others, float(scale) * LOG2E), at)
             library.lse(found, rule, (1.0,), rows[group.anchors()])
@@ -127,6 +130,7 @@ def pair_lse_both_backward(
     of_rows, of_columns = (torch.where(lse == -INF, 0.0, grad.to(anchors.dtype)) for grad, lse in sides)
     rows, columns = (torch.where(lse == -INF, 0.0, lse) * LOG2E for _, lse in sides)
     if is_native(anchors) and others is not None:
+        at = readable(at)
         for group in groups(regions_of(at)):
             logits, own, met = group.logits(anchors, others, float(scale) * LOG2E), group.anchors(), group.keys()
             statistics = rows[own], of_rows[own], columns[met], of_columns[met]

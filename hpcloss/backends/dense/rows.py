@@ -21,6 +21,14 @@ def is_native(anchors: Tensor) -> bool:
     return anchors.dtype == torch.float32 and anchors.device.type == "cpu" and native.serves(anchors)
 
 
+def readable(at: Intervals) -> Intervals:
+    """The intervals as the library reads them: without gaps, and of one type."""
+    kind = at.pos_start.dtype
+    if all([bound.is_contiguous() and bound.dtype == kind for bound in at[:3]]):
+        return at
+    return Intervals(*[bound.to(torch.int64).contiguous() for bound in at])
+
+
 def native_contrast(
     anchors: Tensor,
     keys: Tensor | None,
@@ -175,7 +183,7 @@ class Group:
 
 
 def native_rows(group: Group, logits: Tensor, at: Intervals) -> tuple[Tensor, library.Rows]:
-    """The logits of a group, as the library's functions of log-sum-exps take them."""
+    """The logits of a group, as the library's functions of log-sum-exps take them. `at` is `readable`."""
     return library.rows_of(logits, logits.shape[0] // group.number, group.keys().start, at[:3], group.anchors().start)
 
 
@@ -205,7 +213,7 @@ class Call:
     ):
         number = float(scale)
         over = 1 / number if number else 0.0  # a scale of 0 has no logits to weigh by
-        self.factor, self.bounds, self.needs_slopes = number * LOG2E, at[:3], needs_slopes
+        self.factor, self.bounds, self.needs_slopes = number * LOG2E, readable(at)[:3], needs_slopes
         self.options = library.contrast_options(
             options.denominator, bool(options.hardness) and not options.detach_weights, -options.hardness * over,
             options.discount * over, math.log2(options.multiplicity),
