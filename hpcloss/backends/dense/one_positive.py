@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hpcloss.backends.arithmetic import INF, LN2, LOG2E, accumulation, gradients_of_logits
 from hpcloss.backends.blockwise.tiles import is_safe_for
+from hpcloss.backends.dense.rows import is_native, write_both
 from hpcloss.plan.partition import Intervals
 
 # Below every log-sum-exp. Of an empty set it stands for -inf: exp2(-inf - LOWEST) is 0, exp2(-inf + inf) is none.
@@ -116,12 +117,20 @@ def one_positive_backward(
     d_anchors, d_keys = None, None
     if others is None:
         if needs_anchors or needs_scale:
-            # A sum with slope.T is slower than a copy first.
-            d_anchors = torch.mm(slope.T.contiguous().add_(slope), anchors)
+            d_anchors = _of_both_sides(slope, anchors)
     else:
         d_anchors = torch.mm(slope, others) if needs_anchors or needs_scale else None
         d_keys = torch.mm(slope.T, anchors) if needs_keys else None
     return gradients_of_logits(anchors, others, scale, d_anchors, d_keys, needs_anchors, needs_scale)
+
+
+def _of_both_sides(slope: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of rows that are anchors and keys of one another."""
+    if is_native(rows):
+        gradient = torch.empty_like(rows)
+        write_both(slope, slope.new_ones(slope.shape[0]), rows, 1, gradient)
+        return gradient
+    return torch.mm(slope.T.contiguous().add_(slope), rows)  # a sum with slope.T is slower than a copy first
 
 
 def _safe_slope(kept: Tensor, weight: Tensor, factors: Sequence[float], both: bool) -> Tensor:

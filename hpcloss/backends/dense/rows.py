@@ -78,7 +78,7 @@ def native_gradients(
             slope = call.slopes(group, anchors, others)
         if keys is None and rows == columns:
             if d_anchors is not None:
-                _write_both(slope, of_pairs[rows], others[rows], group.number, d_anchors[rows])
+                write_both(slope, of_pairs[rows], others[rows], group.number, d_anchors[rows])
         else:
             _add_sides(group, slope, of_pairs[rows], anchors, others, d_anchors, d_keys)
     return d_anchors, d_keys
@@ -118,12 +118,12 @@ def add_gradients(
     rows, one = group.anchors(), slope.new_ones(slope.shape[0])
     if keys is None and rows == group.keys():
         if d_anchors is not None:
-            _write_both(slope, one, anchors[rows], group.number, d_anchors[rows])
+            write_both(slope, one, anchors[rows], group.number, d_anchors[rows])
     else:
         _add_sides(group, slope, one, anchors, anchors if keys is None else keys, d_anchors, d_keys)
 
 
-def _write_both(slope: Tensor, factor: Tensor, rows: Tensor, number: int, gradient: Tensor) -> None:
+def write_both(slope: Tensor, factor: Tensor, rows: Tensor, number: int, gradient: Tensor) -> None:
     """The gradient of rows that are anchors and keys of one another. slope: of `number` regions."""
     both, length = torch.empty_like(slope), slope.shape[1]
     for first in range(0, slope.shape[0], length):
