@@ -154,7 +154,8 @@ enum { HPCLOSS_POSITIVE_KEYS = 0, HPCLOSS_NEGATIVE_KEYS = 1, HPCLOSS_OTHERS = 2,
 // lse [rows, count] <- log2 of the sum of 2^(factor_k logit) over the keys of the rule; -inf for none.
 HPCLOSS_API int32_t hpcloss_lse(const float* logits, const hpcloss_rows* rows, int32_t rule, const float* factors,
                                 int32_t count, float* lse, int32_t threads);
-// logits <- the sum over k of grad [rows, count] * factor_k * 2^(factor_k logit - lse_k), 0 for other keys.
+// logits <- the sum over k of grad [rows, count] * factor_k * 2^(factor_k logit - lse_k), 0 for other keys. These powers
+// are divided by their sum, which is 1 but for the rounding of the lse; also below.
 HPCLOSS_API int32_t hpcloss_lse_slopes(float* logits, const hpcloss_rows* rows, int32_t rule, const float* factors,
                                        int32_t count, const float* lse, const float* grad, int32_t threads);
 // lse [regions * keys] <- log2 of the sum of 2^logit over the rows that count the key; -inf for none.

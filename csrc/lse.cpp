@@ -40,14 +40,26 @@ HPCLOSS_CLONES float lse_row(const float* x, const Counted* counted, float facto
   return counted->end > counted->first ? most + std::log2(sum) : -kInfinity;
 }
 
-// out += weight 2^(factor x - lse) over the pieces.
-HPCLOSS_CLONES void add_slopes(const float* x, const Counted* counted, float factor, float lse, float weight, float* out) {
+// out += weight 2^(factor x - lse) over the pieces. terms [keys] is scratch. The powers are divided by their sum: an lse
+// of size 1000 is rounded by so much that the sum is 1 to four digits only.
+HPCLOSS_CLONES void add_slopes(const float* x, const Counted* counted, float factor, float lse, float weight, float* terms,
+                               float* out) {
+  float sum = 0.0f;
   for (int i = counted->first; i < counted->end; ++i) {
     const Piece piece = counted->pieces.piece[i];
     const float* from = x + piece.first;
-    float* to = out + piece.first;
+    float* term = terms + piece.first;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < piece.count; ++j) {
+      term[j] = exp2_of(factor * from[j] - lse);
+      sum += term[j];
+    }
+  }
+  const float each = weight / sum;
+  for (int i = counted->first; i < counted->end; ++i) {
+    const Piece piece = counted->pieces.piece[i];
 #pragma omp simd
-    for (int64_t j = 0; j < piece.count; ++j) to[j] += weight * exp2_of(factor * from[j] - lse);
+    for (int64_t j = piece.first; j < piece.first + piece.count; ++j) out[j] += each * terms[j];
   }
 }
 
@@ -83,17 +95,18 @@ struct Rows {
   int32_t rule;
 
   int64_t region(int64_t row) const { return row / rows_of_region; }
+  int64_t columns() const { return (rows + rows_of_region - 1) / rows_of_region * keys; }  // of all regions
 
   Counted counted(int64_t row) const {
     return Counted(Place(pos_start[row], pos_end[row], self_pos[row], first_key + region(row) * keys, keys), keys, rule);
   }
 
-  // Calls work(row, counted, scratch) for each row, with scratch [keys].
+  // Calls work(row, counted, scratch) for each row, with scratch [2, keys].
   template <class Work>
   void each(int32_t threads, const Work& work) const {
     const int64_t block = std::max<int64_t>(1, kItem / std::max<int64_t>(keys, 1));
     parallel(threads, (rows + block - 1) / block, [&](int64_t item) {
-      std::vector<float> scratch(static_cast<size_t>(keys));
+      std::vector<float> scratch(static_cast<size_t>(2 * keys));
       for (int64_t row = item * block; row < std::min(rows, (item + 1) * block); ++row) {
         work(row, counted(row), scratch.data());
       }
@@ -147,7 +160,8 @@ int32_t hpcloss_lse_slopes(float* logits, const hpcloss_rows* rows, int32_t rule
       std::fill(scratch, scratch + all.keys, 0.0f);
       for (int32_t k = 0; k < count; ++k) {
         const float of = lse[row * count + k];
-        if (of != -kInfinity) add_slopes(x, &counted, factors[k], of, factors[k] * grad[row * count + k], scratch);
+        const float weight = factors[k] * grad[row * count + k];
+        if (of != -kInfinity) add_slopes(x, &counted, factors[k], of, weight, scratch + all.keys, scratch);
       }
       std::copy(scratch, scratch + all.keys, x);
     });
@@ -158,7 +172,7 @@ int32_t hpcloss_lse_columns(const float* logits, const hpcloss_rows* rows, int32
   using namespace hpcloss;
   if (rows && rows->rows && rows->keys && (!logits || !lse)) return HPCLOSS_ERROR_NULL;
   return with_rows(rows, rule, [&](const auto& all) {
-    const int64_t regions = (all.rows + all.rows_of_region - 1) / all.rows_of_region, columns = regions * all.keys;
+    const int64_t columns = all.columns();
     std::vector<float> sum(static_cast<size_t>(columns));
     std::fill(lse, lse + columns, -kInfinity);
     const auto each = [&](const auto& work) {
@@ -184,12 +198,21 @@ int32_t hpcloss_lse_both_slopes(float* logits, const hpcloss_rows* rows, int32_t
     return HPCLOSS_ERROR_NULL;
   }
   return with_rows(rows, rule, [&](const auto& all) {
+    std::vector<float> weight(static_cast<size_t>(all.columns()));  // of a column, by the sum of its powers
+    for (int64_t row = 0; row < all.rows; ++row) {
+      const int64_t at = all.region(row) * all.keys;
+      const Counted counted = all.counted(row);
+      column_sums(logits + row * all.keys, &counted, column_lse + at, weight.data() + at);
+    }
+    for (int64_t j = 0; j < all.columns(); ++j) weight[j] = weight[j] == 0.0f ? 0.0f : column_grad[j] / weight[j];
     all.each(threads, [&](int64_t row, const Counted& counted, float* scratch) {
       float* x = logits + row * all.keys;
       const int64_t at = all.region(row) * all.keys;
       std::fill(scratch, scratch + all.keys, 0.0f);
-      if (row_lse[row] != -kInfinity) add_slopes(x, &counted, 1.0f, row_lse[row], row_grad[row], scratch);
-      add_column_slopes(x, &counted, column_lse + at, column_grad + at, scratch);
+      if (row_lse[row] != -kInfinity) {
+        add_slopes(x, &counted, 1.0f, row_lse[row], row_grad[row], scratch + all.keys, scratch);
+      }
+      add_column_slopes(x, &counted, column_lse + at, weight.data() + at, scratch);
       std::copy(scratch, scratch + all.keys, x);
     });
   });

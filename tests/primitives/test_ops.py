@@ -9,7 +9,8 @@ from torch.autograd import gradcheck
 
 import hpcloss
 import hpcloss.primitives.segment_mean  # its operators have tests of their own
-from hpcloss.backends import blockwise
+from hpcloss.backends import blockwise, pytorch
+from hpcloss.backends.dense.batches import Region, regions_of
 from hpcloss.plan import native
 from hpcloss.plan.partition import one_to_one, partition, partition_against, two_by_two
 from hpcloss.primitives.one_positive import one_positive
@@ -251,6 +252,31 @@ def test_opcheck_pair_cross_entropy(dtype, cross):
             check(OPS.pair_cross_entropy_backward, *given, *needs, "blockwise", trace=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", ["dense", "pieces"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_opcheck_pair_contrast(cross, backend, dtype):
+    """Pieces serve other keys in fp32 alone."""
+    if backend == "pieces" and (not cross or dtype != torch.float32 or native.why_not("cpu")):
+        return
+    pairs = cross_pairs() if cross else self_pairs()
+    at, count = list(pairs.intervals), len(pairs.order)
+    x, keys = rows(count, 3, dtype=dtype), rows(14, 3, seed=1, dtype=dtype) if cross else None
+    of_losses = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, grad = torch.tensor(2.0, dtype=of_losses), rows(count, seed=3, dtype=of_losses)
+    (size,) = [n * m for n, m in map(Region.shape, regions_of(pairs.intervals))] if cross else (0,)
+    for form in (("own", 0.0, 0.3, True, 1), ("all", 1.5, 0.0, False, 3), ("negatives", 0.0, 0.0, True, 2)):
+        for needs in itertools.product((False, True), repeat=3):
+            kept = size if any(needs) else 0  # what is kept beyond the region is not written, and not read
+            if backend == "pieces":
+                kept = x.numel() * needs[0] + keys.numel() * needs[1]
+            arguments = x, keys, scale, *form, at
+            check(OPS.pair_contrast, *arguments, *needs, kept, backend, trace=all(needs))
+            _, _, slopes, by_scale = OPS.pair_contrast(*arguments, *needs, kept, backend)
+            given = grad, slopes, by_scale, *arguments, *needs, backend
+            check(OPS.pair_contrast_backward, *given, trace=all(needs))
+
+
 @pytest.mark.parametrize("served", [False, True], ids=["torch", "native"])
 def test_opcheck_partition(served, monkeypatch):
     if not served:
@@ -281,6 +307,7 @@ def test_every_operator_is_known():
         "pack", "pack_backward", "pair_lse", "pair_lse_backward", "pair_lse_both", "pair_lse_both_backward",
         "pair_cross_entropy", "pair_cross_entropy_backward", "one_positive", "one_positive_backward",
         "pair_mean", "pair_mean_backward", "segment_mean", "segment_mean_backward",
+        "pair_contrast", "pair_contrast_backward",
         "class_sort", "label_sort", "class_intervals", "pair_counts", "pair_counted", "sample", "sample_positives",
     }  # fmt: skip
 
@@ -390,16 +417,34 @@ def run(function, inputs):
 
 
 @pytest.mark.parametrize("name", modules())
-def test_compile_without_a_graph_break(name):
+def test_compile_without_a_graph_break(name, monkeypatch):
+    """Compiled code of any size takes the tiles, and gives what they give without a compiler."""
     module, inputs = modules()[name]
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    results = run(compiled, inputs)
     if "sampled" not in name:  # random numbers of a compiled graph may differ
-        for actual, expected in zip(run(compiled, inputs), run(module, inputs), strict=True):
+        monkeypatch.setattr(pytorch, "choose", lambda *_: "blockwise")
+        for actual, expected in zip(results, run(module, inputs), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     else:
-        loss, grad = run(compiled, inputs)
+        loss, grad = results
         assert loss > 0 and grad.isfinite().all() and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("loss", [hpcloss.SupConLoss(), hpcloss.InfoNCELoss(), hpcloss.RegionPHPCLoss(4)])
+def test_compile_gives_the_numbers_of_small_problems(loss, dynamic):
+    """Which run dense without a compiler."""
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in (64, 48):
+        x, y = (rows(size, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
+        inputs = (x, y) if isinstance(loss, hpcloss.InfoNCELoss) else (x, integers(5, size))
+        if isinstance(loss, hpcloss.RegionPHPCLoss):
+            inputs = x.view(1, size // 8, 8, 8).movedim(-1, 1), inputs[1].view(1, size // 8, 8)
+        for actual, expected in zip(run(compiled, inputs), run(loss, inputs), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_compile_with_statistics():

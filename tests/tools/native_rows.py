@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from hpcloss.plan import native as library
+from hpcloss.backends import library
 from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.scale import Scale
 from tests.tools.cases import rows
@@ -29,6 +29,17 @@ PAIRED = ("one to one", "paired", "paired, some without")  # plans with one posi
 FUNCTIONS = (
     "add_transpose", "contrast", "lse", "lse_both_slopes", "lse_columns", "lse_slopes", "pack", "unpack",
 )  # fmt: skip
+
+
+SCALES = (3.0, 0.5, -2.0, 90.0)
+DENSE = ("dense", "dense, slopes made again", "dense, without the library")  # how the dense backend runs
+
+
+def serves(schedule, plan):
+    """Whether the schedule has the library compute the plan: where there is a pair."""
+    at = plan.pairs.intervals
+    regions = [(a1 - a0) * (k1 - k0) for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at[3:]), strict=True)]
+    return schedule != "dense, without the library" and any(regions)
 
 
 class Calls(Counter):

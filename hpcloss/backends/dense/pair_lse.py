@@ -21,6 +21,12 @@ def _logits(batch: Batch, scale: Tensor, bias: Tensor | None, rule: str) -> Tens
     return batch.exclude(logits if bias is None else logits.clamp_(min=batch.lowest), rule)
 
 
+def _shares(logits: Tensor, lse: Tensor, dim: int) -> Tensor:
+    """exp2(logits - lse), in place. A large lse is rounded, so the sum of a set that is not empty is made 1 again."""
+    terms = logits.sub_(lse).exp2_()
+    return terms.div_(terms.sum(dim, keepdim=True).clamp_(min=0.5))
+
+
 def pair_lse(
     anchors: Tensor,
     keys: Tensor | None,
@@ -78,7 +84,7 @@ def pair_lse_backward(
         return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)
     for batch in batches(anchors, keys, at):
         logits = _logits(batch, scale, bias, rule)
-        slope = logits.sub_(batch.take(shift)[..., None]).exp2_().mul_(batch.take(grad)[..., None])
+        slope = _shares(logits, batch.take(shift)[..., None], 2).mul_(batch.take(grad)[..., None])
         batch.add_gradients(slope, d_anchors, d_keys)
     return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)
 
@@ -139,7 +145,7 @@ def pair_lse_both_backward(
         return gradients_of_logits(anchors, others, scale, d_anchors, d_keys, needs_anchors, needs_scale)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale, None, rule)
-        slope = torch.sub(logits, batch.take_keys(columns)[:, None]).exp2_().mul_(batch.take_keys(of_columns)[:, None])
-        slope.addcmul_(logits.sub_(batch.take(rows)[..., None]).exp2_(), batch.take(of_rows)[..., None])
+        slope = _shares(logits.clone(), batch.take_keys(columns)[:, None], 1).mul_(batch.take_keys(of_columns)[:, None])
+        slope.addcmul_(_shares(logits, batch.take(rows)[..., None], 2), batch.take(of_rows)[..., None])
         batch.add_gradients(slope, d_anchors, d_keys)
     return gradients_of_logits(anchors, others, scale, d_anchors, d_keys, needs_anchors, needs_scale)
