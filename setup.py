@@ -35,7 +35,8 @@ REPORT = "libhpcloss.txt"
 
 # No fast math and no fused multiply-add, whatever CFLAGS say: results are those of the Python code, bit for bit.
 GNU_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread", "-fno-fast-math", "-ffp-contract=off"]
-GNU_FLAGS += ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]  # vectors; no result changes, and no OpenMP comes
+# So that loops become vectors, where a pragma says so. No result changes, and no OpenMP comes.
+GNU_FLAGS += ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
 FAST_MATH = ("-ffast-math", "-funsafe-math-optimizations", "-Ofast")
 CXX_FLAGS = ["/std:c++17", "/O2", "/EHsc"] if WINDOWS else GNU_FLAGS
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "/MD" if WINDOWS else "-fPIC,-fvisibility=hidden"]

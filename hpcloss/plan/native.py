@@ -362,6 +362,7 @@ def _call_cuda(
 
 
 def raise_on(error: int, function: str, library: ctypes.CDLL | None = None) -> None:
+    """Raise what an error code of a function of the library stands for; nothing for 0."""
     if error:
         text = _ERRORS.get(error, f"error {error}")
         if error == 8 and library is not None:

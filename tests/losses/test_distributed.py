@@ -665,7 +665,8 @@ def check_compiled():
     values = []
     for compiled in (lambda loss: loss, functools.partial(torch.compile, backend="eager")):
         own = z[mine].clone().requires_grad_()
-        value = compiled(hpcloss.region_phpc_loss)(own, labels[mine], 4, gather=True)
+        # Compiled code takes the tiles.
+        value = compiled(hpcloss.region_phpc_loss)(own, labels[mine], 4, gather=True, backend="blockwise")
         value.backward()
         values.append((value.detach(), own.grad))
     for plain, compiled in zip(*values, strict=True):
@@ -746,8 +747,9 @@ class Alive(TorchDispatchMode):
 
 def check_memory(images):
     """Of N rows of D numbers: rows and keys are kept, (W + 1) N D; in backward two terms' gradients of both come to
-    them, 3 (W + 1) N D. What is more has a few numbers a row: plan, labels, statistics. The dense backend, for problems as
-    small as this, keeps slopes as well."""
+    them, 3 (W + 1) N D. What is more has a few numbers a row: plan, labels, statistics. The dense backend, for problems
+    as small as this, keeps slopes as well.
+    """
     world, pixels, dim = dist.get_world_size(), images * 64, 64
     z = rows(images, dim, 8, 8, seed=dist.get_rank(), dtype=torch.float32).requires_grad_()
     labels = choice([0, 1, 2], images, 8, 8)

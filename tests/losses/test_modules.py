@@ -13,6 +13,7 @@ from torch import nn
 
 import hpcloss
 from hpcloss import functional
+from hpcloss.backends import pytorch
 from tests.tools.cases import ROOT, choice, rows
 from tests.tools.losses import FAST, LOSSES, NAMES, ORACLE, Sizes
 
@@ -347,13 +348,14 @@ def test_state_dict_round_trip(name):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own compiler
 @pytest.mark.parametrize("name", MODULES)
-def test_the_function_compiles_without_a_graph_break(name):
-    """With the check of its options, which a module has behind it."""
+def test_the_function_compiles_without_a_graph_break(name, monkeypatch):
+    """With the check of its options, which a module has behind it. Compiled code takes the tiles."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda *inputs: function_of(name, *inputs), fullgraph=True, backend="eager")
     torch.manual_seed(0)
     value = compiled(*INPUTS[name])
     torch.manual_seed(0)
+    monkeypatch.setattr(pytorch, "choose", lambda *_: "blockwise")
     assert torch.equal(value, function_of(name, *INPUTS[name]))
 
 
