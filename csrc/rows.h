@@ -115,7 +115,7 @@ struct Place {
 
   template <class Index>
   Place(Index pos_start, Index pos_end, Index self_pos, int64_t start, int64_t keys) {
-    const auto place = [&](int64_t key) { return std::min(std::max<int64_t>(key - start, 0), keys); };
+    const auto place = [&](int64_t key) { return key <= start ? 0 : std::min(key - start, keys); };  // no difference < 0
     from = place(pos_start);
     to = std::max(from, place(pos_end));
     self = self_pos < 0 ? -1 : self_pos - start;

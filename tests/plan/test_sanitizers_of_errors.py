@@ -19,7 +19,7 @@ needs_gnu = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "l
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist to switch it off")
 def test_sanitizers_have_nothing_to_say(sanitized):
     """The tests of arguments and errors, over a library that checks itself."""
-    files = ["tests/plan/test_native.py"]
+    files = ["tests/plan/test_native.py", "tests/plan/test_native_floats.py"]
     chosen = "(native and not cuda and not torch) and not sanitizers and not forked and not emulated and not library"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", chosen]
     done = subprocess.run(command, env=sanitized, capture_output=True, text=True, cwd=ROOT)
