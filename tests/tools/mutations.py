@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.tools.native_mutations import PLANTED
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path("hpcloss/backends/triton")
 PROCESSES = 2
@@ -939,7 +941,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the companion of rows is filled", "hpcloss/primitives/rows.py",
-        "companion = torch.empty((),", "companion = torch.zeros((),", "test_launches: SupCon and 512",
+        "inverse_norm.new_empty_strided(data.shape, (0, 0))", "inverse_norm.new_zeros(()).expand(data.shape)", "test_launches: SupCon and 512",
     ),
     Mutation(
         "the gradient of a mean is searched for its largest", "hpcloss/backends/triton/backward.py",
@@ -1163,6 +1165,7 @@ MUTATIONS = [
         "test_named_pairs: no_exponential",
     ),
 ]  # fmt: skip
+MUTATIONS += [Mutation(*planted) for planted in PLANTED]
 
 
 def suite(mutation: Mutation) -> str:
@@ -1193,7 +1196,7 @@ def copy(folder: str) -> Path:
 def build(folder: Path) -> Path:
     """The C++ half of the native library of the copy."""
     library = folder / "libhpcloss.so"
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-DHPCLOSS_ONE_TARGET"]
     subprocess.run(["g++", *flags, *folder.glob("csrc/*.cpp"), "-o", library], check=True)
     return library
 
@@ -1201,8 +1204,9 @@ def build(folder: Path) -> Path:
 def run(folder: Path, tests: str, suite: str) -> tuple[bool, str]:
     """Whether the selected tests pass in the copy, and what the first failure says."""
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    if suite == "native":
+    if suite.startswith(("native", "test_native")):
         environment["HPCLOSS_LIBRARY"] = str(build(folder))
+    if suite == "native":
         files = [str(folder / f"tests/plan/test_{name}.py") for name in ("partition", "sampling", "native")]
     elif suite == "kernels":
         environment["TRITON_INTERPRET"] = "1"
