@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from hpcloss import functional
-from hpcloss.backends import pytorch
 from hpcloss.backends.blockwise import tiles
+from hpcloss.backends.pytorch import DENSE_UP_TO
 from hpcloss.plan import native
 from tests.tools import near_minimum
 from tests.tools.near_minimum import CASES, SPREADS, TEMPERATURES, assert_near, features
-
 
 SCHEDULES = ("one tile", "many tiles", "dense", "pieces", "dense, without the library")
 
@@ -21,7 +20,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(tiles, "BLOCK", 48)
         monkeypatch.setattr(tiles, "LONG_RUN", 12)
     if request.param == "pieces":
-        monkeypatch.setitem(pytorch.DENSE_UP_TO, "cpu", 0)
+        monkeypatch.setitem(DENSE_UP_TO, "cpu", 0)
         return "auto"
     if request.param == "dense, without the library":
         monkeypatch.setattr(native, "serves", lambda tensor: False)

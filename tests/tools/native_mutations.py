@@ -50,12 +50,6 @@ PLANTED = [
         ROWS,
     ),
     (
-        "powers below 2^-126 wrap around", "csrc/rows.h",
-        "x < -126.0f ? -126.0f : x;",
-        "x;",
-        ROWS,
-    ),
-    (
         "no shift in the denominator", "csrc/contrast.cpp",
         ".count, shift);\n  for",
         ".count, shift);\n  shift = 0.0f;\n  for",
