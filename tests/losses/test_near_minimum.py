@@ -5,32 +5,43 @@ import torch
 
 from hpcloss import functional, reference
 from hpcloss.backends.blockwise import tiles
+from hpcloss.backends.pytorch import DENSE_UP_TO
+from hpcloss.plan import native
 from tests.tools import near_minimum
 from tests.tools.near_minimum import CASES, SPREADS, TEMPERATURES, assert_near, features
 
+SCHEDULES = ("one tile", "many tiles", "dense", "pieces", "dense, without the library")
 
-@pytest.fixture(params=["one tile", "many tiles"])
-def tile_size(request, monkeypatch):
+
+@pytest.fixture(params=SCHEDULES)
+def backend(request, monkeypatch):
     """What forward and backward compute twice must be equal to the last bit, whatever the tiles."""
     if request.param == "many tiles":
         monkeypatch.setattr(tiles, "BLOCK", 48)
         monkeypatch.setattr(tiles, "LONG_RUN", 12)
+    if request.param == "pieces":
+        monkeypatch.setitem(DENSE_UP_TO, "cpu", 0)
+        return "auto"
+    if request.param == "dense, without the library":
+        monkeypatch.setattr(native, "serves", lambda tensor: False)
+    return "dense" if request.param.startswith("dense") else "blockwise"
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient(name, temperature, tile_size):
+def test_value_and_gradient(name, temperature, backend):
     for spread in SPREADS.values():
-        assert_near(CASES[name], spread, temperature)
+        assert_near(CASES[name], spread, temperature, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
 @pytest.mark.parametrize("name", ["NT-Xent", "SupCon, classes of 2", "SupCon, 16 classes", "RegionSupCon"])
-def test_with_a_learnable_temperature(name):
+def test_with_a_learnable_temperature(name, backend):
     """Then nothing bounds the logits, and all tiles are summed relative to the largest."""
     case = CASES[name]
     learnable = case._replace(loss=lambda z, t, **options: case.loss(z, torch.tensor(t), **options))
     for spread in SPREADS.values():
-        assert_near(learnable, spread, 0.02)
+        assert_near(learnable, spread, 0.02, backend=backend)
 
 
 def test_tiles_of_full_size(monkeypatch):

@@ -941,7 +941,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the companion of rows is filled", "hpcloss/primitives/rows.py",
-        "inverse_norm.new_empty_strided(data.shape, (0, 0))", "inverse_norm.new_zeros(()).expand(data.shape)", "test_launches: SupCon and 512",
+        "inverse_norm.new_empty_strided(data.shape, (0, 0))", "inverse_norm.new_zeros(()).expand(data.shape)",
+        "test_launches: SupCon and 512",
     ),
     Mutation(
         "the gradient of a mean is searched for its largest", "hpcloss/backends/triton/backward.py",
