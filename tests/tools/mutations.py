@@ -135,8 +135,8 @@ MUTATIONS = [
         "test_backends: test_pair_lse and negatives and one",
     ),
     Mutation(
-        "one positive: two parts that cancel", "hpcloss/losses/vectors.py",
-        "reduce(softplus(negative - positive), None", "reduce(torch.logaddexp(negative, positive) - positive, None",
+        "one positive: two parts that cancel", "hpcloss/primitives/contrast.py",
+        "softplus(lse - own), 0.0)", "torch.logaddexp(lse, own) - own, 0.0)",
         "test_near_minimum: small_losses and ntxent",
     ),
     Mutation(
