@@ -11,7 +11,16 @@ from hpcloss.primitives.pair_lse import RULES, pair_lse, pair_lse_both
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 from tests.tools.cases import choice, rows
-from tests.tools.native_rows import DENSE, FORMS, SCALES, fast_contrast, losses_and_gradients, serves, watched
+from tests.tools.native_rows import (
+    DENSE,
+    EVERY_PLAN,
+    FORMS,
+    SCALES,
+    fast_contrast,
+    losses_and_gradients,
+    serves,
+    watched,
+)
 from tests.tools.numerics import assert_within_budget
 from tests.tools.plans import PLANS, Plan, allowed, as_rows, finite, inputs
 
@@ -57,10 +66,10 @@ def assert_lse(fast, plain, leaves, value):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "plan"), [(name, plan) for name in DENSE for plan in PLANS], indirect=["schedule"]
+    ("schedule", "plan"), [(name, plan) for name in DENSE for plan in EVERY_PLAN], indirect=["schedule"]
 )
 def test_pair_lse(schedule, plan, calls, request):
-    name, plan = request.node.callspec.params["schedule"], PLANS[plan]()
+    name, plan = request.node.callspec.params["schedule"], EVERY_PLAN[plan]()
     leaves = [x for x in inputs(plan) if x is not None]
     for rule in RULES:
         mask = allowed(plan, rule)
@@ -82,12 +91,13 @@ def test_pair_lse(schedule, plan, calls, request):
     ("plan", "rule"),
     [
         *((plan, "every") for plan in ("one to one", "labelled keys", "keys in any order", "cells", "no keys")),
+        *(("equal regions, other keys", rule) for rule in ("every", "negatives")),
         ("one to one", "negatives"),
     ],
 )
 @pytest.mark.parametrize("schedule", DENSE, indirect=True)
 def test_pair_lse_both(schedule, plan, rule, calls, request):
-    name, plan = request.node.callspec.params["schedule"], PLANS[plan]()
+    name, plan = request.node.callspec.params["schedule"], EVERY_PLAN[plan]()
     mask = allowed(plan, rule)
 
     def fast(x, keys, scale):

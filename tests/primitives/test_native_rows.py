@@ -20,6 +20,7 @@ from hpcloss.plan.partition import partition_against
 from tests.tools.cases import choice, integers, rows
 from tests.tools.native_rows import (
     DENSE,
+    EVERY_PLAN,
     FORMS,
     PAIR,
     PAIRED,
@@ -61,12 +62,12 @@ def schedule(request, monkeypatch, calls):
 @functools.cache
 def expected(plan, form, value, same_upstream):
     """Of plain PyTorch, in fp32 and in float64."""
-    arguments = PLANS[plan](), dict(form), value
+    arguments = EVERY_PLAN[plan](), dict(form), value
     return [losses_and_gradients(plain_contrast, *arguments, x, same_upstream) for x in (torch.float32, torch.float64)]
 
 
 def assert_contrast(plan, form, backend, value, same_upstream=False):
-    found = losses_and_gradients(fast_contrast(backend), PLANS[plan](), form, value, torch.float32, same_upstream)
+    found = losses_and_gradients(fast_contrast(backend), EVERY_PLAN[plan](), form, value, torch.float32, same_upstream)
     eager, exact = expected(plan, tuple(form.items()), value, same_upstream)
     assert found[0].dtype == torch.float32 and torch.equal(found[1], exact[1])
     assert_within_budget(found[0], eager[0], exact[0], "loss")
@@ -79,7 +80,7 @@ def assert_contrast(plan, form, backend, value, same_upstream=False):
 
 @pytest.mark.parametrize(
     ("schedule", "plan"),
-    [(name, plan) for name in DENSE for plan in PLANS] + [(name, plan) for name in PIECES for plan in OF_KEYS],
+    [(name, plan) for name in DENSE for plan in EVERY_PLAN] + [(name, plan) for name in PIECES for plan in OF_KEYS],
     indirect=["schedule"],
 )
 def test_contrast(schedule, plan, calls, request):
@@ -89,7 +90,7 @@ def test_contrast(schedule, plan, calls, request):
             assert_contrast(plan, form, schedule, value)
     name = request.node.callspec.params["schedule"]
     at_least = len(forms) * len(SCALES) * (1 if name == "dense" else 2)  # the second time in backward
-    assert calls["contrast"] >= at_least if serves(name, PLANS[plan]()) else calls["contrast"] == 0
+    assert calls["contrast"] >= at_least if serves(name, EVERY_PLAN[plan]()) else calls["contrast"] == 0
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_one_weight_for_all_losses(schedule, plan, calls):
     """As of a sum or a mean: pieces multiply the gradients that they have, and compute nothing a second time."""
     for form in FORMS + [PAIR] * (plan in PAIRED):
         before = calls["contrast"]
-        losses_and_gradients(fast_contrast(schedule), PLANS[plan](), form, 3.0, torch.float32, same_upstream=True)
+        losses_and_gradients(fast_contrast(schedule), EVERY_PLAN[plan](), form, 3.0, torch.float32, same_upstream=True)
         forward = calls["contrast"] - before
         assert_contrast(plan, form, schedule, 3.0, same_upstream=True)
         assert calls["contrast"] == before + 2 * forward
@@ -109,11 +110,11 @@ def test_one_weight_for_all_losses(schedule, plan, calls):
 
 
 @pytest.mark.parametrize("form", [*FORMS, PAIR], ids=lambda form: "-".join(map(str, form.values())))
-@pytest.mark.parametrize("plan", ["many short runs", "one to one"])
+@pytest.mark.parametrize("plan", ["many short runs", "one to one", "equal regions"])
 def test_slopes_made_again_are_those_that_were_kept(plan, form, monkeypatch):
     if form == PAIR and plan not in PAIRED:
         plan = "paired"
-    arguments = fast_contrast("dense"), PLANS[plan](), form, 3.0, torch.float32
+    arguments = fast_contrast("dense"), EVERY_PLAN[plan](), form, 3.0, torch.float32
     kept = losses_and_gradients(*arguments)
     monkeypatch.setattr(pytorch, "kept_slopes", lambda at, num_keys: 0)
     again = losses_and_gradients(*arguments)
@@ -127,7 +128,7 @@ def test_slopes_made_again_are_those_that_were_kept(plan, form, monkeypatch):
     indirect=["schedule"],
 )
 def test_backward_twice(schedule, plan, calls):
-    plan = PLANS[plan]()
+    plan = EVERY_PLAN[plan]()
     leaves = [x.detach().float().requires_grad_() for x in inputs(plan) if x is not None]
     scale = torch.tensor(3.0, requires_grad=True)
     losses, _ = fast_contrast(schedule)(*leaves, *[None] * (2 - len(leaves)), plan, scale, denominator="own")
@@ -141,7 +142,7 @@ def test_backward_twice(schedule, plan, calls):
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
 def test_only_what_is_needed_is_computed(schedule, plan, needed, calls):
     """Slopes, and the numbers that the scale's gradient is a sum of: for what asks for a gradient, and with one."""
-    plan = PLANS[plan]()
+    plan = EVERY_PLAN[plan]()
     leaves = [*(x.detach().float() for x in inputs(plan)), torch.tensor(3.0)]
     every = [x.clone().requires_grad_() for x in leaves]
     right = fast_contrast(schedule)(*every[:2], plan, every[2], denominator="all")
@@ -257,12 +258,12 @@ def test_a_row_of_more_keys_than_a_piece_holds(dim, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("schedule", "plan"), [(name, plan) for name in ("dense", "dense, slopes made again") for plan in
-                           ("many short runs", "self", "labelled keys", "keys in any order")]
+                           ("many short runs", "self", "labelled keys", "keys in any order", "equal regions")]
     + [(name, "keys in any order") for name in PIECES], indirect=["schedule"],
 )  # fmt: skip
 def test_a_bad_row_reaches_only_its_pairs(schedule, plan, value, calls):
     """Losses and gradients of other regions are the same to the last bit, those of its own are not finite."""
-    made = PLANS[plan]()
+    made = EVERY_PLAN[plan]()
     at = made.pairs.intervals
     has_pairs = (at.pos_end > at.pos_start).tolist()
     region = next(

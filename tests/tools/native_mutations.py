@@ -130,7 +130,7 @@ PLANTED = [
     (
         "no mirror image", "csrc/contrast.cpp",
         "for (int64_t i = 0; i < rows; ++i) std::copy(lower",
-        "if (!rows) std::copy(0 * rows + lower",
+        "for (int64_t i = 0; i < 0 * rows; ++i) std::copy(lower",
         "test_native_lse: threads or (test_pair_lse and region)",
     ),
     (

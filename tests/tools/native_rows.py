@@ -5,10 +5,11 @@ from collections import Counter
 import torch
 
 from hpcloss.backends import library
+from hpcloss.plan.partition import partition
 from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.scale import Scale
-from tests.tools.cases import rows
-from tests.tools.plans import allowed, as_rows, inputs
+from tests.tools.cases import choice, rows
+from tests.tools.plans import PLANS, Plan, allowed, as_rows, inputs
 
 FORMS = [
     {"denominator": "all"},
@@ -40,6 +41,20 @@ def serves(schedule, plan):
     at = plan.pairs.intervals
     regions = [(a1 - a0) * (k1 - k0) for a0, a1, k0, k1 in zip(*(bound.tolist() for bound in at[3:]), strict=True)]
     return schedule != "dense, without the library" and any(regions)
+
+
+def equal_regions(other_keys):
+    """Regions of one shape, one behind the other: the library takes them in one call."""
+    pairs = partition(choice([0, 1, 1, 2], 48), torch.arange(48) // 8, 6)
+    if not other_keys:
+        return Plan(pairs, None)
+    return Plan(pairs.replace(self_pos=torch.full_like(pairs.intervals.self_pos, -1)), 48)
+
+
+EVERY_PLAN = PLANS | {
+    "equal regions": lambda: equal_regions(False),
+    "equal regions, other keys": lambda: equal_regions(True),
+}
 
 
 class Calls(Counter):
