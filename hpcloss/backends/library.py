@@ -72,9 +72,13 @@ class Map(ctypes.Structure):
 Strides = tuple[int, int, int]  # between images, pixels and channels
 
 
-@functools.cache
 def _library() -> ctypes.CDLL:
-    found = native.library()
+    return _told(native.library())
+
+
+@functools.cache
+def _told(found: ctypes.CDLL) -> ctypes.CDLL:
+    """A library, after it was told what its functions take."""
     for name, arguments in _ARGUMENTS.items():
         getattr(found, f"hpcloss_{name}").argtypes = arguments
     return found

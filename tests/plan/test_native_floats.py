@@ -22,8 +22,7 @@ FAR = (-(2**63), -1, 0, 3, 2**63 - 1)  # bounds of intervals before, in and behi
 
 def raw(name, *arguments):
     """The error code of a function of the library. It copies what it is told of its arguments."""
-    library._library()
-    return getattr(native._find().library, f"hpcloss_{name}")(*arguments)
+    return getattr(library._library(), f"hpcloss_{name}")(*arguments)
 
 
 def pointers(*tensors):
