@@ -333,20 +333,21 @@ def hard_negative_nce_loss(
     rows, keys, by_image, own = two_views(view1, view2, None, normalize, backend, gather)
     scale = Scale.of(temperature, rows, normalize)
     factors = (1 + beta, beta) if beta else (1.0,)
-    positive, sums = one_positive(rows, own, scale, keys=keys, factors=factors)
+    positive, found = one_positive(rows, own, scale, keys=keys, factors=factors)
+    sums = list(found) if beta else [found]
     # Keys of one image are two, and all are of one region.
     negatives = own.intervals.key_end - own.intervals.key_start - 2
     counted = None
     if gather or view1.shape[0] < 2:  # else there is a negative; not -inf minus -inf where none is
         counted = (negatives > 0).expand_as(positive)
-        sums = torch.where(counted, sums, 0.0)
+        sums = [torch.where(counted, one, 0.0) for one in sums]
     log_count = negatives.clamp(min=1).to(positive.dtype).log()
     # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}. Here the logarithm of their ratio to N e^{l+}, without N.
     if beta:
-        hard, weights = sums.unbind()
+        hard, weights = sums
         ratio = hard - weights - positive
     else:
-        ratio = sums - log_count - positive
+        ratio = sums[0] - log_count - positive
     if tau_plus:
         # The share of false negatives, as a logarithm; from 1 on nothing is left, and the lowest value holds.
         left = -(math.log(tau_plus) - ratio).clamp(max=0.0).expm1()

@@ -25,12 +25,12 @@ def one_positive(
     keys: Rows | None = None,
     factors: Sequence[float] = (1.0,),
     both: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """The logit of each anchor's positive [N], and a log-sum-exp over its negatives [N].
 
         scale s_ip,    log sum_{j in negatives(i)} exp(factor scale s_ij),    p the one positive of anchor i
 
-    Of several factors [K, N]. both: that of anchors over keys and that of keys over anchors [2, N], as `pair_lse_both`;
+    Of several factors a tuple of them. both: that of anchors over keys and that of keys over anchors [2, N], as `pair_lse_both`;
     without factors and for pairs as those of `one_to_one`.
 
     pairs: one region in which every row is an anchor and has exactly one positive. factors: positive numbers. An empty
@@ -40,12 +40,13 @@ def one_positive(
     if backend != "triton":
         numbers = tuple([float(factor) for factor in factors])
         rows = inputs(anchors, keys, scale)
-        return _OnePositive.apply(*rows, scale.bound, numbers, both, backend, *pairs.intervals)
+        own, lse = _OnePositive.apply(*rows, scale.bound, numbers, both, backend, *pairs.intervals)
+        return own, lse.unbind() if len(numbers) > 1 else lse
     own, _ = pair_mean(anchors, pairs, "logit", scale.unbounded(), keys=keys)
     if both and keys is not None:
         return own, torch.stack(pair_lse_both(anchors, keys, pairs, "negatives", scale))
     lse = [pair_lse(anchors, pairs, "negatives", scale.times(factor), keys=keys) for factor in factors]
-    return own, lse[0] if len(lse) == 1 else torch.stack(lse)
+    return own, lse[0] if len(lse) == 1 else tuple(lse)
 
 
 class _OnePositive(torch.autograd.Function):

@@ -47,6 +47,7 @@ def assert_right(plan, factors, both):
         own, lse = one_positive(
             as_rows(anchors), plan.pairs, Scale(scale, bound), keys=as_rows(keys), factors=factors, both=both
         )
+        lse = torch.stack(lse) if len(factors) > 1 else lse
         mean, _ = reference.pair_mean(anchors, others, positives, scale, 0.0, None, "logit")
         exact = [reference.pair_lse(anchors, others, negatives, factor * scale) for factor in factors]
         if both:
