@@ -30,8 +30,8 @@ def one_positive(
 
         scale s_ip,    log sum_{j in negatives(i)} exp(factor scale s_ij),    p the one positive of anchor i
 
-    Of several factors a tuple of them. both: that of anchors over keys and that of keys over anchors [2, N], as `pair_lse_both`;
-    without factors and for pairs as those of `one_to_one`.
+    Of several factors a tuple of them. both: that of anchors over keys and that of keys over anchors [2, N], as
+    `pair_lse_both`; without factors and for pairs as those of `one_to_one`.
 
     pairs: one region in which every row is an anchor and has exactly one positive. factors: positive numbers. An empty
     set gives -inf and no gradient. Differentiable in rows and scale, once.
