@@ -15,7 +15,7 @@ constexpr float kLn2 = 0.693147180559945f, kLog2E = 1.442695040888963f;
 // 2^x to one unit in the last place; 0 below 2^-126. Taylor's series of 2^f, f in [-1/2, 1/2], times a power of two.
 HPCLOSS_INLINE float exp2_of(float x) {  // x below 128
   const float clamped = x < -126.0f ? -126.0f : x;  // NaN stays
-  const float magic = 12582912.0f;                                       // 1.5 * 2^23: rounds to an integer
+  const float magic = 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const float rounded = (clamped + magic) - magic, f = clamped - rounded;
   float series = 1.5252734e-5f;
   series = series * f + 1.5403530e-4f;

@@ -41,6 +41,11 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(f"hpcloss.backends.{backend}")
 
 
+def is_traced() -> bool:
+    """Whether a graph is traced, or another mode watches the operators of torch."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
 class Operators:
     """The operators by name: `ops.pack(...)`.
 
@@ -84,7 +89,7 @@ def _define(
             return body(*taken)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if is_traced():
             return operator(*args)
         device = ""
         for arg in args:

@@ -27,7 +27,7 @@ from hpcloss.operators import load
 from hpcloss.plan import native
 from hpcloss.plan.sorting import INT32_MAX
 
-AUTO = ("triton", "pytorch", "dense")  # fastest first
+AUTO = ("triton", "pytorch")  # fastest first
 MAX_CHANNELS = 512  # of a row of the Triton kernels
 NOT_INSTALLED = "Triton is not installed (pip install triton)"
 WIDTHS = (16, 32, 64, 128, 256)  # and MAX_CHANNELS: of their trials
@@ -56,9 +56,7 @@ def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[
 
     falls_back: another backend takes the call if this one cannot. On a GPU that is told, once.
     """
-    if name == "dense":
-        return []
-    if name in ("blockwise", "pytorch"):
+    if name in ("dense", "blockwise", "pytorch"):
         return ["device 'mps' has no float64"] if tensor.device.type == "mps" else []
     place = tensor.device.type, tensor.device.index
     reasons = list(_triton_missing(*place, falls_back))

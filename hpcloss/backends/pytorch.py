@@ -11,7 +11,7 @@ from torch import Tensor
 from hpcloss.backends.blockwise.rows import pack, pack_backward, rows_dtype
 from hpcloss.backends.blockwise.segment_mean import segment_mean
 from hpcloss.backends.dense.batches import MOST, Region, largest_region, regions_of
-from hpcloss.plan import native
+from hpcloss.backends.dense.rows import is_native
 from hpcloss.plan.partition import Intervals
 
 __all__ = [
@@ -22,35 +22,33 @@ __all__ = [
     "pack_backward",
     "rows_dtype",
     "segment_mean",
-    "takes_pieces",
 ]
 
-# Pairs of the largest region, up to which `dense` takes less time than the tiles.
-DENSE_UP_TO = {"cpu": 1 << 19, "mps": MOST}
-DENSE_ELSEWHERE = 1 << 20  # one tile there, with the same mask
+# Pairs of the largest region up to which the dense backend takes no more time than the tiles. Its time over theirs, of
+# rows in one region in fp32, and in float64 where that differs (`python benchmarks/choice.py`, CPU, one thread):
+#
+#                       128   256   384   512   724  1,024 rows
+# contrast             0.39  0.45  0.47  0.70  0.80   1.09       float64: 0.68 at 384, 1.33 at 512
+# one_positive         0.51  0.59  0.64  0.66  0.74   0.83       float64: 1.03 at 1,024
+# pair_lse             0.64  0.72  0.77  1.11  1.74   1.94
+# pair_cross_entropy   0.66  0.72  0.74  0.94  1.14   2.85
+# pair_mean            0.84  0.91  0.98  1.82  5.23   9.19
+DENSE_UP_TO = {"contrast": 1 << 19, "one_positive": 1 << 19}
+DENSE_OTHERS = 1 << 17  # other primitives; a contrast without the library's C++, too
+DENSE_ELSEWHERE = 1 << 20  # not measured: on other devices the tiles are one tile then, with the same mask
 
 
-def choose(at: Intervals, num_keys: int, in_pieces: bool = False) -> str:
+def choose(primitive: str, anchors: Tensor, keys: Tensor | None, at: Intervals) -> str:
     """The backend of a call: "dense", or beyond its size "pieces", where these serve, else "blockwise"."""
     if torch.compiler.is_compiling():
         return "blockwise"  # else compiled code would be for sizes below the limit alone, or above it
-    limit = DENSE_UP_TO.get(at.pos_start.device.type, DENSE_ELSEWHERE)
-    if _pairs(at, num_keys) <= limit:
+    whole_rows = primitive == "contrast" and is_native(anchors)
+    limit = DENSE_ELSEWHERE
+    if anchors.device.type == "cpu":
+        limit = DENSE_OTHERS if primitive == "contrast" and not whole_rows else DENSE_UP_TO.get(primitive, DENSE_OTHERS)
+    if _pairs(at, (anchors if keys is None else keys).shape[0]) <= limit:
         return "dense"
-    return "pieces" if in_pieces else "blockwise"
-
-
-def takes_pieces(anchors: Tensor) -> bool:
-    """Whether a contrast of these anchors and other keys may run in pieces."""
-    return anchors.dtype == torch.float32 and anchors.device.type == "cpu" and _has_library()
-
-
-def _has_library() -> bool:
-    return not native.why_not("cpu")
-
-
-# What `torch.compiler.assume_constant_result` sets; calling it would import the compiler, and Triton, at once.
-_has_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return "pieces" if whole_rows and keys is not None else "blockwise"
 
 
 def kept_slopes(at: Intervals, num_keys: int) -> int:

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from hpcloss.operators import ops
+from hpcloss.operators import is_traced, ops
 from hpcloss.plan.draw import draw
 from hpcloss.plan.labels import is_class
 from hpcloss.plan.native import MAX_AXES
@@ -303,9 +302,8 @@ def two_by_two(count: int, device: torch.device) -> Pairs:
 
 
 def _known(make: Callable[[int, torch.device], Pairs], count: int, device: torch.device) -> Pairs:
-    """A plan that follows from a number alone. Of small problems on the CPU it is kept from step to step: making it
-    takes a twentieth of a step of 64 rows."""
-    plain = not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.is_inference_mode_enabled())
+    """A plan that follows from a number alone. Of small problems on the CPU it is kept from step to step."""
+    plain = not (is_traced() or torch.is_inference_mode_enabled())
     return _kept(make, count) if plain and device.type == "cpu" and count <= MOST_KEPT else make(count, device)
 
 

@@ -47,7 +47,7 @@ def contrast(
     An anchor is counted if it has a positive and, for "own" and "negatives", a negative. multiplicity: how often each
     key stands in the denominators.
     """
-    backend = rows.backend_for(pairs, keys, contrast=True)
+    backend = rows.backend_for("contrast", pairs, keys)
     if backend in ("dense", "pieces"):
         form = (denominator, float(hardness), float(discount), detach_weights, multiplicity)
         given, kept = inputs(rows, keys, scale), 0

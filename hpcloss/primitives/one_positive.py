@@ -36,7 +36,7 @@ def one_positive(
     pairs: one region in which every row is an anchor and has exactly one positive. factors: positive numbers. An empty
     set gives -inf and no gradient. Differentiable in rows and scale, once.
     """
-    backend = anchors.backend_for(pairs, keys)
+    backend = anchors.backend_for("one_positive", pairs, keys)
     if backend != "triton":
         numbers = tuple([float(factor) for factor in factors])
         rows = inputs(anchors, keys, scale)

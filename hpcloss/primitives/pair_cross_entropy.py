@@ -34,7 +34,7 @@ def pair_cross_entropy(
     """
     rows = inputs(anchors, keys, scale)
     return _PairCrossEntropy.apply(
-        *rows, scale.bound, float(hardness), anchors.backend_for(pairs, keys), *pairs.intervals
+        *rows, scale.bound, float(hardness), anchors.backend_for("pair_cross_entropy", pairs, keys), *pairs.intervals
     )
 
 

@@ -29,7 +29,8 @@ def pair_lse(
     logaddexp. Differentiable in rows and scale, once.
     """
     rows = inputs(anchors, keys, scale)
-    return _PairLse.apply(*rows, bias, scale.bound, rule, anchors.backend_for(pairs, keys), *pairs.intervals)
+    backend = anchors.backend_for("pair_lse", pairs, keys)
+    return _PairLse.apply(*rows, bias, scale.bound, rule, backend, *pairs.intervals)
 
 
 class _PairLse(torch.autograd.Function):
@@ -80,7 +81,8 @@ def pair_lse_both(anchors: Rows, keys: Rows, pairs: Pairs, rule: str, scale: Sca
             f"rule 'negatives' needs as many keys as anchors, got {keys.data.shape[0]} and {anchors.data.shape[0]}"
         )
     rows = inputs(anchors, keys, scale)
-    return _PairLseBoth.apply(*rows, scale.bound, rule, anchors.backend_for(pairs, keys), *pairs.intervals)
+    backend = anchors.backend_for("pair_lse_both", pairs, keys)
+    return _PairLseBoth.apply(*rows, scale.bound, rule, backend, *pairs.intervals)
 
 
 class _PairLseBoth(torch.autograd.Function):

@@ -43,7 +43,7 @@ def pair_mean(
         raise ValueError(f"term {term!r} {'needs' if stat is None else 'takes no'} stat")
     return _PairMean.apply(
         *inputs(anchors, keys, scale), stat, log_weight, scale.bound, float(hardness), float(discount), detach_weights,
-        anchors.backend_for(pairs, keys), *pairs.intervals,
+        anchors.backend_for("pair_mean", pairs, keys), *pairs.intervals,
     )  # fmt: skip
 
 

@@ -29,18 +29,12 @@ class Rows(NamedTuple):
     companion: Tensor
     backend: str
 
-    def backend_for(self, pairs: Pairs, keys: Rows | None, contrast: bool = False) -> str:
-        """The backend that computes these pairs. NotImplementedError where the one that was asked for cannot.
-
-        contrast: for a whole contrast, which "pieces" computes as well, where keys are other rows than anchors.
-        """
-        if self.backend not in ("pytorch", "dense"):
-            return self.backend
-        others = self if keys is None else keys
+    def backend_for(self, primitive: str, pairs: Pairs, keys: Rows | None) -> str:
+        """The backend of a primitive over these pairs. NotImplementedError where the one that was asked for cannot."""
         if self.backend == "pytorch":
-            in_pieces = contrast and keys is not None and pytorch.takes_pieces(self.data)
-            return pytorch.choose(pairs.intervals, others.data.shape[0], in_pieces)
-        pytorch.check_dense(pairs.intervals, others.data.shape[0])
+            return pytorch.choose(primitive, self.data, None if keys is None else keys.data, pairs.intervals)
+        if self.backend == "dense":
+            pytorch.check_dense(pairs.intervals, (self if keys is None else keys).data.shape[0])
         return self.backend
 
     def detach(self) -> Rows:

@@ -20,7 +20,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(tiles, "BLOCK", 48)
         monkeypatch.setattr(tiles, "LONG_RUN", 12)
     if request.param == "pieces":
-        monkeypatch.setitem(DENSE_UP_TO, "cpu", 0)
+        monkeypatch.setitem(DENSE_UP_TO, "contrast", 0)
         return "auto"
     if request.param == "dense, without the library":
         monkeypatch.setattr(native, "serves", lambda tensor: False)

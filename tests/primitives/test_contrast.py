@@ -5,6 +5,7 @@ import torch
 
 from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.scale import Scale
+from tests.primitives.conftest import DENSE
 from tests.tools.numerics import assert_exact
 from tests.tools.plans import NOISE, PLANS, as_rows, inputs, rows
 
@@ -43,16 +44,10 @@ def assert_same_contrast(plan, form, value=3.0):
         assert_exact(grad, exact, floor=100 * NOISE)
 
 
-@pytest.fixture(params=["dense", "dense, few regions a batch", "dense, one region"])
-def schedule(request, monkeypatch):
-    from hpcloss.backends.dense import batches
-
-    if request.param == "dense, few regions a batch":
-        monkeypatch.setattr(batches, "MOST", 40)
-    if request.param == "dense, one region":
-        monkeypatch.setattr(batches, "_reads", lambda at: False)
+on_dense = pytest.mark.parametrize("schedule", DENSE, indirect=True)
 
 
+@on_dense
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
 def test_contrast(plan, form, schedule):
@@ -60,6 +55,7 @@ def test_contrast(plan, form, schedule):
         assert_same_contrast(PLANS[plan](), form, value)
 
 
+@on_dense
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if plan in PAIRED])
 def test_contrast_of_pairs(plan, schedule):
     for value in (3.0, 0.01, 90.0):

@@ -53,7 +53,7 @@ def schedule(request, monkeypatch, calls):
     if request.param == "dense, without the library":
         monkeypatch.setattr(native, "serves", lambda tensor: False)
     if request.param in PIECES:
-        monkeypatch.setitem(pytorch.DENSE_UP_TO, "cpu", 0)
+        monkeypatch.setitem(pytorch.DENSE_UP_TO, "contrast", 0)
         monkeypatch.setattr(pieces, "MOST", 40 if request.param == "pieces of few rows" else pieces.MOST)
         return "pytorch"
     return "dense"
@@ -183,7 +183,7 @@ def test_nothing_is_kept_without_a_gradient(backend, monkeypatch):
 
 def test_keys_without_a_gradient(monkeypatch):
     """In pieces, as a queue or the other view of a momentum encoder."""
-    monkeypatch.setitem(pytorch.DENSE_UP_TO, "cpu", 0)
+    monkeypatch.setitem(pytorch.DENSE_UP_TO, "contrast", 0)
     x, keys = rows(30, 6, dtype=torch.float32), rows(50, 6, seed=1, dtype=torch.float32)
     y, key_labels = integers(4, 30), integers(4, 50, seed=1)
     grads = []
@@ -199,7 +199,7 @@ def test_keys_without_a_gradient(monkeypatch):
 @pytest.mark.parametrize("most", [64, pieces.MOST])
 def test_losses_in_pieces_with_weights_that_differ(reduction, most, monkeypatch, calls):
     """Of a class with few rows each loss weighs more. Against the reference in float64."""
-    monkeypatch.setitem(pytorch.DENSE_UP_TO, "cpu", 0)
+    monkeypatch.setitem(pytorch.DENSE_UP_TO, "contrast", 0)
     monkeypatch.setattr(pieces, "MOST", most)
     y, key_labels = choice([0, 0, 0, 1, 2, 2, 255], 40), choice([0, 1, 2, 3, 255], 30)
     found = []

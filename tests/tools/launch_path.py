@@ -37,6 +37,7 @@ from unittest import mock
 import torch
 
 import hpcloss
+from benchmarks.peers import eager_supcon
 from hpcloss.primitives import rows as row_primitives
 from tests.tools.cases import choice, rows
 from tests.tools.losses import LOSSES, Loss
@@ -475,16 +476,6 @@ STAGES = (
     "_engine_run_backward", "pack_backward", "pair_lse_backward", "pair_mean_backward",
     "pair_cross_entropy_backward",
 )  # fmt: skip
-
-
-def eager_supcon(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What people write: every pair of a few rows."""
-    rows_ = torch.nn.functional.normalize(embeddings, dim=1)
-    logits = rows_ @ rows_.T / 0.1
-    itself = torch.eye(len(rows_), dtype=torch.bool)
-    positive = (labels[:, None] == labels) & ~itself
-    log_share = logits - torch.logsumexp(logits.masked_fill(itself, -float("inf")), 1, keepdim=True)
-    return -((log_share * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
 
 
 ANSWERS = {"step": step, "refusals": refusals, "tried": tried, "host_time": host_time}

@@ -1,6 +1,6 @@
 """The dense backend: all similarities of a region at once, for problems whose similarities fit 4 MB.
 
-A handful of PyTorch operations each way, in any dtype and on any device. Rows are packed as for the tiles.
+A handful of PyTorch operations each way, in float32 and float64. Rows are packed as for the tiles.
 """
 
 from hpcloss.backends.blockwise.rows import pack, pack_backward, rows_dtype

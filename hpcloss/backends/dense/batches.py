@@ -160,14 +160,6 @@ class Batch:
         else:
             into[self.rows[self.real]] = values.reshape(self.rows.shape)[self.real]
 
-    def merged(self, values: Tensor, into: Tensor | None) -> Tensor:
-        """The anchors' values [R, n, 1] among those of earlier batches [N], zeros where no batch has been."""
-        if self.all_rows:
-            return values.flatten()
-        into = values.new_zeros(self.at.pos_start.shape[0]) if into is None else into
-        self.put(values, into)
-        return into
-
     def put_keys(self, values: Tensor, into: Tensor) -> None:
         """Write the keys' values [R, m, 1] to [M]."""
         if isinstance(self.columns, slice):

@@ -1,7 +1,7 @@
 """`pair_contrast`: losses of anchors and their slopes from one S.
 
 The slopes are made where the similarities are. Backward multiplies them by the incoming gradients and has one product
-to do. They are kept where all rows are one region; else backward makes them again, batch by batch.
+to do. They are kept where there is room for them (`pytorch.kept_slopes`); else backward makes them again.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hpcloss.backends import library
 from hpcloss.backends.arithmetic import INF, LN2, LOG2E, accumulation, gradients_of_logits
-from hpcloss.backends.dense.batches import Batch, batches, regions_of, softmax_terms
-from hpcloss.backends.dense.rows import add_gradients, groups, is_native, native_rows, readable
+from hpcloss.backends.dense.batches import Batch, batches, softmax_terms
+from hpcloss.backends.dense.rows import add_gradients, is_native, native_logits
 from hpcloss.plan.partition import Intervals
 
 
@@ -40,10 +40,8 @@ def pair_lse(
     at, (anchors, keys) = Intervals(*intervals), accumulation(anchors, keys)
     lse = anchors.new_full(anchors.shape[:1], -INF)
     if bias is None and is_native(anchors):
-        at = readable(at)
-        for group in groups(regions_of(at)):
-            logits = group.logits(anchors, anchors if keys is None else keys, float(scale) * LOG2E)
-            library.lse(native_rows(group, logits, at), rule, (1.0,), lse[group.anchors()])
+        for group, given in native_logits(anchors, keys, at, scale):
+            library.lse(given, rule, (1.0,), lse[group.anchors()])
         return lse.mul_(LN2)
     for batch in batches(anchors, keys, at):
         softmax = softmax_terms(_logits(batch, scale.to(lse.dtype), bias, rule), batch.lowest)
@@ -73,14 +71,10 @@ def pair_lse_backward(
     empty = lse == -INF
     grad, shift = torch.where(empty, 0.0, grad.to(anchors.dtype)), torch.where(empty, 0.0, lse) * LOG2E
     if bias is None and is_native(anchors):
-        at = readable(at)
-        for group in groups(regions_of(at)):
-            logits, rows = (
-                group.logits(anchors, anchors if keys is None else keys, float(scale) * LOG2E),
-                group.anchors(),
-            )
-            library.lse_slopes(native_rows(group, logits, at), rule, (1.0,), shift[rows], grad[rows])
-            add_gradients(group, logits, anchors, keys, d_anchors, d_keys)
+        for group, given in native_logits(anchors, keys, at, scale):
+            rows = group.anchors()
+            library.lse_slopes(given, rule, (1.0,), shift[rows], grad[rows])
+            add_gradients(group, given[0], anchors, keys, d_anchors, d_keys)
         return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)
     for batch in batches(anchors, keys, at):
         logits = _logits(batch, scale, bias, rule)
@@ -96,11 +90,9 @@ def pair_lse_both(
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     rows, columns = anchors.new_full(anchors.shape[:1], -INF), anchors.new_full(keys.shape[:1], -INF)
     if is_native(anchors) and others is not None:
-        at = readable(at)
-        for group in groups(regions_of(at)):
-            found = native_rows(group, group.logits(anchors, others, float(scale) * LOG2E), at)
-            library.lse(found, rule, (1.0,), rows[group.anchors()])
-            library.lse_columns(found, rule, columns[group.keys()])
+        for group, given in native_logits(anchors, others, at, scale):
+            library.lse(given, rule, (1.0,), rows[group.anchors()])
+            library.lse_columns(given, rule, columns[group.keys()])
         return rows.mul_(LN2), columns.mul_(LN2)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale.to(rows.dtype), None, rule)
@@ -136,12 +128,10 @@ def pair_lse_both_backward(
     of_rows, of_columns = (torch.where(lse == -INF, 0.0, grad.to(anchors.dtype)) for grad, lse in sides)
     rows, columns = (torch.where(lse == -INF, 0.0, lse) * LOG2E for _, lse in sides)
     if is_native(anchors) and others is not None:
-        at = readable(at)
-        for group in groups(regions_of(at)):
-            logits, own, met = group.logits(anchors, others, float(scale) * LOG2E), group.anchors(), group.keys()
-            statistics = rows[own], of_rows[own], columns[met], of_columns[met]
-            library.lse_both_slopes(native_rows(group, logits, at), rule, *statistics)
-            add_gradients(group, logits, anchors, others, d_anchors, d_keys)
+        for group, given in native_logits(anchors, others, at, scale):
+            own, met = group.anchors(), group.keys()
+            library.lse_both_slopes(given, rule, rows[own], of_rows[own], columns[met], of_columns[met])
+            add_gradients(group, given[0], anchors, others, d_anchors, d_keys)
         return gradients_of_logits(anchors, others, scale, d_anchors, d_keys, needs_anchors, needs_scale)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale, None, rule)

@@ -182,9 +182,15 @@ class Group:
         return values.view(self.number, -1, values.shape[1])
 
 
-def native_rows(group: Group, logits: Tensor, at: Intervals) -> tuple[Tensor, library.Rows]:
-    """The logits of a group, as the library's functions of log-sum-exps take them. `at` is `readable`."""
-    return library.rows_of(logits, logits.shape[0] // group.number, group.keys().start, at[:3], group.anchors().start)
+def native_logits(
+    anchors: Tensor, keys: Tensor | None, at: Intervals, scale: Tensor
+) -> Iterator[tuple[Group, tuple[Tensor, library.Rows]]]:
+    """Each group with its logits to base 2, as the library's functions of log-sum-exps take them."""
+    at, others, factor = readable(at), anchors if keys is None else keys, float(scale) * LOG2E
+    for group in groups(regions_of(at)):
+        logits, rows, columns = group.logits(anchors, others, factor), group.anchors(), group.keys()
+        length = logits.shape[0] // group.number
+        yield group, library.rows_of(logits, length, columns.start, at[:3], rows.start)
 
 
 def groups(regions: list[Region]) -> Iterator[Group]:
