@@ -12,34 +12,39 @@ namespace hpcloss {
 namespace {
 
 constexpr int64_t kBlock = 32;
+constexpr int64_t kLanes = 16;  // of the widest vectors
+
+// Whole vectors: the numbers that do not fill one take as long as some vectors of them.
+int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 struct Found {
   float loss, by_scale;
   bool counted;
 };
 
-// Of one row of logits to base 2: the loss, and its slopes in place of the logits. scratch holds 4 rows.
+// Of one row of logits to base 2: the loss, and its slopes in place of the logits. scratch holds 4 padded rows.
 HPCLOSS_CLONES Found contrast_row(float* x, int64_t keys, int64_t pos_start, int64_t pos_end, int64_t self,
                                   const hpcloss_contrast_options* options, bool needs_slopes, bool needs_scale,
                                   float* scratch) {
-  const Pieces pieces(pos_start, pos_end, self, keys);
-  const int64_t positives = pieces.count(0, pieces.positives);
-  const int64_t negatives = pieces.count(pieces.positives, pieces.all);
+  const bool is_key = self >= 0 && self < keys;
+  const bool is_positive = self >= pos_start && self < pos_end;  // of itself, which does not count
+  const int64_t positives = pos_end - pos_start - is_positive;
+  const int64_t negatives = keys - (pos_end - pos_start) - (is_key && !is_positive);
   const int32_t form = options->form;
   const bool needs_negatives = form == HPCLOSS_OWN || form == HPCLOSS_NEGATIVES;
   if (!positives || (needs_negatives && !negatives)) {
     if (needs_slopes) std::fill(x, x + keys, 0.0f);
     return {0.0f, 0.0f, false};
   }
-  float *logit = scratch, *weight = scratch + keys, *term = scratch + 2 * keys, *row = scratch + 3 * keys;
+  const int64_t length = padded(keys);
+  float *logit = scratch, *weight = scratch + length, *term = scratch + 2 * length, *row = scratch + 3 * length;
   if (needs_scale) std::copy(x, x + keys, row);
+  // The positives lie in two pieces, before and behind the row's own key.
+  const int64_t ends[2] = {is_positive ? self : pos_end, pos_end};
+  const int64_t starts[2] = {pos_start, is_positive ? self + 1 : pos_end};
 
   // The positives' logits and their weights, next to each other.
-  int64_t at = 0;
-  for (int i = 0; i < pieces.positives; ++i) {
-    std::copy(x + pieces.piece[i].first, x + pieces.piece[i].first + pieces.piece[i].count, logit + at);
-    at += pieces.piece[i].count;
-  }
+  std::copy(x + starts[1], x + ends[1], std::copy(x + starts[0], x + ends[0], logit));
   const float of_weights = options->of_weights;
   float heaviest = 0.0f;  // the logit of the largest weight: terms relative to it keep the differences that weights see
   if (of_weights == 0.0f) {
@@ -51,11 +56,16 @@ HPCLOSS_CLONES Found contrast_row(float* x, int64_t keys, int64_t pos_start, int
     multiply(weight, positives, 1.0f / exp2_and_sum(weight, positives, most));
   }
 
-  // The denominator.
-  const int first = form == HPCLOSS_ALL ? 0 : pieces.positives;
+  // The denominator, over the whole row, whose vectors are aligned: the power of -inf is 0.
+  if (is_key) x[self] = -kInfinity;
+  if (form != HPCLOSS_ALL) std::fill(x + pos_start, x + pos_end, -kInfinity);
   float shift = -kInfinity, total = 0.0f;
-  for (int i = first; i < pieces.all; ++i) shift = largest(x + pieces.piece[i].first, pieces.piece[i].count, shift);
-  for (int i = first; i < pieces.all; ++i) total += exp2_and_sum(x + pieces.piece[i].first, pieces.piece[i].count, shift);
+  if (form == HPCLOSS_PAIR && !negatives) {
+    std::fill(x, x + keys, 0.0f);
+  } else {
+    shift = largest(x, keys, shift);
+    total = exp2_and_sum(x, keys, shift);
+  }
   const float log_total = std::log2(total) + options->log2_multiplicity;  // -inf without a negative of a pair
 
   // The loss; of each positive its slope through the logit (in x) and the value that the weights average (in term).
@@ -63,9 +73,12 @@ HPCLOSS_CLONES Found contrast_row(float* x, int64_t keys, int64_t pos_start, int
   const float damped = options->damped;
   if (form == HPCLOSS_OWN || form == HPCLOSS_PAIR) {
     const float lse = negatives ? shift + log_total : -kInfinity;
+    const int64_t whole = padded(positives);  // the last vector is filled with terms that are finite and weigh 0
+    std::fill(logit + positives, logit + whole, negatives ? lse : 0.0f);
+    std::fill(weight + positives, weight + whole, 0.0f);
     push = 0.0f;
 #pragma omp simd reduction(+ : loss, push)
-    for (int64_t j = 0; j < positives; ++j) {
+    for (int64_t j = 0; j < whole; ++j) {
       const float against = (lse - logit[j] * (1.0f - damped)) * kLn2, size = against < 0.0f ? -against : against;
       const float small = exp2_of(-size * kLog2E);
       const float value = (against > 0.0f ? against : 0.0f) + log1p_of(small) - damped * kLn2 * logit[j];
@@ -88,18 +101,15 @@ HPCLOSS_CLONES Found contrast_row(float* x, int64_t keys, int64_t pos_start, int
   }
   if (!needs_slopes) return {loss, 0.0f, true};
 
-  for (int i = first; i < pieces.all; ++i) multiply(x + pieces.piece[i].first, pieces.piece[i].count, push / total);
-  if (self >= 0 && self < keys) x[self] = 0.0f;
-  at = 0;
-  for (int i = 0; i < pieces.positives; ++i) {
-    float* to = x + pieces.piece[i].first;
-    if (form != HPCLOSS_ALL) std::fill(to, to + pieces.piece[i].count, 0.0f);
-    for (int64_t j = 0; j < pieces.piece[i].count; ++j) to[j] -= logit[at + j];
-    at += pieces.piece[i].count;
+  if (total != 0.0f) multiply(x, keys, push / total);
+  if (is_key) x[self] = 0.0f;
+  const float* share = logit;
+  for (int i = 0; i < 2; ++i) {
+    for (int64_t j = starts[i]; j < ends[i]; ++j) x[j] -= *share++;
   }
   float by_scale = 0.0f;
   if (needs_scale) {
-    if (self >= 0 && self < keys) row[self] = 0.0f;
+    if (is_key) row[self] = 0.0f;
     by_scale = dot(x, row, keys) * kLn2;
   }
 
@@ -107,11 +117,10 @@ HPCLOSS_CLONES Found contrast_row(float* x, int64_t keys, int64_t pos_start, int
   if (damped != 0.0f || options->differentiated) {
     const float average = options->differentiated ? dot(weight, term, positives) : 0.0f;
     const float through = options->differentiated ? of_weights : 0.0f;
-    at = 0;
-    for (int i = 0; i < pieces.positives; ++i) {
-      float* to = x + pieces.piece[i].first;
-      for (int64_t j = 0; j < pieces.piece[i].count; ++j, ++at) {
-        to[j] += through * weight[at] * (term[at] - average) + damped * (logit[at] - weight[at]);
+    int64_t at = 0;
+    for (int i = 0; i < 2; ++i) {
+      for (int64_t j = starts[i]; j < ends[i]; ++j, ++at) {
+        x[j] += through * weight[at] * (term[at] - average) + damped * (logit[at] - weight[at]);
       }
     }
   }
@@ -125,7 +134,7 @@ void contrast_rows(float* logits, int64_t rows, int64_t rows_of_region, int64_t 
                    float* by_scale, int32_t threads) {
   const int64_t block = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(keys, 1));
   parallel(threads, (rows + block - 1) / block, [&](int64_t item) {
-    std::vector<float> scratch(static_cast<size_t>(4 * keys));
+    std::vector<float> scratch(static_cast<size_t>(4 * padded(keys)));
     for (int64_t i = item * block; i < std::min(rows, (item + 1) * block); ++i) {
       const Place at(pos_start[i], pos_end[i], self_pos[i], first_key + i / rows_of_region * keys, keys);
       const Found found = contrast_row(logits + i * keys, keys, at.from, at.to, at.self, &options, needs_slopes,

@@ -28,12 +28,12 @@ __all__ = [
 # rows in one region in fp32, and in float64 where that differs (`python benchmarks/choice.py`, CPU, one thread):
 #
 #                       128   256   384   512   724  1,024 rows
-# contrast             0.39  0.45  0.47  0.70  0.80   1.09       float64: 0.68 at 384, 1.33 at 512
-# one_positive         0.51  0.59  0.64  0.66  0.74   0.83       float64: 1.03 at 1,024
-# pair_lse             0.64  0.72  0.77  1.11  1.74   1.94
-# pair_cross_entropy   0.66  0.72  0.74  0.94  1.14   2.85
-# pair_mean            0.84  0.91  0.98  1.82  5.23   9.19
-DENSE_UP_TO = {"contrast": 1 << 19, "one_positive": 1 << 19}
+# contrast             0.36  0.40  0.43  0.60  0.75   0.84       float64: 0.67 at 384, 0.88 at 512, 1.80 at 724
+# one_positive         0.52  0.58  0.63  0.65  0.73   0.84       float64: 0.94 at 724, 1.61 at 1,024
+# pair_lse             0.62  0.67  0.70  1.00  1.56   1.76
+# pair_cross_entropy   0.66  0.72  0.74  0.92  1.12   1.60
+# pair_mean            0.83  0.94  0.96  1.72  2.77   5.83
+DENSE_UP_TO = {"contrast": 1 << 20, "one_positive": 1 << 19}
 DENSE_OTHERS = 1 << 17  # other primitives; a contrast without the library's C++, too
 DENSE_ELSEWHERE = 1 << 20  # not measured: on other devices the tiles are one tile then, with the same mask
 

@@ -126,6 +126,34 @@ def test_cxx_warns_of_nothing(source, tmp_path):
         assert done.returncode == 0, done.stdout
 
 
+FUSED = """
+#include <cstdio>
+#include <cstdlib>
+#include "vectors.h"
+HPCLOSS_CLONES double remainder_of(double a, double b, double product) { return a * b - product; }
+int main(int, char** given) {
+  const double a = std::atof(given[1]);
+  volatile double product = a * a;
+  std::printf("%.17g", remainder_of(a, a, product));
+}
+"""
+
+
+@needs_gnu
+def test_the_widest_vectors_of_the_processor_are_taken(tmp_path):
+    """Whoever made it. AVX2 comes with fused multiply-add: there `a * b - round(a * b)` is what was rounded away."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists() or not {"avx2", "fma", "bmi2"} <= set(info.read_text().split()):
+        pytest.skip("the processor has no AVX2")
+    if int(call("g++", "-dumpversion").stdout.partition(".")[0]) < 12:
+        pytest.skip("for older compilers than GCC 12 the clones have no fused multiply-add")
+    (tmp_path / "fused.cpp").write_text(FUSED)
+    flags = [*recipe.GNU_FLAGS, "-ffp-contract=fast", "-I", ROOT / "csrc"]
+    done = call("g++", *flags, tmp_path / "fused.cpp", "-o", tmp_path / "fused")
+    assert done.returncode == 0, done.stdout
+    assert float(call(tmp_path / "fused", str(1 + 2**-30)).stdout) == 2**-60
+
+
 @needs_gnu
 @needs_nvcc
 @pytest.mark.parametrize("source", recipe.sources("*.cu"))

@@ -17,7 +17,7 @@ PLANTED = [
         "an anchor meets itself", "csrc/rows.h",
         "add(first, inside ? self : end);",
         "add(first, end);",
-        ROWS,
+        LSE,
     ),
     (
         "crossed intervals", "csrc/rows.h",
@@ -29,13 +29,13 @@ PLANTED = [
         "positives after the first key alone", "csrc/rows.h",
         "add(0, pos_start, self);",
         "",
-        ROWS,
+        LSE,
     ),
     (
         "negatives end early", "csrc/rows.h",
         "add(pos_end, keys, self);",
         "add(pos_end, keys - 1, self);",
-        ROWS,
+        LSE,
     ),
     (
         "exp2 without its third power", "csrc/rows.h",
@@ -51,9 +51,57 @@ PLANTED = [
     ),
     (
         "no shift in the denominator", "csrc/contrast.cpp",
-        ".count, shift);\n  for",
-        ".count, shift);\n  shift = 0.0f;\n  for",
+        "shift = largest(x, keys, shift);",
+        "shift = 0.0f;",
         ROWS,
+    ),
+    (
+        "a row's own key is a negative", "csrc/contrast.cpp",
+        "if (is_key) x[self] = -kInfinity;",
+        "",
+        ROWS,
+    ),
+    (
+        "a row's own key has a slope", "csrc/contrast.cpp",
+        "if (is_key) x[self] = 0.0f;",
+        "if (is_key) x[self] = 1.0f;",
+        ROWS,
+    ),
+    (
+        "a row is its own positive", "csrc/contrast.cpp",
+        "pos_end - pos_start - is_positive;",
+        "pos_end - pos_start;",
+        ROWS,
+    ),
+    (
+        "a row that is no positive is counted as one", "csrc/contrast.cpp",
+        "- (is_key && !is_positive);",
+        "- is_key;",
+        ROWS,
+    ),
+    (
+        "positives behind the row itself are left out", "csrc/contrast.cpp",
+        "{is_positive ? self : pos_end, pos_end};",
+        "{is_positive ? self : pos_end, is_positive ? self + 1 : pos_end};",
+        ROWS,
+    ),
+    (
+        "numbers behind the last positive weigh", "csrc/contrast.cpp",
+        "std::fill(weight + positives, weight + whole, 0.0f);",
+        "std::fill(weight + positives, weight + whole, 0.25f);",
+        ROWS,
+    ),
+    (
+        "a pair without a negative has a denominator", "csrc/contrast.cpp",
+        "if (form == HPCLOSS_PAIR && !negatives) {",
+        "if (form == HPCLOSS_PAIR && negatives < 0) {",
+        ROWS,
+    ),
+    (
+        "vectors by who made the processor", "csrc/vectors.h",
+        '"arch=x86-64-v4", "arch=x86-64-v3", "default"',
+        '"arch=skylake-avx512", "arch=haswell", "default"',
+        "test_build: widest",
     ),
     (
         "slopes of a row that is not counted", "csrc/contrast.cpp",
@@ -87,8 +135,8 @@ PLANTED = [
     ),
     (
         "positives are pulled, not pushed", "csrc/contrast.cpp",
-        "to[j] -= logit[at + j];",
-        "to[j] += logit[at + j];",
+        "x[j] -= *share++;",
+        "x[j] += *share++;",
         ROWS,
     ),
     (

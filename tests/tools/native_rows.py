@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 
 from hpcloss.backends import library
-from hpcloss.plan.partition import partition
+from hpcloss.plan.partition import partition, two_by_two
 from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.scale import Scale
 from tests.tools.cases import choice, rows
@@ -26,7 +26,7 @@ FORMS = [
 ]
 PAIR = {"denominator": "pair"}
 UPSTREAMS = 4  # gradients that come in, for the gradient of the scale
-PAIRED = ("one to one", "paired", "paired, some without")  # plans with one positive at most
+PAIRED = ("one to one", "paired", "paired, some without", "one image")  # plans with one positive at most
 FUNCTIONS = (
     "add_transpose", "contrast", "lse", "lse_both_slopes", "lse_columns", "lse_slopes", "pack", "unpack",
 )  # fmt: skip
@@ -54,6 +54,7 @@ def equal_regions(other_keys):
 EVERY_PLAN = PLANS | {
     "equal regions": lambda: equal_regions(False),
     "equal regions, other keys": lambda: equal_regions(True),
+    "one image": lambda: Plan(two_by_two(1, torch.device("cpu")), None),  # two views of it, and no negative
 }
 
 
