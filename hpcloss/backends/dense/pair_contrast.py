@@ -39,7 +39,8 @@ def pair_contrast(
     """
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     options, scale = Options(denominator, hardness, discount, detach_weights, multiplicity), cast(scale, anchors.dtype)
-    slopes, by_scale = anchors.new_empty(kept), anchors.new_zeros(anchors.shape[0] if needs_scale else 0)
+    slopes = anchors.new_empty(kept)
+    by_scale = anchors.new_zeros(anchors.shape[0]) if needs_scale else anchors.new_empty(0)
     if is_native(anchors):
         needed = needs_anchors or needs_keys or needs_scale
         loss, counted = native_contrast(anchors, others, at, scale, options, needed, slopes, by_scale)

@@ -47,7 +47,7 @@ def native_contrast(
     others, first = anchors if keys is None else keys, 0
     for group in groups(regions_of(at)):
         size = math.prod(group.shape())
-        call.slopes(group, anchors, others, kept[first : first + size] if kept.numel() else None)
+        call.slopes(group, anchors, others, part(kept, slice(first, first + size)) if kept.numel() else None)
         first += size
     return call.loss, call.counted
 
@@ -65,10 +65,13 @@ def native_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of anchors and keys for slopes times of_pairs [N]. Slopes that were not kept are made again."""
     others, regions = anchors if keys is None else keys, regions_of(at)
-    covered = keys is None and len(regions) == 1 and regions[0] == (0, anchors.shape[0], 0, anchors.shape[0])
-    d_anchors = (torch.empty_like if covered else torch.zeros_like)(anchors) if needs_anchors else None
-    d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
     call, first = None if kept.numel() else Call(anchors, at, scale, options, anchors.new_empty(0)), 0
+    if regions == [(0, anchors.shape[0], 0, others.shape[0])] and (needs_anchors or needs_keys):
+        whole = Group(regions[0])
+        slope = kept.view(whole.shape()) if call is None else call.slopes(whole, anchors, others)
+        return _of_whole(slope, of_pairs, anchors, keys, needs_anchors, needs_keys)
+    d_anchors = torch.zeros_like(anchors) if needs_anchors else None
+    d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
     for group in groups(regions) if needs_anchors or needs_keys else ():
         rows, columns, shape = group.anchors(), group.keys(), group.shape()
         if call is None:
@@ -82,6 +85,21 @@ def native_gradients(
         else:
             _add_sides(group, slope, of_pairs[rows], anchors, others, d_anchors, d_keys)
     return d_anchors, d_keys
+
+
+def _of_whole(
+    slope: Tensor, factor: Tensor, anchors: Tensor, keys: Tensor | None, needs_anchors: bool, needs_keys: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients for slopes times a factor of each row, where one region holds all rows: nothing to add or cut."""
+    if keys is None:
+        gradient = torch.empty_like(anchors)
+        write_both(slope, factor, anchors, 1, gradient)
+        return gradient, gradient
+    factor = factor[:, None]
+    return (
+        torch.mm(slope, keys).mul_(factor) if needs_anchors else None,
+        torch.mm(slope.T, anchors * factor) if needs_keys else None,
+    )
 
 
 def _add_sides(
@@ -127,13 +145,18 @@ def write_both(slope: Tensor, factor: Tensor, rows: Tensor, number: int, gradien
     """The gradient of rows that are anchors and keys of one another. slope: of `number` regions."""
     both, length = torch.empty_like(slope), slope.shape[1]
     for first in range(0, slope.shape[0], length):
-        part = slice(first, first + length)
-        library.add_transpose(slope[part], factor[part], both[part])
+        region = slice(first, first + length)
+        library.add_transpose(part(slope, region), part(factor, region), part(both, region))
     if number == 1:
         torch.mm(both, rows, out=gradient)
     else:
         both, rows, gradient = (x.view(number, length, -1) for x in (both, rows, gradient))
         torch.bmm(both, rows, out=gradient)
+
+
+def part(values: Tensor, rows: slice) -> Tensor:
+    """Some rows. A slice of all of them takes as long as a product of few."""
+    return values if rows.start == 0 and rows.stop == values.shape[0] else values[rows]
 
 
 class Group:
@@ -171,9 +194,10 @@ class Group:
         """The similarities times a factor [anchors, keys], in `into` if given."""
         rows, columns, shape = self.anchors(), self.keys(), self.shape()
         logits = anchors.new_empty(shape) if into is None else into.view(shape)
+        own, other = part(anchors, rows), part(others, columns)
         if self.number == 1:
-            return torch.addmm(logits, anchors[rows], others[columns].T, beta=0, alpha=factor, out=logits)
-        batch, own, other = map(self.cut, (logits, anchors[rows], others[columns]))
+            return torch.addmm(logits, own, other.T, beta=0, alpha=factor, out=logits)
+        batch, own, other = map(self.cut, (logits, own, other))
         torch.baddbmm(batch, own, other.mT, beta=0, alpha=factor, out=batch)
         return logits
 
