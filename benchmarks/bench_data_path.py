@@ -202,7 +202,7 @@ def bench_segment_mean(benchmark, report, copies, segments, direction):
 @pytest.mark.benchmark(group="segments")
 def bench_layer_prototypes(benchmark, report, copies, segments):
     """Mean feature of each of 8 layers of each class of each image, from the map."""
-    features, labels, _, _ = segments
+    features, labels, _ = segments
     layers = torch.randint(8, labels.shape, generator=torch.Generator().manual_seed(1))
 
     def prototypes():
@@ -221,7 +221,7 @@ def bench_layer_prototypes(benchmark, report, copies, segments):
 @pytest.mark.parametrize("samples", [10, None], ids=["ten-a-class", "all"])
 def bench_enqueue(benchmark, report, segments, samples):
     """Normalised pixels of 8 images into a queue of 2000 of each class."""
-    features, labels, order, _ = segments
+    features, labels, _ = segments
     queue = hpcloss.EmbeddingQueue(CLASSES, 2000, features.shape[1])
 
     def enqueue():

@@ -108,9 +108,10 @@ def test_small_problems():
     for problem, (ours, other) in methods.items():
         seconds, ratios = found[problem]["seconds"], found[problem]["ratios"]
         assert set(seconds) == {ours, other} and set(ratios) == {other}
-        assert 0 < seconds[ours] < 1 and 0 < seconds[other] < 1
-        # A median of quotients lies near the quotient of the medians, not at its inverse.
-        assert ratios[other] == pytest.approx(seconds[ours] / seconds[other], rel=0.5)
+        assert 0 < seconds[ours] < 60 and 0 < seconds[other] < 60
+        # A median of quotients lies near the quotient of the medians. Other processes may disturb a few turns.
+        assert 1 / 3 < ratios[other] * seconds[other] / seconds[ours] < 3
+    assert found["regions"]["ratios"]["block_loop"] < 0.8, "ours over theirs, which takes three times as long"
     assert "loss of wrong" in found["said"]
 
 
