@@ -1,6 +1,6 @@
 """The comparison: every semi-supervised method on the same data, labelled cases, network and budget, paired by seed.
 
-    python -m examples.compare --data builtin --out comparison --tune --jobs 2            # learning rates, once
+    python -m examples.compare --data builtin --out comparison --tune --jobs 2            # every arm's choices, once
     python -m examples.compare --data builtin --out comparison --seeds 8 --jobs 2         # every arm, validation
     python -m examples.compare --data builtin --out comparison --seeds 8 --resume --final # the test volumes
     python -m examples.compare --quick --out quick                                        # a few minutes
@@ -11,6 +11,7 @@ arms. Choices are made on validation; --final reads test and refuses to do so tw
 
 import argparse
 import dataclasses
+import functools
 import multiprocessing
 import os
 import sys
@@ -23,23 +24,24 @@ import torch
 
 from examples.compare_report import write_report
 from examples.data.slices import DataError, Slices
-from examples.data.splits import Split, draw_slices, draw_split
+from examples.data.splits import Split, draw_slices, draw_split, first_split
 from examples.files import read_json, write_json
 from examples.networks import SMALLEST, STRIDE
-from examples.recipes import QUICK, SETTINGS, Iterations, Step, arms
+from examples.recipes import QUICK, SETTINGS, Choice, Iterations, Step, arms, studies
 from examples.three_stage import check_reading, describe
 from examples.training import quiet
 from examples.trials import Trial
 
-RATES = (3e-3, 1e-2, 2e-2)  # tried for every arm
 TUNING_SEEDS = (1000,)  # no seed of the comparison
-DEFAULT_RATE = SETTINGS.scratch_lr
+DEFAULT: Choice = {"lr": SETTINGS.scratch_lr}
+CHOICES = "choices.json"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line on stderr."""
     options = parse(argv)
     quiet()
+    read_data.cache_clear()
     try:
         tune(options) if options.tune else compare(options)
     except DataError as error:
@@ -56,20 +58,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    known = list(arms(Iterations(), 2))
+    compared, asked = list(arms(Iterations(), 2)), list(studies(Iterations(), 2))
+    known = compared + asked
     parser = argparse.ArgumentParser(
         prog="python -m examples.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--data", default="builtin", help='"builtin" (scanners) or a folder that examples.three_stage reads')
-    add("--methods", nargs="+", choices=known, default=known, metavar="ARM", help=f"among {', '.join(known)}")
+    add(
+        "--methods", nargs="+", choices=known, default=compared, metavar="ARM",
+        help=f"default: {', '.join(compared)}. Only when named: {', '.join(asked)}",
+    )  # fmt: skip
     add("--seeds", type=int, help="compare over seeds 0 ... N - 1 (default 8, quick 2)")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labelled-cases", type=int, nargs="+", metavar="N", help="whole labelled subjects")
+    labels.add_argument(
+        "--labelled-first", type=int, nargs="+", metavar="N", help="the first subjects of a folder's list"
+    )
     labels.add_argument("--labelled-slices", type=int, nargs="+", metavar="K", help="one slice each of K (default 3)")
     add("--out", type=Path, required=True, help="where checkpoints, results and figures go")
     add("--resume", action="store_true", help="go on in --out from the last checkpoints")
-    add("--tune", action="store_true", help="choose each arm's learning rate on validation and write it to --out")
+    add("--tune", action="store_true", help="choose each arm's learning rate and weight on validation, once")
     add("--final", action="store_true", help="also read the test volumes: once, with every choice made")
     add("--quick", action="store_true", help="few iterations, to see that everything runs")
     add("--jobs", type=int, default=1, help="arms trained at the same time, one thread each")
@@ -83,7 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.seeds is None:
         options.seeds = 2 if options.quick else 8
-    counts = [*(options.labelled_cases or options.labelled_slices or ()), *(options.iterations or ())]
+    given_labels = options.labelled_cases or options.labelled_first or options.labelled_slices
+    counts = [*(given_labels or ()), *(options.iterations or ())]
     if min(options.seeds, options.jobs, options.checkpoint_every, *counts) < 1:
         parser.error("--seeds, --jobs, --iterations, --checkpoint-every and the numbers of labels must be at least 1")
     if any(side < SMALLEST or side % STRIDE for side in (*options.crop, *(options.size or ()))):
@@ -92,9 +102,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.methods = [name for name in known if name in options.methods]  # in the order of dependence
     if "supervised-seconds" in options.methods and "mean-teacher" not in options.methods:
         parser.error("supervised-seconds is measured by mean-teacher; name it too")
-    cases = options.labelled_cases
-    options.labels = {f"cases{n}": (n, None) for n in cases or ()}
-    options.labels |= {f"slices{n}": (n, 1) for n in (() if cases else options.labelled_slices or (3,))}
+    kind = "cases" if options.labelled_cases else "first" if options.labelled_first else "slices"
+    options.labels = {f"{kind}{n}": (kind, n) for n in given_labels or (3,)}
+    if kind == "first" and options.data == "builtin":
+        parser.error("--labelled-first: the built-in subjects have no order; use --labelled-cases")
     given = Iterations(*options.iterations) if options.iterations else Iterations()
     options.iterations = QUICK if options.quick else given
     if options.iterations.warm <= options.iterations.images + options.iterations.pixels:
@@ -110,16 +121,16 @@ def compare(options: argparse.Namespace) -> None:
     final = options.out / "test.json"
     if options.final and final.is_file():
         raise DataError(f"{final}: the test volumes have been read; a second look would be a choice made on them")
-    rates = learning_rates(options)
-    open_folder(options, rates)
+    chosen = choices(options)
+    open_folder(options, chosen)
     slices = read_slices(options)
     print(describe(slices), flush=True)
     labels, seeds = options.labels, range(options.seeds)
     # Arm by arm: a run that is stopped has compared its first arms over all seeds.
-    recipes = arms(options.iterations, len(slices.classes))
+    recipes = recipes_of(options, slices)
     for measured in (False, True):  # those measured by the seconds of others come after them
         methods = [name for name in options.methods if (recipes[name].seconds_of is not None) == measured]
-        work_through([(options, *job, rates[job[2]]) for job in product_of(labels, seeds, methods)])
+        work_through([(options, *job, chosen[job[2]]) for job in product_of(labels, seeds, methods)])
     trials = {(label, seed): open_trial(options, slices, label, seed) for label in labels for seed in seeds}
     if options.final:
         tables = {
@@ -127,41 +138,60 @@ def compare(options: argparse.Namespace) -> None:
             for (label, seed), trial in trials.items()
         }
         write_json(final, tables)
-    print(write_report(options, slices, trials, rates))
+    print(write_report(options, slices, trials, chosen))
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Trains each arm with every learning rate on the tuning seeds and keeps the best by Dice on validation."""
-    path = options.out / "learning_rates.json"
-    if path.is_file():
-        raise DataError(f"{path}: the learning rates have been chosen; remove it to choose again")
+    """Trains each arm with every choice on the tuning seeds and keeps the best by Dice on validation."""
+    path = options.out / CHOICES
+    kept = read_json(path)["arms"] if path.is_file() else {}
     slices, label = read_slices(options), next(iter(options.labels))
     print(describe(slices), flush=True)
-    recipes = arms(options.iterations, len(slices.classes))
-    chosen = [name for name in options.methods if recipes[name].seconds_of is None]
-    work_through([(options, *job, rate) for job in product_of([label], TUNING_SEEDS, chosen) for rate in RATES])
+    recipes = recipes_of(options, slices)
+    asked = [name for name in options.methods if recipes[name].seconds_of is recipes[name].chosen_as is None]
+    if done := [name for name in asked if name in kept]:
+        raise DataError(f"{path}: {done[0]} has been tuned; remove its entry to choose again")
+    jobs = product_of([label], TUNING_SEEDS, asked)
+    work_through([(options, *job, choice) for job in jobs for choice in recipes[job[2]].choices])
+    trials = [open_trial(options, slices, label, seed) for seed in TUNING_SEEDS]
+    for arm in asked:
+        tried = []
+        for choice in recipes[arm].choices:
+            dice = [trial.scores(tuning_name(arm, choice), "val")["dice"]["all"]["mean"] for trial in trials]
+            tried.append({**choice, "validation_dice": round(sum(dice) / len(dice), 3)})
+        best = max(range(len(tried)), key=lambda number: tried[number]["validation_dice"])
+        kept[arm] = {"chosen": recipes[arm].choices[best], "tried": tried}
+        dice = "  ".join(f"{one['validation_dice']:.2f}" for one in tried)
+        print(f"{arm:28s} {text_of(kept[arm]['chosen']):32s} {dice}")
+    write_json(path, {"seeds": TUNING_SEEDS, "labels": label, "arms": kept})
+
+
+def text_of(choice: Choice) -> str:
+    """ "lr 0.01, weight 0.1"."""
+    return ", ".join(f"{name} {value:g}" for name, value in choice.items())
+
+
+def tuning_name(arm: str, choice: Choice) -> str:
+    """The folder of an arm in tuning: one for each choice."""
+    return f"{arm}@" + "-".join(f"{name}{value:g}" for name, value in choice.items())
+
+
+def choices(options: argparse.Namespace) -> dict[str, Choice]:
+    """What each arm's last step is trained with: what --tune chose, or else the default learning rate."""
+    path = options.out / CHOICES
+    tuned = {name: entry["chosen"] for name, entry in read_json(path)["arms"].items()} if path.is_file() else {}
     found = {}
-    for arm in chosen:
-        tried = {}
-        for rate in RATES:
-            trials = [open_trial(options, slices, label, seed) for seed in TUNING_SEEDS]
-            dice = [trial.scores(f"{arm}@{rate:g}", "val")["dice"]["all"]["mean"] for trial in trials]
-            tried[f"{rate:g}"] = round(sum(dice) / len(dice), 3)
-        best = max(tried, key=lambda rate: tried[rate])
-        found[arm] = {"lr": float(best), "validation_dice": tried}
-        print(f"{arm:28s} {best:>6s}   " + "  ".join(f"{rate}: {dice:.2f}" for rate, dice in tried.items()))
-    write_json(path, {"seeds": TUNING_SEEDS, "labels": label, "arms": found})
+    for name, step in (arms(options.iterations, 2) | studies(options.iterations, 2)).items():
+        if name in options.methods:
+            same = "supervised" if step.seconds_of is not None else step.chosen_as or name  # as that arm
+            found[name] = tuned.get(same, DEFAULT)
+    return found
 
 
-def learning_rates(options: argparse.Namespace) -> dict[str, float]:
-    """Each arm's learning rate: the tuned one, or the default where --tune was not run."""
-    path = options.out / "learning_rates.json"
-    tuned = {name: entry["lr"] for name, entry in read_json(path)["arms"].items()} if path.is_file() else {}
-    rates = {name: tuned.get(name, DEFAULT_RATE) for name in options.methods}
-    for name, step in arms(options.iterations, 2).items():
-        if name in rates and step.seconds_of is not None:
-            rates[name] = tuned.get("supervised", DEFAULT_RATE)  # the same arm with other iterations
-    return rates
+def recipes_of(options: argparse.Namespace, slices: Slices) -> dict[str, Step]:
+    """Every arm by name."""
+    classes = len(slices.classes)
+    return arms(options.iterations, classes) | studies(options.iterations, classes)
 
 
 def product_of(labels: Iterable[str], seeds: Iterable[int], arms: Iterable[str]) -> list[tuple[str, int, str]]:
@@ -199,18 +229,18 @@ def end_with_the_run() -> None:
     os._exit(1)
 
 
-def train_arm(options: argparse.Namespace, label: str, seed: int, arm: str, rate: float) -> None:
-    """Trains and measures one arm of one seed; in tuning an arm has several learning rates and as many folders."""
+def train_arm(options: argparse.Namespace, label: str, seed: int, arm: str, choice: Choice) -> None:
+    """Trains and measures one arm of one seed; in tuning an arm has several choices and as many folders."""
     trial = open_trial(options, read_slices(options), label, seed)
-    name = f"{arm}@{rate:g}" if options.tune else arm
-    trial.train(arm, rate, name)
+    name = tuning_name(arm, choice) if options.tune else arm
+    trial.train(arm, choice, name)
     dice = trial.scores(name, "val")["dice"]["all"]["mean"]
     print(f"{label}  seed {seed}  {name:28s} Dice on validation {dice or 0:5.2f}", flush=True)
 
 
 def open_trial(options: argparse.Namespace, slices: Slices, label: str, seed: int) -> Trial:
     """The trial of one seed with one number of labels."""
-    recipes: dict[str, Step] = arms(options.iterations, len(slices.classes))
+    recipes = recipes_of(options, slices)
     folder = options.out / ("tuning" if options.tune else label) / f"seed{seed}"
     return Trial(
         slices, split_of(options, slices, label, seed), options.settings, recipes, seed, folder, options.device
@@ -219,27 +249,37 @@ def open_trial(options: argparse.Namespace, slices: Slices, label: str, seed: in
 
 def split_of(options: argparse.Namespace, slices: Slices, label: str, seed: int) -> Split:
     """The split of one seed: a function of the data, the number of labels and the seed alone."""
+    kind, count = options.labels[label]
     if options.data == "builtin":
         from examples.data.scanners import draw_scanner_split
 
-        return draw_scanner_split(slices, *options.labels[label], seed)
-    count, per_subject = options.labels[label]
-    return draw_slices(slices, count, seed) if per_subject else draw_split(slices, count, None, seed)
+        return draw_scanner_split(slices, count, 1 if kind == "slices" else None, seed)
+    if kind == "first":
+        return first_split(slices, count)
+    return draw_slices(slices, count, seed) if kind == "slices" else draw_split(slices, count, None, seed)
 
 
 def read_slices(options: argparse.Namespace) -> Slices:
-    """The data set that --data names."""
-    if options.data == "builtin":
+    """The data set that --data names. A process reads it once for all of its arms."""
+    size = tuple(options.size) if options.size else None
+    return read_data(options.data, options.out / "data" / "scanners.npz", size, options.spacing, options.subject)
+
+
+@functools.lru_cache(maxsize=1)
+def read_data(
+    data: str, cache: Path, size: tuple[int, int] | None, spacing: float | None, subject: str | None
+) -> Slices:
+    """`read_slices`; the built-in data is kept in the file `cache`."""
+    if data == "builtin":
         from examples.data.scanners import scanners
 
-        return scanners(options.out / "data" / "scanners.npz")
+        return scanners(cache)
     from examples.data.folders import read_folder
 
-    size = tuple(options.size) if options.size else None
-    return read_folder(Path(options.data), size, options.spacing, options.subject)
+    return read_folder(Path(data), size, spacing, subject)
 
 
-def open_folder(options: argparse.Namespace, rates: dict[str, float]) -> None:
+def open_folder(options: argparse.Namespace, chosen: dict[str, Choice]) -> None:
     """Refuses to go on with a run that had other settings, or without --resume."""
     path = options.out / "run.json"
     started = {
@@ -251,18 +291,18 @@ def open_folder(options: argparse.Namespace, rates: dict[str, float]) -> None:
         **{name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options.settings).items()},
     }
     if not path.is_file():
-        write_json(path, started | {"learning_rates": rates})
+        write_json(path, started | {"choices": chosen})
         return
     if not options.resume:
         raise DataError(f"{options.out}: already holds a run; go on with --resume or choose another --out")
     before = read_json(path)
-    before_rates = before.pop("learning_rates")
-    started |= {f"learning rate of {name}": rate for name, rate in rates.items()}
-    before |= {f"learning rate of {name}": before_rates.get(name, rate) for name, rate in rates.items()}
+    before_chosen = before.pop("choices")
+    started |= {f"the choice of {name}": choice for name, choice in chosen.items()}
+    before |= {f"the choice of {name}": before_chosen.get(name, choice) for name, choice in chosen.items()}
     for name in sorted(before.keys() | started.keys()):
         if before.get(name) != started.get(name):
             raise DataError(f"{path}: was started with {name} = {before.get(name)}, now {started.get(name)}")
-    write_json(path, read_json(path) | {"learning_rates": before_rates | rates})
+    write_json(path, read_json(path) | {"choices": before_chosen | chosen})
 
 
 if __name__ == "__main__":

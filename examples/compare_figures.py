@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from examples.data.slices import Slices
 from examples.evaluate import segment
 from examples.figures import class_colours, class_map, key, save, show
-from examples.paired import REFERENCES
+from examples.paired import references
 from examples.report import spaced
 from examples.trials import Trial
 
@@ -23,7 +23,7 @@ def draw(folder: Path, results: dict, slices: Slices, trials: dict[tuple[str, in
     for label, found in results["labels"].items():
         part = "test" if "test" in found["summary"] else "validation"
         table = found["summary"][part]["dice"]
-        for name in REFERENCES:
+        for name in references(found["runs"]):
             if any(f"minus {name}" in row["mean"] for row in table.values()):
                 drawn.append(folder / f"{label}_paired_with_{name}.png")
                 paired_dots(drawn[-1], table, name, part)

@@ -7,7 +7,8 @@ from pathlib import Path
 from examples import compare_figures
 from examples.data.slices import Slices
 from examples.files import read_json, write_json, write_text
-from examples.paired import REFERENCES, RESAMPLES, positive_control, summarise, summarise_probes
+from examples.paired import RESAMPLES, positive_control, references, summarise, summarise_probes
+from examples.recipes import Choice
 from examples.report import aligned
 from examples.results import versions
 from examples.trials import Trial
@@ -19,9 +20,9 @@ BETTER = {"dice": 1, "hd95": -1}  # the sign of a difference that is a gain
 Trials = dict[tuple[str, int], Trial]
 
 
-def write_report(options: argparse.Namespace, slices: Slices, trials: Trials, rates: dict[str, float]) -> str:
+def write_report(options: argparse.Namespace, slices: Slices, trials: Trials, choices: dict[str, Choice]) -> str:
     """Writes results.json, figures and report.md of these trials; returns the text for the terminal."""
-    results = collect(options, slices, trials, rates)
+    results = collect(options, slices, trials, choices)
     write_json(options.out / "results.json", results)
     drawn = compare_figures.draw(options.out / "figures", results, slices, trials)
     write_text(options.out / "report.md", markdown(results, drawn))
@@ -29,12 +30,16 @@ def write_report(options: argparse.Namespace, slices: Slices, trials: Trials, ra
     for label, found in results["labels"].items():
         lines += ["", f"{label}: {control_line(found['positive_control'])}"]
         for part, summary in found["summary"].items():
-            lines += ["", f"{label}, {part}, Dice %", *aligned(difference_rows(summary["dice"], "dice"))]
+            lines += [
+                "",
+                f"{label}, {part}, Dice %",
+                *aligned(difference_rows(summary["dice"], "dice", references(found["runs"]))),
+            ]
     lines += [f"report   {options.out / 'report.md'}", f"results  {options.out / 'results.json'}"]
     return "\n".join(lines)
 
 
-def collect(options: argparse.Namespace, slices: Slices, trials: Trials, rates: dict[str, float]) -> dict:
+def collect(options: argparse.Namespace, slices: Slices, trials: Trials, choices: dict[str, Choice]) -> dict:
     """Everything measured: per number of labels the runs, their summary and the positive control."""
     tests = read_json(options.out / "test.json") if (options.out / "test.json").is_file() else {}
     labels = {}
@@ -61,7 +66,7 @@ def collect(options: argparse.Namespace, slices: Slices, trials: Trials, rates: 
         "data": {**slices.source, "classes": list(slices.classes), "size": list(slices.size)},
         "settings": dataclasses.asdict(options.settings),
         "iterations": dataclasses.asdict(options.iterations),
-        "learning_rates": rates,
+        "choices": choices,
         "versions": versions(),
         "labels": labels,
     }
@@ -73,8 +78,9 @@ def markdown(results: dict, drawn: list[Path]) -> str:
     lines += [f"- {label}: {control_line(found['positive_control'])}" for label, found in results["labels"].items()]
     lines += [
         "",
-        "It asks on validation whether unlabelled images can help here at all: the mean teacher must beat supervised "
-        f"training, and all labels must beat few by at least {ASKED:g} Dice, both with intervals above 0.",
+        "It asks on validation whether unlabelled images can help here at all: the best semi-supervised baseline "
+        f"without contrast must beat supervised training, and all labels must beat few by at least {ASKED:g} Dice, "
+        "both with intervals above 0.",
         "",
         f"Differences are paired over seeds, with the 95 % bootstrap interval of their mean ({RESAMPLES} resamples); "
         '"gain" and "loss" stand only where the interval excludes 0. A class that neither truth nor prediction of a '
@@ -84,7 +90,7 @@ def markdown(results: dict, drawn: list[Path]) -> str:
         for part, summary in found["summary"].items():
             for measure, table in ((name, table) for name, table in summary.items() if table):
                 lines += ["", f"## {label}, {part}: {MEASURES[measure]}", "", *table_of(score_rows(table))]
-                lines += ["", *table_of(difference_rows(table, measure))]
+                lines += ["", *table_of(difference_rows(table, measure, references(found["runs"])))]
         if found["probes"]:
             lines += ["", f"## {label}, validation: linear heads on frozen bodies, Dice, %", ""]
             lines += table_of(probe_rows(found["probes"]))
@@ -92,9 +98,9 @@ def markdown(results: dict, drawn: list[Path]) -> str:
     for path in drawn:
         title = path.stem.replace("_", " ").capitalize()
         lines += ["", f"## {title}", "", f"![{title}]({path.parent.name}/{path.name})"]
-    rates = ", ".join(f"{arm} {rate:g}" for arm, rate in results["learning_rates"].items())
     programs = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    lines += ["", "## Learning rates of the last step", "", f"{rates}.", "", f"{programs}.", ""]
+    lines += ["", "## What each arm's last step was trained with", "", *table_of(choice_rows(results["choices"]))]
+    lines += ["", f"{programs}.", ""]
     return "\n".join(lines)
 
 
@@ -127,11 +133,11 @@ def score_rows(table: dict) -> list[list[str]]:
     return rows
 
 
-def difference_rows(table: dict, measure: str) -> list[list[str]]:
+def difference_rows(table: dict, measure: str, against: list[str]) -> list[list[str]]:
     """A header and one row per arm: mean, and the paired difference of the means from each reference."""
-    rows = [["", "mean", *(text for name in REFERENCES for text in (f"minus {name}", ""))]]
+    rows = [["", "mean", *(text for name in against for text in (f"minus {name}", ""))]]
     for arm, row in table.items():
-        shown = [row["mean"].get(f"minus {name}") for name in REFERENCES]
+        shown = [row["mean"].get(f"minus {name}") for name in against]
         rows.append(
             [arm, f"{row['mean']['mean']:.1f}", *(t for entry in shown for t in (cell(entry), verdict(entry, measure)))]
         )
@@ -156,6 +162,16 @@ def cost_rows(runs: list[dict]) -> list[list[str]]:
         last = [entry["steps"][arm] for entry in entries]
         pace = 1000 * sum(step["seconds"] for step in last) / sum(step["iterations"] for step in last)
         rows.append([arm, f"{iterations:.0f}", f"{seconds:.1f}", f"{pace:.0f}"])
+    return rows
+
+
+def choice_rows(choices: dict[str, Choice]) -> list[list[str]]:
+    """A header and one row per arm: learning rate, and what else was chosen."""
+    rows = [["", "learning rate", "", ""]]
+    for arm, choice in choices.items():
+        others = [(name, value) for name, value in choice.items() if name != "lr"]
+        name, value = others[0] if others else ("", "")
+        rows.append([arm, f"{choice['lr']:g}", name.replace("_", " "), f"{value:g}" if others else ""])
     return rows
 
 

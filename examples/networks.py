@@ -8,6 +8,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 BOTTLENECK = "down_4"
+ENCODER = ("conv_0", "down_1", "down_2", "down_3", BOTTLENECK)
 DECODER = ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
 LAST = DECODER[-1]  # its output is what the pixel losses and the linear head see
 HEAD = "final_conv"
@@ -25,6 +26,11 @@ def build_network(in_channels: int, classes: int, features: tuple[int, ...], dim
         act=("LeakyReLU", {"negative_slope": 0.1, "inplace": True}),
         norm=("instance", {"affine": True}),
     )
+
+
+def width_of(layer: str, features: tuple[int, ...]) -> int:
+    """The channels that a block of the decoder hands on."""
+    return features[5] if layer == LAST else features[int(layer[-1]) - 1]
 
 
 def encode(network: BasicUNet, images: Tensor) -> Tensor:

@@ -3,15 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 from torch import nn
 
+from examples.methods.contrast_term import ContrastTerm
+from examples.methods.copy_paste import CopyPaste
+from examples.methods.cross_pseudo import CrossPseudo
 from examples.methods.entropy_guided import EntropyGuided
+from examples.methods.fixmatch import FixMatch
 from examples.methods.local_contrast import LocalContrast
 from examples.methods.mean_teacher import MeanTeacher
 from examples.methods.multiscale import Multiscale
 from examples.methods.pccs import PCCS
 from examples.methods.region_contrast import RegionContrast
+from examples.methods.unimatch import UniMatch
 from examples.settings import Settings
 from examples.stages import ImagePretraining, PixelPretraining, Stage, Supervised, SupervisedByClock
 from hpcloss import RegionPHPCLoss
@@ -28,6 +34,10 @@ SETTINGS = Settings(  # what the comparison's steps share; chosen on the validat
     validate_every=200,
     checkpoint_every=100,
 )
+
+
+WEIGHTS = ("weight", (0.03, 0.1, 0.3))
+CONFIDENCES = ("confidence", (0.8, 0.9, 0.95))
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,9 @@ class Iterations:
 QUICK = Iterations(images=20, pixels=20, warm=160, second=60, supervised=74)
 
 
+Choice = dict[str, float]  # of an arm's last step: "lr", and fields of the settings or options of the method
+
+
 @dataclass(frozen=True)
 class Step:
     """One training in a folder of its own, from the network of the step `start` where there is one."""
@@ -58,11 +71,21 @@ class Step:
     start: "Step | None" = None
     labels: str = "few"  # or "all": every training slice
     seconds_of: str | None = None  # instead of iterations: as many seconds as this arm's last step trained
+    tried: "tuple[str, tuple[float, ...]] | None" = None  # what --tune chooses beside the learning rate
+    chosen_as: str | None = None  # the arm whose choice this one takes
 
     @property
     def chain(self) -> "list[Step]":
         """This step and those before it, first to last."""
         return [*(self.start.chain if self.start else []), self]
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What --tune tries: six for every arm."""
+        if self.tried is None:
+            return [{"lr": rate} for rate in (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)]
+        name, values = self.tried
+        return [{"lr": rate, name: value} for rate, value in product((3e-3, 1e-2), values)]
 
 
 def arms(iterations: Iterations, classes: int) -> dict[str, Step]:
@@ -74,14 +97,20 @@ def arms(iterations: Iterations, classes: int) -> dict[str, Step]:
         "all-labels": Step("all-labels", Supervised, iterations.supervised, every, labels="all"),
     }
     methods = {  # the second stages that start from the same warm start; a method is one entry
-        "mean-teacher": MeanTeacher,
-        "region-contrast": RegionContrast,
-        "local-contrast": LocalContrast,
-        "pccs": PCCS,
-        "entropy-guided": EntropyGuided,
-        "multiscale": Multiscale,
+        "mean-teacher": (MeanTeacher, ("consistency_weight", (3, 10, 30))),
+        "fixmatch": (FixMatch, CONFIDENCES),
+        "unimatch": (UniMatch, CONFIDENCES),
+        "cross-pseudo": (CrossPseudo, ("weight", (0.1, 0.3, 1.0))),
+        "copy-paste": (CopyPaste, ("weight", (0.25, 0.5, 1.0))),
+        "region-contrast": (RegionContrast, WEIGHTS),
+        "local-contrast": (LocalContrast, WEIGHTS),
+        "pccs": (PCCS, ("assignment_weight", (0.1, 0.3, 1.0))),
+        "entropy-guided": (EntropyGuided, WEIGHTS),
+        "multiscale": (Multiscale, WEIGHTS),
+        "contrast": (ContrastTerm, WEIGHTS),
+        "contrast-labels": (partial(ContrastTerm, pixels="labels"), WEIGHTS),
     }
-    found |= {name: Step(name, kind, iterations.second, few) for name, kind in methods.items()}
+    found |= {name: Step(name, kind, iterations.second, few, tried=tried) for name, (kind, tried) in methods.items()}
     found["supervised-seconds"] = Step("supervised-seconds", SupervisedByClock, 0, few, seconds_of="mean-teacher")
     images = Step("images", ImagePretraining, iterations.images)
     starts = {"stage1": images}
@@ -94,7 +123,28 @@ def arms(iterations: Iterations, classes: int) -> dict[str, Step]:
         left = iterations.warm - sum(step.iterations for step in start.chain)
         warm = Step(f"warm-{name}", Supervised, left, start)
         found[f"{name}+mt"] = Step(f"{name}+mt", MeanTeacher, iterations.second, warm)
+        if name == "stages12-default":
+            found["pretrained-supervised"] = Step("pretrained-supervised", Supervised, iterations.supervised, warm)
+            found["pretrained-fixmatch"] = Step(
+                "pretrained-fixmatch", FixMatch, iterations.second, warm, tried=CONFIDENCES
+            )
     return found
+
+
+def studies(iterations: Iterations, classes: int) -> dict[str, Step]:
+    """Arms that vary one thing of "contrast"; they run when they are named, with what was chosen for that arm."""
+    few = arms(iterations, classes)["contrast"].start
+    coarse = {"layer": "upcat_3"}  # all pixels at stride 2 would be too many for a CPU
+    options: dict[str, dict] = {f"contrast-k{k}": coarse | {"samples": k} for k in (8, 32, 128, 512)}
+    options["contrast-all"] = coarse | {"samples": None}
+    options |= {f"contrast-hardness{h:g}": {"hardness": h} for h in (0.5, 1.0, 2.0)}
+    options |= {"contrast-published": {"hardness": "published"}}
+    options |= {"contrast-hard-pixels": {"hard": True}, "contrast-memory": {"memory": True}}
+    options |= {"contrast-head-lr": {"head_lr": 8.0}, "contrast-foreground": {"background": 0}}
+    return {
+        name: Step(name, partial(ContrastTerm, **own), iterations.second, few, chosen_as="contrast")
+        for name, own in options.items()
+    }
 
 
 def region_losses(classes: int) -> dict[str, nn.Module]:

@@ -23,7 +23,7 @@ from torch.distributed import is_torchelastic_launched
 
 from examples.arms import Arms
 from examples.data.slices import PARTS, DataError, Slices
-from examples.data.splits import Split, apply_split_file, draw_slices, draw_split
+from examples.data.splits import Split, apply_split_file, draw_slices, draw_split, first_split
 from examples.files import read_json, write_json
 from examples.networks import SMALLEST, STRIDE
 from examples.report import write_report
@@ -73,6 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", default="builtin", help='"builtin" or a folder: MSD, ACDC, .h5 slices or volumes, PNG with masks')
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labelled", type=int, metavar="N", help="labelled training subjects (default 2)")
+    labels.add_argument(
+        "--labelled-first", type=int, metavar="N", help="the first N training subjects of a folder's list"
+    )
     labels.add_argument("--labelled-slices", type=int, metavar="K", help="labelled slices in all, of many subjects")
     add("--slices-per-subject", type=int, metavar="K", help="labelled slices of each (default: builtin 1, folders all)")
     add("--split", type=Path, metavar="FILE.json", help="train, val, test and labelled as lists of ids or subjects")
@@ -95,8 +98,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="the patch of --volumes (default 48 48 48)")
     options = parser.parse_args(argv)
     options.seeds = options.seeds or [options.seed]
-    if options.labelled is None and options.labelled_slices is None:
+    if options.labelled is options.labelled_first is options.labelled_slices is None:
         options.labelled = 2
+    if options.labelled_first is not None and (options.data == "builtin" or options.slices_per_subject is not None):
+        parser.error(
+            "--labelled-first takes whole subjects of a folder; it cannot go with builtin, --slices-per-subject"
+        )
     by_slice = {"--size": options.size, "--slices-per-subject": options.slices_per_subject}
     by_slice |= {"--labelled-slices": options.labelled_slices}
     if options.volumes and (named := [name for name, value in by_slice.items() if value is not None]):
@@ -187,6 +194,8 @@ def choose_split(options: argparse.Namespace, slices: Slices, labelled: list[int
     """The split of one seed: `labelled` where a split file fixes it, else drawn."""
     if labelled is not None:
         return Split(labelled, *(slices.of_part(part) for part in PARTS))
+    if options.labelled_first is not None:
+        return first_split(slices, options.labelled_first)
     if options.labelled_slices is not None:
         return draw_slices(slices, options.labelled_slices, seed)
     per_subject = options.slices_per_subject or (1 if options.data == "builtin" and not options.volumes else None)
@@ -214,6 +223,7 @@ def open_folder(options: argparse.Namespace, settings: Settings) -> None:
         "data": options.data if options.data == "builtin" else Path(options.data).name,
         "labelled": options.labelled,
         "labelled_slices": options.labelled_slices,
+        "labelled_first": options.labelled_first,
         "slices_per_subject": options.slices_per_subject,
         "split": options.split and options.split.name,
         "patch": options.patch,

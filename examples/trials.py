@@ -15,7 +15,7 @@ from examples.files import read_json, write_json
 from examples.metrics import volume_table
 from examples.networks import build_network, load_body
 from examples.probes import linear_probe
-from examples.recipes import Step
+from examples.recipes import Choice, Step
 from examples.settings import Settings
 from examples.training import CHECKPOINT, DONE, read_weights, train
 
@@ -48,28 +48,30 @@ class Trial:
         elif read_json(path) != ids:
             raise DataError(f"{path}: the data has changed since this run was started")
 
-    def train(self, arm: str, lr: float, name: str | None = None) -> dict:
-        """Trains what an arm's chain lacks, its last step at learning rate `lr` (in the folder `name`)."""
+    def train(self, arm: str, choice: Choice, name: str | None = None) -> dict:
+        """Trains what an arm's chain lacks, its last step with what was chosen (in the folder `name`)."""
         *before, last = self.arms[arm].chain
         for step in before:
             self.fit(step)
-        return self.fit(dataclasses.replace(last, name=name or arm), lr)
+        return self.fit(dataclasses.replace(last, name=name or arm), choice)
 
-    def fit(self, step: Step, lr: float | None = None) -> dict:
+    def fit(self, step: Step, choice: Choice | None = None) -> dict:
         """Trains one step from the network of the one before it. Arms may share it: one trains it, the others wait."""
         (self.folder / step.name).mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / step.name / ".lock"):
             if (self.folder / step.name / DONE).is_file():
                 return read_json(self.folder / step.name / DONE)
-            return self.fit_alone(step, lr)
+            return self.fit_alone(step, choice or {})
 
-    def fit_alone(self, step: Step, lr: float | None) -> dict:
+    def fit_alone(self, step: Step, choice: Choice) -> dict:
         """`fit` of a step that nobody else is training; prints a line."""
         L.seed_everything(self.seed, verbose=False)
-        settings = self.settings if lr is None else dataclasses.replace(self.settings, scratch_lr=lr)
+        given = {("scratch_lr" if name == "lr" else name): value for name, value in choice.items()}
+        of_settings = {name: given.pop(name) for name in list(given) if hasattr(self.settings, name)}
+        settings = dataclasses.replace(self.settings, **of_settings)
         split = self.split if step.labels == "few" else dataclasses.replace(self.split, labelled=self.split.train)
         budget = {} if step.seconds_of is None else {"budget": self.seconds_of(step)}
-        stage = step.kind(self.slices, split, settings, step.iterations, self.seed, **budget)
+        stage = step.kind(self.slices, split, settings, step.iterations, self.seed, **budget, **given)
         stage.number = len(step.chain)  # keeps its random draws apart from those of the steps before it
         if step.start is not None:
             self.start_from(stage.network, step.start)

@@ -12,10 +12,10 @@ import torch
 from monai.transforms import ResizeWithPadOrCrop
 from torch import Tensor
 
-from examples.data.h5 import find_h5
+from examples.data.h5 import find_h5, find_la
 from examples.data.layout import Case, Layout, Volume, check_subjects, with_subjects
-from examples.data.nifti import find_acdc, find_msd
-from examples.data.pictures import find_pictures
+from examples.data.nifti import find_acdc, find_msd, find_nnunet
+from examples.data.pictures import find_nested, find_pictures
 from examples.data.slices import DataError, Slices
 from examples.data.splits import assign_parts
 from examples.data.volumes import Volumes, pad
@@ -23,7 +23,7 @@ from examples.networks import SMALLEST, STRIDE
 
 BANDS = 10  # slices at the same tenth of their volumes count as one plane
 LARGEST = 160  # largest default side in pixels; --size gives any other
-FINDERS = (find_msd, find_acdc, find_h5, find_pictures)
+FINDERS = (find_nnunet, find_msd, find_la, find_nested, find_acdc, find_h5, find_pictures)
 MOST_VALUES = 32  # of labels in a folder that does not name its classes; more are instances or a photograph
 
 
@@ -36,8 +36,8 @@ def recognise(folder: Path) -> Layout:
         if layout is not None:
             return layout
     raise DataError(
-        f"{folder}: neither dataset.json (MSD layout) nor patient* folders (ACDC layout), [data/][slices/]*.h5, "
-        "or images/*.png with masks/*.png"
+        f"{folder}: neither dataset.json (MSD, nnU-Net) nor patient* folders (ACDC), */mri_norm2.h5 (LA), "
+        "[data/][slices/]*.h5, images/* with masks/*, or */images with */masks (instances)"
     )
 
 

@@ -1,12 +1,14 @@
-"""HDF5 files as the benchmarks of semi-supervised segmentation keep them (ACDC of SSL4MIS): datasets `image`, `label`.
+"""HDF5 files as the benchmarks of semi-supervised segmentation keep them (ACDC, LA): datasets `image`, `label`.
 
 Per slice: FOLDER/[data/][slices/]patient001_frame01_slice_1.h5, [H, W]; the slices of a volume are put together again.
 Per volume: FOLDER/[data/]patient001_frame01.h5, [Z, H, W]. Both may lie in one folder: the name tells which it is.
+Per case: FOLDER/[any/]CASE/mri_norm2.h5, a volume [X, Y, Z] as LA is kept.
 FOLDER/train_slices.list (slices), train.list, val.list and test.list (volumes) name the parts, where they exist: then
 what no list names is left out, or without a list of training cases is one of these.
 """
 
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from examples.data.layout import (
     check_pair,
     first_line,
     from_rows,
+    named_parts,
     read_lists,
     rescaled,
     subject_of,
@@ -32,6 +35,7 @@ from examples.data.slices import DataError
 KEYS = ("image", "label")
 SLICE_LIST = "train_slices.list"
 SLICE = re.compile(r"(.+)_slice_?(\d+)")
+LA_FILE = "mri_norm2.h5"
 
 
 def find_h5(folder: Path) -> Layout | None:
@@ -64,6 +68,24 @@ def find_h5(folder: Path) -> Layout | None:
     return Layout(f"h5 {' and '.join(sorted(kinds))}", cases, read_h5)
 
 
+def find_la(folder: Path) -> Layout | None:
+    """A volume in each folder, all of them or those that the lists name."""
+    files: dict[str, Path] = {}
+    for path in sorted([*folder.glob(f"*/{LA_FILE}"), *folder.glob(f"*/*/{LA_FILE}")]):
+        name = path.parent.name
+        if files.setdefault(name, path) != path:
+            raise DataError(f"{path}: case {name} is also in {files[name]}")
+    if not files:
+        return None
+    cases = []
+    for name, part in named_parts(folder, list(files)):
+        name = name.removesuffix(f"/{Path(LA_FILE).stem}")
+        if name not in files:
+            raise DataError(f"{folder / name / LA_FILE}: no such file, but the {part} list of {folder} names it")
+        cases.append(Case(name, name, (files[name],), part))
+    return Layout("h5 case by case", cases, partial(read_h5, of_rows=False))
+
+
 def place(name: str) -> tuple[str, int]:
     """A slice's volume and its number in it; a volume's own name and 0."""
     match = SLICE.fullmatch(name)
@@ -84,9 +106,12 @@ def make_case(name: str, files: list[Path], part: str | None = None) -> Case:
     return Case(subject_of(name), name, tuple(ordered), part, numbers)
 
 
-def read_h5(case: Case, spacing: float | None) -> Volume:
-    """One case, its image normalised over the volume. The files state no mm: a pixel counts as 1. Raises DataError."""
-    pairs = [read_file(path) for path in case.files]
+def read_h5(case: Case, spacing: float | None, of_rows: bool = True) -> Volume:
+    """One case, its image normalised over the volume. The files state no mm: a pixel counts as 1. Raises DataError.
+
+    of_rows: arrays are [Z, rows from the top, columns], else [X, Y, Z].
+    """
+    pairs = [read_file(path, of_rows) for path in case.files]
     for path, (image, _) in zip(case.files, pairs, strict=True):
         if case.numbers is not None and image.shape[3] > 1:
             raise DataError(f"{path}: is named as one slice and holds {image.shape[3]}")
@@ -98,8 +123,8 @@ def read_h5(case: Case, spacing: float | None) -> Volume:
     return rescaled(NormalizeIntensity(channel_wise=True)(image), label, spacing)
 
 
-def read_file(path: Path) -> tuple[Tensor, Tensor]:
-    """Image and label [1, X, Y, Z] of one file."""
+def read_file(path: Path, of_rows: bool = True) -> tuple[Tensor, Tensor]:
+    """Image and label [1, X, Y, Z] of one file; of_rows as in `read_h5`."""
     try:
         with h5py.File(path, "r") as file:
             missing = [key for key in KEYS if key not in file]
@@ -112,5 +137,7 @@ def read_file(path: Path) -> tuple[Tensor, Tensor]:
     if image.ndim not in (2, 3):
         raise DataError(f"{path}: `image` must be a slice [H, W] or a volume [Z, H, W], got {tuple(image.shape)}")
     check_pair(path, path, image[None], label[None], None)
+    if not of_rows:
+        return (image[None], label[None]) if image.ndim == 3 else (image[None, ..., None], label[None, ..., None])
     image, label = (from_rows(array.view(-1, *array.shape[-2:])).permute(1, 2, 0)[None] for array in (image, label))
     return image, label

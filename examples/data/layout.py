@@ -24,6 +24,7 @@ OF_A_SUBJECT = re.compile(
     r")(?![^\W_]).*|(?<=\d)[lr]$",
     re.IGNORECASE,
 )
+SUFFIX = re.compile(r"\.(?:h5|png|tiff?|jpe?g|gif|bmp)$", re.IGNORECASE)  # of a file that a list names
 BIDS_SUBJECT = re.compile(r"sub-[^\W_]+")
 NUMBERED = re.compile(r"(.*\d.*)[_-]\d+")  # patient001_2: the second number may be a part of the first
 
@@ -144,8 +145,17 @@ def read_lists(folder: Path, **files: str) -> dict[str, list[str]]:
                 raise DataError(f"{path}: is no text ({error})") from error
             if not names:
                 raise DataError(f"{path}: names no case")
-            lists[part] = list(dict.fromkeys(name.removesuffix(".h5").removesuffix(".png") for name in names))
+            lists[part] = list(dict.fromkeys(SUFFIX.sub("", name) for name in names))
     return lists
+
+
+def named_parts(folder: Path, names: list[str]) -> list[tuple[str, str | None]]:
+    """The names in the folder's lists and their parts; without a training list all others of these names, too."""
+    lists = read_lists(folder)
+    found: list[tuple[str, str | None]] = [(name, part) for part, listed in lists.items() for name in listed]
+    if "train" not in lists:
+        found += [(name, None) for name in names if name not in dict(found)]
+    return found
 
 
 def first_line(error: BaseException) -> str:

@@ -1,14 +1,17 @@
-"""NIfTI volumes in the layout of the Medical Segmentation Decathlon or of ACDC.
+"""NIfTI volumes in the layout of the Medical Segmentation Decathlon, of nnU-Net or of ACDC.
 
 MSD: FOLDER/dataset.json names the classes, the images and their labels (its own test images have no labels and are
-left alone). ACDC: FOLDER/[training/]patientXXX/patientXXX_frameYY.nii.gz with _gt.nii.gz beside it; FOLDER/testing,
-where it has labels, becomes the test part.
+left alone). nnU-Net: FOLDER/dataset.json names classes and channels; the cases are FOLDER/imagesTr/CASE_0000.nii.gz,
+CASE_0001 for a second channel and so on, with FOLDER/labelsTr/CASE.nii.gz. ACDC:
+FOLDER/[training/]patientXXX/patientXXX_frameYY.nii.gz with _gt.nii.gz beside it; FOLDER/testing, where it has labels,
+becomes the test part.
 """
 
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import torch
 from monai.data import load_decathlon_datalist, load_decathlon_properties
 from monai.transforms import (
     Compose,
@@ -22,8 +25,46 @@ from monai.transforms import (
 
 from examples.data.layout import Case, Layout, Volume, check_pair, first_line, subject_of
 from examples.data.slices import DataError
+from examples.files import read_json
 
 ACDC_CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
+
+
+def find_nnunet(folder: Path) -> Layout | None:
+    """The class names and channels of dataset.json, and the cases whose images end with a channel's number."""
+    index = folder / "dataset.json"
+    if not index.is_file() or not any(folder.glob("imagesTr/*_0000.*")):
+        return None
+    content = read_json(index)
+    if not isinstance(content, dict) or is_msd(folder, content):
+        return None
+    ending = content.get("file_ending", ".nii.gz")
+    names = [path.name.removesuffix(f"_0000{ending}") for path in sorted(folder.glob(f"imagesTr/*_0000{ending}"))]
+    if not names:
+        return None
+    channels, labels = content.get("channel_names", content.get("modality")), content.get("labels")
+    if not isinstance(channels, dict) or not isinstance(labels, dict):
+        raise DataError(f"{index}: must name `channel_names` and `labels`")
+    by_name = "background" in labels  # version 2; in version 1 numbers are the keys
+    try:
+        values = {int(value if by_name else key): str(key if by_name else value) for key, value in labels.items()}
+        classes = tuple(values[number] for number in range(len(labels)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{index}: labels must be numbered 0, 1, ..., one class each, got {labels}") from error
+    if len(classes) < 2:
+        raise DataError(f"{index}: needs a background and at least one other class, got {classes}")
+    cases = []
+    for name in names:
+        images = [folder / "imagesTr" / f"{name}_{number:04d}{ending}" for number in range(len(channels))]
+        cases.append(Case(subject_of(name), name, (*images, folder / "labelsTr" / f"{name}{ending}")))
+    return Layout("nnU-Net", cases, partial(read_nifti, num_classes=len(classes), reorient=True), classes)
+
+
+def is_msd(folder: Path, content: dict) -> bool:
+    """Whether the index names files that are there. nnU-Net's first version names them without a channel's number."""
+    entries = content.get("training") or [None]
+    first = entries[0].get("image") if isinstance(entries, list) and isinstance(entries[0], dict) else None
+    return isinstance(first, str) and (folder / first).is_file()
 
 
 def find_msd(folder: Path) -> Layout | None:
@@ -67,20 +108,34 @@ def find_acdc(folder: Path) -> Layout | None:
 
 
 def read_nifti(case: Case, spacing: float | None, num_classes: int, reorient: bool) -> Volume:
-    """One case, its image normalised over the volume. Raises DataError."""
-    keys, (image_file, label_file) = ("image", "label"), case.files
+    """One case, each channel of its image normalised over the volume. Raises DataError.
+
+    An image of several files has a channel in each; one file may hold several, too.
+    """
+    *image_files, label_file = case.files
+    images, keys = (
+        [f"image {path.name}" for path in image_files],
+        [*(f"image {path.name}" for path in image_files), "label"],
+    )
     try:
-        volume = Compose([LoadImaged(keys), EnsureChannelFirstd(keys)])({"image": image_file, "label": label_file})
-    except Exception as error:  # nibabel and zlib raise many kinds for a damaged file; which of the two, they name
-        raise DataError(f"{image_file} or its label {label_file}: cannot be read ({first_line(error)})") from error
-    if volume["image"].ndim != 4:
-        shape = tuple(volume["image"].shape)
-        raise DataError(f"{image_file}: must be a 3-D volume (with channels last, if any), got {shape}")
-    check_pair(image_file, label_file, volume["image"], volume["label"], num_classes)
+        volume = Compose([LoadImaged(keys), EnsureChannelFirstd(keys)])(dict(zip(keys, case.files, strict=True)))
+    except Exception as error:  # nibabel and zlib raise many kinds for a damaged file; which of them, they name
+        named = " and ".join(path.name for path in image_files[1:])
+        raise DataError(
+            f"{image_files[0]}{' or ' + named if named else ''} or its label {label_file}: cannot be read"
+            f" ({first_line(error)})"
+        ) from error
+    for path, key in zip(image_files, images, strict=True):
+        if volume[key].ndim != 4:
+            shape = tuple(volume[key].shape)
+            raise DataError(f"{path}: must be a 3-D volume (with channels last, if any), got {shape}")
+        check_pair(path, label_file, volume[key], volume["label"], num_classes)
     steps: list = [Orientationd(keys, axcodes="RAS", labels=None)] if reorient else []
     if spacing is not None:
-        steps.append(Spacingd(keys, pixdim=(spacing, spacing, 0.0), mode=("bilinear", "nearest")))
+        modes = (*("bilinear" for _ in images), "nearest")
+        steps.append(Spacingd(keys, pixdim=(spacing, spacing, 0.0), mode=modes))
     volume = Compose(steps)(volume)
-    mm = tuple(round(float(side), 4) for side in volume["image"].pixdim)
+    mm = tuple(round(float(side), 4) for side in volume[images[0]].pixdim)
     volume = EnsureTyped(keys, track_meta=False)(volume)
-    return Volume(NormalizeIntensity(channel_wise=True)(volume["image"].float()), volume["label"].float(), mm)
+    image = torch.cat([volume[key].float() for key in images])
+    return Volume(NormalizeIntensity(channel_wise=True)(image), volume["label"].float(), mm)

@@ -1,6 +1,10 @@
-"""Pictures with masks, as ultrasound and nuclei come: PNG files, grey or RGB, whose mask values are class ids.
+"""Pictures with masks, as ultrasound, photographs of skin and eyes, and nuclei come: grey or RGB.
 
-FOLDER/images/NAME.png with FOLDER/masks/NAME.png or NAME_mask.png; or both in FOLDER, NAME.png and NAME_mask.png.
+FOLDER/images/NAME.png with FOLDER/masks/NAME.png or NAME_mask.png; or both in FOLDER, NAME.png and NAME_mask.png. The
+files may be PNG, TIFF, JPEG, GIF or BMP, and a mask of another kind than its picture. Values of masks become classes in
+ascending order: 0 and 255 are background and one class.
+Nested, as DSB2018 is downloaded: FOLDER/NAME/images/NAME.png with FOLDER/NAME/masks/*.png, one mask for each instance
+of one class.
 FOLDER/train.list, val.list and test.list name the parts, where they exist.
 """
 
@@ -19,48 +23,95 @@ from examples.data.layout import (
     check_pair,
     first_line,
     from_rows,
-    read_lists,
+    named_parts,
     rescaled,
     subject_of,
 )
 from examples.data.slices import DataError
 
 GREY = ("1", "L", "I", "F", "I;16")  # Pillow's modes of one channel; palettes of images and the rest become RGB
+KINDS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".bmp")
 
 
 def find_pictures(folder: Path) -> Layout | None:
     """All pictures and their masks, or those that the lists name."""
     home = folder / "images" if (folder / "images").is_dir() else folder
-    images = {path.stem: path for path in sorted(home.glob("*.png")) if not path.stem.endswith("_mask")}
+    here, masks = pictures_in(home), pictures_in(folder / "masks")
+    images = {name: path for name, path in here.items() if not name.endswith("_mask")}
     if not images:
         return None
-    lists = read_lists(folder)
-    parts: list[tuple[str, str | None]] = [(name, part) for part, names in lists.items() for name in names]
-    if "train" not in lists:
-        parts += [(name, None) for name in images if name not in dict(parts)]
     cases = []
-    for name, part in parts:
+    for name, part in named_parts(folder, list(images)):
         image = images.get(name, home / f"{name}.png")
-        masks = (folder / "masks" / image.name, folder / "masks" / f"{name}_mask.png", home / f"{name}_mask.png")
-        mask = next((path for path in masks if path.is_file()), None)
+        mask = masks.get(name) or masks.get(f"{name}_mask") or here.get(f"{name}_mask")
         if mask is None:
-            raise DataError(f"{image}: has no mask {masks[0]}, {masks[1].name} there or beside the image")
+            raise DataError(f"{image}: has no mask {folder / 'masks' / image.name}, {name}_mask there or beside it")
         cases.append(Case(subject_of(name), name, (image, mask), part))
+    return Layout("images and masks", cases, read_picture, largest=largest_of(cases), rgb=True)
+
+
+def find_nested(folder: Path) -> Layout | None:
+    """All NAME/images/NAME.png with the instances in NAME/masks, or those that the lists name."""
+    homes = {path.parent.name: path.parent for path in sorted(folder.glob("*/images")) if path.is_dir()}
+    if not homes:
+        return None
+    cases = []
+    for name, part in named_parts(folder, list(homes)):
+        images = list(pictures_in(folder / name / "images").values())
+        if len(images) != 1:
+            raise DataError(f"{folder / name / 'images'}: must hold one picture, got {len(images)}")
+        masks = pictures_in(folder / name / "masks")
+        if not masks:
+            raise DataError(f"{folder / name / 'masks'}: holds no mask of an instance")
+        cases.append(Case(subject_of(name), name, (*images, *masks.values()), part))
+    classes = ("background", "foreground")
+    return Layout("images and instances", cases, read_instances, classes, largest=largest_of(cases), rgb=True)
+
+
+def pictures_in(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder by their names without suffix. Raises DataError where two have one name."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() in KINDS and found.setdefault(path.stem, path) != path:
+            raise DataError(f"{path}: has the name of {found[path.stem].name}")
+    return found
+
+
+def largest_of(cases: list[Case]) -> tuple[int, int]:
+    """The largest width and height of the cases' pictures."""
     largest = (0, 0)
     for case in cases:
         with opened(case.files[0]) as picture:
             largest = (max(largest[0], picture.width), max(largest[1], picture.height))
-    return Layout("PNG images and masks", cases, read_picture, largest=largest, rgb=True)
+    return largest
 
 
 def read_picture(case: Case, spacing: float | None) -> Volume:
     """One picture as a volume of one slice, normalised per channel. A pixel counts as 1 mm. Raises DataError."""
     image_file, mask_file = case.files
-    image, label = pixels(image_file, GREY), pixels(mask_file, (*GREY, "P"))
+    image, label = pixels(image_file, GREY), mask_of(mask_file)
+    check_pair(image_file, mask_file, image, label, None)
+    return rescaled(NormalizeIntensity(channel_wise=True)(image), label, spacing)
+
+
+def read_instances(case: Case, spacing: float | None) -> Volume:
+    """One picture; its class is what any mask of an instance holds. Raises DataError."""
+    image_file, *masks = case.files
+    image = pixels(image_file, GREY)
+    label = torch.zeros(1, *image.shape[1:])
+    for path in masks:
+        instance = mask_of(path)
+        check_pair(image_file, path, image, instance, None)
+        label[instance > 0] = 1
+    return rescaled(NormalizeIntensity(channel_wise=True)(image), label, spacing)
+
+
+def mask_of(path: Path) -> Tensor:
+    """A mask as [1, X, Y, 1] float32."""
+    label = pixels(path, (*GREY, "P"))
     if (label != label[:1]).any():
-        raise DataError(f"{mask_file}: is coloured; a mask has one value for each class")
-    check_pair(image_file, mask_file, image, label[:1], None)
-    return rescaled(NormalizeIntensity(channel_wise=True)(image), label[:1], spacing)
+        raise DataError(f"{path}: is coloured; a mask has one value for each class")
+    return label[:1]
 
 
 def opened(path: Path) -> Image.Image:
@@ -76,6 +127,8 @@ def opened(path: Path) -> Image.Image:
 def pixels(path: Path, kept: tuple[str, ...]) -> Tensor:
     """A picture as [C, X, Y, 1] float32; one whose mode is not `kept` becomes RGB."""
     with opened(path) as picture:
+        if (pages := getattr(picture, "n_frames", 1)) > 1:
+            raise DataError(f"{path}: holds {pages} pictures, must hold one")
         try:
             rows = np.array(picture if picture.mode in kept else picture.convert("RGB"), np.float32)
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's for a file that ends early or is broken

@@ -68,6 +68,19 @@ def draw_split(
     return Split(sorted(picked), train, slices.of_part("val"), slices.of_part("test"))
 
 
+def first_split(slices: Slices, count: int) -> Split:
+    """The first `count` training subjects, in the order of the folder's list, are labelled; the same for every seed.
+
+    Benchmarks of semi-supervised segmentation choose in this way. Raises DataError where there are fewer subjects.
+    """
+    train = slices.of_part("train")
+    names = list(dict.fromkeys(slices.subjects[i] for i in train))
+    if not 1 <= count <= len(names):
+        raise DataError(f"--labelled-first {count}: must be 1 to {len(names)}, the training subjects")
+    labelled = [i for i in train if slices.subjects[i] in names[:count]]
+    return Split(labelled, train, slices.of_part("val"), slices.of_part("test"))
+
+
 def draw_slices(slices: Slices, count: int, seed: int) -> Split:
     """Draws `count` labelled slices with foreground, over as many training subjects as there are, one after the other.
 

@@ -51,6 +51,10 @@ class MeanTeacher(Supervised):
         """The share of the steps done."""
         return self.global_step / self.iterations
 
+    def ramp(self) -> float:
+        """The weight of the unlabelled terms, from 0 to 1."""
+        return ramp_up(self.progress / self.settings.ramp)
+
     def draw(self, rng: np.random.RandomState) -> Batch:
         count = self.settings.labelled_batch
         _, labels, (images,) = self.crops.draw(rng, self.pick(rng, self.split.labelled, count), views=1)
@@ -64,9 +68,8 @@ class MeanTeacher(Supervised):
             teacher = self.teacher_tap(batch["weak"])
         outputs = Outputs(*student, *teacher)
         labelled, unlabelled = self.labelled_loss(batch, outputs), self.unlabelled_loss(batch, outputs)
-        ramp = ramp_up(self.progress / self.settings.ramp)
-        self.log_dict({"method/labelled": labelled, "method/unlabelled": unlabelled, "method/ramp": ramp})
-        return labelled + ramp * unlabelled
+        self.log_dict({"method/labelled": labelled, "method/unlabelled": unlabelled, "method/ramp": self.ramp()})
+        return labelled + self.ramp() * unlabelled
 
     def labelled_loss(self, batch: Batch, outputs: Outputs) -> Tensor:
         """CE + Dice."""

@@ -19,11 +19,9 @@ class RegionContrast(MeanTeacher):
     is the same contrast where the other scanners are: unlabelled pixels take part where the teacher is sure.
     """
 
-    weight = 0.1
-
-    def __init__(self, *args: Any, loss: nn.Module | None = None):
+    def __init__(self, *args: Any, weight: float = 0.1, loss: nn.Module | None = None):
         super().__init__(*args)
-        settings = self.settings
+        self.weight, settings = weight, self.settings
         self.projector = ProjectionHead(settings.features[-1], settings.embedding_dim)
         self.contrast = loss or RegionPHPCLoss(
             settings.region_size,

@@ -17,7 +17,7 @@ import torch
 for package in ("monai", "lightning", "nibabel", "nilearn", "matplotlib", "tensorboard"):
     pytest.importorskip(package, reason="the examples need the `examples` extra")
 
-from examples import compare, compare_report  # noqa: E402
+from examples import compare, compare_report, recipes  # noqa: E402
 from examples.data import scanners as data  # noqa: E402
 from examples.data.slices import DataError, Slices  # noqa: E402
 from examples.metrics import volume_scores, volume_table  # noqa: E402
@@ -28,7 +28,7 @@ from examples.paired import (  # noqa: E402
     summarise,
     summarise_probes,
 )
-from examples.recipes import Iterations, arms  # noqa: E402
+from examples.recipes import Iterations, arms, studies  # noqa: E402
 from examples.warps import Warps, strong_view, weak_view  # noqa: E402
 from tests.tools.small_folders import write_msd  # noqa: E402
 
@@ -261,6 +261,14 @@ def test_positive_control():
     assert not positive_control(good, 20)["passed"], "all labels gain 19"
     assert not positive_control([*good, run_of(2, supervised=60.0, mean_teacher=50.0, all_labels=80.0)], 10)["passed"]
     assert not positive_control([run_of(0, supervised=50.0, mean_teacher=53.0)], 10)["passed"]
+    better = [run_of(0, supervised=50.0, mean_teacher=53.0, unimatch=54.0, all_labels=70.0)]
+    better += [run_of(1, supervised=51.0, mean_teacher=52.0, unimatch=53.0, all_labels=69.0)]
+    assert list(positive_control(better, 10)) == ["unimatch minus supervised", "all-labels minus supervised", "passed"]
+    assert set(summarise(better, "validation")["dice"]["mean-teacher"]["mean"]) >= {
+        "minus unimatch",
+        "minus supervised",
+    }
+    assert positive_control([*better, good[0] | {"seed": 2}], 10).keys() >= {"mean-teacher minus supervised"}
     summary = summarise(good, "validation")["dice"]
     assert summary["mean-teacher"]["mean"]["minus supervised"]["mean"] == 2.0
     assert "minus mean-teacher" not in summary["mean-teacher"]["mean"]
@@ -377,24 +385,78 @@ def test_a_killed_comparison_resumes_and_ends_with_the_same_weights(folder, tmp_
         assert all(torch.equal(expected[name], found[name]) for name in expected), step
 
 
-def test_the_learning_rate_is_tuned_then_used(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "RATES", (1e-5, 2e-2))
+def test_choices_are_tuned_then_used(folder, tmp_path, monkeypatch, capsys):
+    tried = [{"lr": 1e-5, "consistency_weight": 3}, {"lr": 2e-2, "consistency_weight": 10}]
+    monkeypatch.setattr(recipes.Step, "choices", property(lambda step: tried))
     out = tmp_path / "out"
     assert compare.main(arguments(folder, out, *METHODS, "--tune")) == 0
-    tuned = json.loads((out / "learning_rates.json").read_text())
+    tuned = json.loads((out / "choices.json").read_text())
     for name, entry in tuned["arms"].items():
-        assert entry["lr"] == max(
-            map(float, entry["validation_dice"]), key=lambda lr: entry["validation_dice"][f"{lr:g}"]
-        )
+        assert [{key: one[key] for key in tried[0]} for one in entry["tried"]] == tried
+        assert entry["chosen"] == tried[max(range(2), key=lambda number: entry["tried"][number]["validation_dice"])]
         assert len(list(out.glob(f"tuning/seed*/{name}@*"))) == 2 * len(compare.TUNING_SEEDS)
-    assert len(list(out.glob("tuning/seed*/warm"))) == len(compare.TUNING_SEEDS), "one warm start for all rates"
+    assert len(list(out.glob("tuning/seed*/warm"))) == len(compare.TUNING_SEEDS), "one warm start for all choices"
     assert not set(compare.TUNING_SEEDS) & set(range(100)), "no seeds of a comparison"
-    monkeypatch.setattr(compare, "DEFAULT_RATE", 1.0)
+    monkeypatch.setattr(compare, "DEFAULT", {"lr": 1.0})
     assert compare.main(arguments(folder, out, *METHODS)) == 0
-    rates = json.loads((out / "results.json").read_text())["learning_rates"]
-    assert rates == {name: entry["lr"] for name, entry in tuned["arms"].items()}
+    results = json.loads((out / "results.json").read_text())
+    assert results["choices"] == {name: entry["chosen"] for name, entry in tuned["arms"].items()}
+    assert "| mean-teacher | " in (out / "report.md").read_text().partition("was trained with")[2]
     assert compare.main(arguments(folder, out, *METHODS, "--tune")) == 2
-    assert "the learning rates have been chosen" in capsys.readouterr().err
+    assert "supervised has been tuned" in capsys.readouterr().err
+    # Further arms are tuned later; the others' choices stay.
+    assert compare.main(arguments(folder, out, "--methods", "fixmatch", "--tune")) == 0
+    more = json.loads((out / "choices.json").read_text())["arms"]
+    assert (
+        list(more) == ["supervised", "mean-teacher", "fixmatch"] and more["supervised"] == tuned["arms"]["supervised"]
+    )
+
+
+def test_every_arm_is_tuned_with_as_many_choices():
+    found = arms(TINY, 3)
+    assert {len(step.choices) for step in found.values()} == {6}
+    for name, step in found.items():
+        assert len({tuple(choice.items()) for choice in step.choices}) == 6, name
+    for name, step in studies(TINY, 3).items():
+        assert step.chosen_as == "contrast" and name not in found
+
+
+def test_what_was_chosen_reaches_the_settings_and_the_method(folder, tmp_path):
+    options = compare.parse(arguments(folder, tmp_path, "--methods", "contrast"))
+    seen = {}
+
+    def kind(slices, split, settings, iterations, seed, **given):
+        seen.update(lr=settings.scratch_lr, confidence=settings.confidence, **given)
+        raise RuntimeError("seen")
+
+    trial = compare.open_trial(options, compare.read_slices(options), "cases2", 0)
+    step = recipes.Step("one", kind, 1)
+    with pytest.raises(RuntimeError, match="seen"):
+        trial.fit_alone(step, {"lr": 0.5, "confidence": 0.7, "weight": 0.2})
+    assert seen == {"lr": 0.5, "confidence": 0.7, "weight": 0.2}
+
+
+def test_studies_run_when_they_are_named(folder, tmp_path):
+    names = list(studies(TINY, 3))
+    out = tmp_path / "out"
+    assert compare.main(arguments(folder, out, "--methods", "contrast", *names)) == 0
+    run = json.loads((out / "results.json").read_text())["labels"]["cases2"]["runs"][0]
+    assert list(run["arms"]) == ["contrast", *names]
+    scores = [run["arms"][name]["validation"]["dice"]["all"]["mean"] for name in run["arms"]]
+    assert None not in scores
+    assert all(run["arms"][name]["iterations"] == TINY.warm + TINY.second for name in run["arms"])
+
+
+def test_the_first_labelled_are_the_same_for_every_seed(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--data", str(folder), "--out", str(out), "--labelled-first", "2", "--methods", "supervised"]
+    parsed = compare.parse([*options, "--crop", "32", "32"])
+    slices = compare.read_slices(parsed)
+    splits = [compare.split_of(parsed, slices, "first2", seed) for seed in (0, 1)]
+    assert splits[0] == splits[1] and len({slices.subjects[i] for i in splits[0].labelled}) == 2
+    with pytest.raises(SystemExit):
+        compare.parse(["--data", "builtin", "--out", str(out), "--labelled-first", "2"])
+    assert "--labelled-first: the built-in subjects have no order" in capsys.readouterr().err
 
 
 def test_other_settings_do_not_go_on_in_one_folder(folder, tmp_path, capsys):

@@ -23,7 +23,13 @@ from examples.data import virtual_subjects as virtual  # noqa: E402
 from examples.data.folders import FINDERS, read_folder, recognise  # noqa: E402
 from examples.data.layout import subject_of  # noqa: E402
 from examples.data.slices import DataError  # noqa: E402
-from examples.data.splits import apply_split_file, assign_parts, draw_slices, draw_split  # noqa: E402
+from examples.data.splits import (  # noqa: E402
+    apply_split_file,
+    assign_parts,
+    draw_slices,
+    draw_split,
+    first_split,
+)
 from examples.three_stage import describe  # noqa: E402
 from tests.tools.small_folders import (  # noqa: E402
     save,
@@ -31,7 +37,10 @@ from tests.tools.small_folders import (  # noqa: E402
     volume,
     write_acdc,
     write_h5,
+    write_instances,
+    write_la,
     write_msd,
+    write_nnunet,
     write_pictures,
     write_ssl4mis,
 )
@@ -220,6 +229,94 @@ def test_acdc_layout(tmp_path):
     assert read_folder(tmp_path / "training").parts.keys() == {f"patient{n:03d}" for n in range(1, 5)}
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_nnunet_layout(tmp_path, version):
+    slices = read_folder(write_nnunet(tmp_path, version=version))
+    assert slices.source["layout"] == "nnU-Net" and slices.classes == ("background", "Anterior", "Posterior")
+    assert slices.images.shape == (18, 2, 32, 32) and slices.ids[3] == "case_001/000"
+    assert torch.allclose(slices.images[:, 0, 6:26, 2:30], slices.images[:, 1, 6:26, 2:30], atol=1e-4), "normalised"
+    write_msd(tmp_path / "msd")
+    assert torch.equal(slices.labels, read_folder(tmp_path / "msd").labels)
+
+
+def test_msd_cases_with_numbers_of_four_digits(tmp_path):
+    """case_0000 looks like the first channel of nnU-Net's "case"."""
+    names = [f"case_{number:04d}" for number in range(6)]
+    slices = read_folder(write_msd(tmp_path, names=names))
+    assert slices.source["layout"] == "MSD" and sorted(set(slices.subjects)) == names
+
+
+BAD_NNUNET = {
+    "a channel is missing": (
+        lambda f: (f / "imagesTr/case_001_0001.nii.gz").unlink(),
+        r"case_001_0001\.nii\.gz: no such",
+    ),
+    "no label": (lambda f: (f / "labelsTr/case_001.nii.gz").unlink(), r"labelsTr/case_001\.nii\.gz: no such file"),
+    "regions": (
+        lambda f: change_index(f, labels={"background": 0, "whole": [1, 2], "core": 2}),
+        r"dataset\.json: labels must be numbered 0, 1, \.\.\., one class each",
+    ),
+    "a gap": (lambda f: change_index(f, labels={"background": 0, "a": 2}), "labels must be numbered 0, 1"),
+    "no channels": (lambda f: change_index(f, channel_names=None), "must name `channel_names` and `labels`"),
+    "other shape": (
+        lambda f: save(f / "imagesTr/case_001_0001.nii.gz", volume(1)[0][:-1]),
+        r"its image case_001_0001\.nii\.gz \(19, 28, 3\)",
+    ),
+    "damaged": (
+        lambda f: (f / "imagesTr/case_001_0001.nii.gz").write_bytes(b"no image"),
+        r"case_001_0000\.nii\.gz or case_001_0001\.nii\.gz or its label .*: cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NNUNET)
+def test_bad_nnunet_folders(tmp_path, name):
+    breaks, message = BAD_NNUNET[name]
+    breaks(write_nnunet(tmp_path))
+    with pytest.raises(DataError, match=message) as caught:
+        read_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("inside", [".", "2018LA_Seg_Training Set"])
+def test_la_layout(tmp_path, inside):
+    write_la(tmp_path, inside=inside)
+    (tmp_path / "train.list").write_text("CASE04\nCASE00\nCASE02\n")
+    (tmp_path / "test.list").write_text("CASE01/mri_norm2.h5\n")
+    slices = read_folder(tmp_path)
+    assert slices.source["layout"] == "h5 case by case" and slices.classes == ("background", "class 1")
+    assert set(slices.subjects) == {"CASE00", "CASE01", "CASE02", "CASE04"} and slices.parts["CASE01"] == "test"
+    _, label = volume(4, classes=2)
+    at = slices.ids.index("CASE04/001")
+    assert torch.equal(slices.labels[at, 6:26, 2:30], torch.from_numpy(label[:, :, 1])), "[X, Y, Z], not rows"
+
+
+def test_bad_la_folders(tmp_path):
+    write_la(tmp_path)
+    write_la(tmp_path, cases=1, inside="again")
+    with pytest.raises(DataError, match=r"again/CASE00/mri_norm2\.h5: case CASE00 is also in"):
+        read_folder(tmp_path)
+    shutil.rmtree(tmp_path / "again")
+    (tmp_path / "val.list").write_text("CASE09\n")
+    with pytest.raises(DataError, match=r"CASE09/mri_norm2\.h5: no such file, but the val list"):
+        read_folder(tmp_path)
+
+
+def test_the_first_of_a_list_are_labelled(tmp_path):
+    write_la(tmp_path)
+    for part, names in (("train", ("CASE04", "CASE00", "CASE02")), ("val", ("CASE01",)), ("test", ("CASE03",))):
+        (tmp_path / f"{part}.list").write_text("\n".join(names))
+    slices = read_folder(tmp_path)
+    split = first_split(slices, 2)
+    assert {slices.subjects[i] for i in split.train} == {"CASE04", "CASE00", "CASE02"}
+    assert [slices.ids[i] for i in split.labelled] == [
+        f"{name}/00{z}" for name in ("CASE04", "CASE00") for z in range(3)
+    ]
+    for count in (0, 4):
+        with pytest.raises(DataError, match=f"--labelled-first {count}: must be 1 to 3, the training subjects"):
+            first_split(slices, count)
+
+
 def broken_label(folder, change):
     path = folder / "labelsTr" / "case_002.nii.gz"
     save(path, change(nib.load(path).get_fdata(dtype=np.float32)))
@@ -320,6 +417,9 @@ PATIENTS = {  # folders in every layout that the reader knows, with several file
     "h5 slices and volumes in data/": partial(write_h5, by_slice=True, slices="."),
     "h5 slices and volumes of SSL4MIS": write_ssl4mis,
     "h5 slices and volumes of SSL4MIS without lists": without_lists,
+    "LA": partial(write_la, names=several("")),
+    "nnU-Net, frames": partial(write_nnunet, names=FRAMES),
+    "instances, views": partial(write_instances, names=several("_2CH", "_4CH")),
     "PNG slices": partial(write_pictures, names=SLICES),
     "PNG slices beside their masks": partial(write_pictures, names=SLICES, masks="images", ending="_mask"),
     "PNG views": partial(write_pictures, names=several("_2CH_ED", "_2CH_ES", "_4CH_ED")),
@@ -568,7 +668,7 @@ def test_labels_without_a_class(tmp_path):
 
 def test_pictures_and_masks(tmp_path):
     slices = read_folder(write_pictures(tmp_path, values=(0, 127, 255)))
-    assert slices.source["layout"] == "PNG images and masks" and slices.source["label_values"] == [0, 127, 255]
+    assert slices.source["layout"] == "images and masks" and slices.source["label_values"] == [0, 127, 255]
     assert slices.classes == ("background", "class 127", "class 255")
     assert slices.images.shape == (6, 1, 48, 32) and slices.ids[0] == "p0/000"
     assert slices.subjects == [f"p{n}" for n in range(6)] and len(set(slices.planes.tolist())) == 6
@@ -614,6 +714,57 @@ def test_kinds_of_pictures(tmp_path):
     for number in range(5):
         _, label = volume(number, (40, 30, 1), 2)
         assert torch.equal(slices.labels[number, 4:44, 1:31], torch.from_numpy(label)[..., 0]), number
+
+
+@pytest.mark.parametrize(("kind", "mask_kind"), [("tif", "tiff"), ("jpg", "gif"), ("bmp", "png"), ("JPEG", "PNG")])
+def test_kinds_of_files(tmp_path, kind, mask_kind):
+    slices = read_folder(write_pictures(tmp_path / "a", kind=kind, mask_kind=mask_kind))
+    plain = read_folder(write_pictures(tmp_path / "b"))
+    assert torch.equal(slices.labels, plain.labels) and slices.ids == plain.ids
+    assert (slices.images - plain.images).abs().mean() < (0.5 if kind in ("jpg", "JPEG") else 1e-6)
+
+
+def test_instances_are_merged(tmp_path):
+    slices = read_folder(write_instances(tmp_path))
+    assert slices.source["layout"] == "images and instances" and slices.classes == ("background", "foreground")
+    assert slices.images.shape[1] == 3 and slices.ids[0] == "n0/000"
+    _, label = volume(0, (40, 30, 1), 4)
+    assert int((slices.labels[0] == 1).sum()) == int((label > 0).sum())
+
+
+BAD_INSTANCES = {
+    "no mask": (lambda f: shutil.rmtree(f / "n1/masks"), r"n1/masks: holds no mask of an instance"),
+    "two pictures": (
+        lambda f: shutil.copy(f / "n1/images/n1.png", f / "n1/images/n2.png"),
+        r"n1/images: must hold one picture, got 2",
+    ),
+    "other size": (
+        lambda f: Image.new("L", (10, 10)).save(f / "n1/masks/n12.png"),
+        r"n1/masks/n12\.png: has shape \(10, 10, 1\), its image n1\.png \(40, 30, 1\)",
+    ),
+    "damaged": (lambda f: (f / "n1/masks/n11.png").write_bytes(b"no"), r"n11\.png: cannot be read as a picture"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INSTANCES)
+def test_bad_instances(tmp_path, name):
+    breaks, message = BAD_INSTANCES[name]
+    breaks(write_instances(tmp_path))
+    with pytest.raises(DataError, match=message) as caught:
+        read_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_hold_several_pictures_or_share_a_name(tmp_path):
+    write_pictures(tmp_path)
+    pages = [Image.new("L", (40, 30)), Image.new("L", (40, 30))]
+    (tmp_path / "images/p2.png").unlink()
+    pages[0].save(tmp_path / "images/p2.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(DataError, match=r"p2\.tif: holds 2 pictures, must hold one"):
+        read_folder(tmp_path)
+    shutil.copy(tmp_path / "images/p1.png", tmp_path / "images/p1.bmp")
+    with pytest.raises(DataError, match=r"p1\.png: has the name of p1\.bmp"):
+        read_folder(tmp_path)
 
 
 def test_large_pictures_are_scaled_down(tmp_path):
@@ -670,7 +821,7 @@ BAD_PICTURES = {
         r"masks/p2\.png: has 1200 label values",
     ),
     "not there": (lambda f: write_lists(f, val=["p9"]), r"images/p9\.png: (no such file|has no mask)"),
-    "no picture": (lambda f: shutil.rmtree(f / "images"), "neither dataset.json .* or images/.*png with masks"),
+    "no picture": (lambda f: shutil.rmtree(f / "images"), "neither dataset.json .* images/.* with masks"),
 }
 
 

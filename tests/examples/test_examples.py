@@ -477,7 +477,7 @@ def test_a_file_in_place_of_the_out_folder(msd, tmp_path, capsys):
 LAYOUTS = {
     "h5 slices": (partial(write_h5, by_slice=True), "36 slices of 6 subjects; classes: background, class 1, class 2,"),
     "h5 volumes": (write_h5, "36 slices of 6 subjects; classes: background, class 1, class 2, class 3"),
-    "PNG images and masks": (write_pictures, "6 slices of 6 subjects; classes: background, class 255 (label values 0,"),
+    "images and masks": (write_pictures, "6 slices of 6 subjects; classes: background, class 255 (label values 0,"),
 }
 
 

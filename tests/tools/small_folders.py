@@ -81,15 +81,58 @@ def write_h5(folder, patients=6, by_slice=False, by_volume=True, slices="slices"
     return folder
 
 
-def write_pictures(folder, count=6, size=(40, 30), values=(0, 255), masks="masks", ending="", names=None):
-    """Grey PNG pictures of boxes, size = (width, height), and their masks with these values."""
+def write_nnunet(folder, cases=6, channels=("T2", "ADC"), version=2, names=None, **kind):
+    """nnU-Net's raw data: a file for each channel, the second one darker."""
+    names = names or [f"case_{number:03d}" for number in range(cases)]
+    for number, name in enumerate(names):
+        image, label = volume(number, **kind)
+        for channel in range(len(channels)):
+            save(folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz", image * 0.5**channel + channel)
+        save(folder / "labelsTr" / f"{name}.nii.gz", label)
+    classes = {"background": 0, "Anterior": 1, "Posterior": 2}
+    index = {"numTraining": len(names), "file_ending": ".nii.gz"}
+    numbered = {str(number): name for number, name in enumerate(channels)}
+    if version == 2:
+        index |= {"channel_names": numbered, "labels": classes}
+    else:
+        index |= {"modality": numbered, "labels": {str(number): name for name, number in classes.items()}}
+        index["training"] = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
+    (folder / "dataset.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_la(folder, cases=6, inside=".", names=None, **kind):
+    """LA as semi-supervised repositories keep it: CASE/mri_norm2.h5, [X, Y, Z]."""
+    for number, name in enumerate(names or [f"CASE{number:02d}" for number in range(cases)]):
+        image, label = volume(number, **{"classes": 2, **kind})
+        save_h5(folder / inside / name / "mri_norm2.h5", image=image, label=label)
+    return folder
+
+
+def write_instances(folder, names=("n0", "n1", "n2", "n3", "n4", "n5"), size=(40, 30)):
+    """DSB2018 as it is downloaded: RGBA pictures, and a mask of 0 and 255 for each instance."""
+    for number, name in enumerate(names):
+        image, label = (rows_from_the_top(array)[0] for array in volume(number, (*size, 1), 4))
+        for part in ("images", "masks"):
+            (folder / name / part).mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+        grey.convert("RGBA").save(folder / name / "images" / f"{name}.png")
+        for value in range(1, 4):
+            Image.fromarray(np.uint8(255 * (label == value))).save(folder / name / "masks" / f"{name}{value}.png")
+    return folder
+
+
+def write_pictures(
+    folder, count=6, size=(40, 30), values=(0, 255), masks="masks", ending="", names=None, kind="png", mask_kind="png"
+):
+    """Grey pictures of boxes, size = (width, height), and their masks with these values."""
     names = names or [f"p{number}" for number in range(count)]
     for path in (folder / "images", folder / masks):
         path.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         image, label = (rows_from_the_top(array)[0] for array in volume(number, (*size, 1), len(values)))
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{name}.png")
-        Image.fromarray(np.array(values, np.uint8)[label]).save(folder / masks / f"{name}{ending}.png")
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{name}.{kind}")
+        Image.fromarray(np.array(values, np.uint8)[label]).save(folder / masks / f"{name}{ending}.{mask_kind}")
     return folder
 
 
