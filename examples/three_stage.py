@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m examples.three_stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", default="builtin", help='"builtin" or a folder: MSD, ACDC, .h5 slices or volumes, PNG with masks')
+    add("--data", default="builtin", help='"builtin" or a folder: MSD, nnU-Net, ACDC, LA, .h5, images with masks')
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labelled", type=int, metavar="N", help="labelled training subjects (default 2)")
     labels.add_argument(

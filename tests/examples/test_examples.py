@@ -40,7 +40,16 @@ from examples.stages import (  # noqa: E402
     shuffled,
 )
 from examples.training import Progress, quiet, train  # noqa: E402
-from tests.tools.small_folders import volume, write_acdc, write_h5, write_msd, write_pictures  # noqa: E402
+from tests.tools.small_folders import (  # noqa: E402
+    volume,
+    write_acdc,
+    write_h5,
+    write_instances,
+    write_la,
+    write_msd,
+    write_nnunet,
+    write_pictures,
+)
 
 pytestmark = pytest.mark.usefixtures("small_and_steady")
 ROOT = Path(three_stage.__file__).parents[1]
@@ -477,6 +486,9 @@ def test_a_file_in_place_of_the_out_folder(msd, tmp_path, capsys):
 LAYOUTS = {
     "h5 slices": (partial(write_h5, by_slice=True), "36 slices of 6 subjects; classes: background, class 1, class 2,"),
     "h5 volumes": (write_h5, "36 slices of 6 subjects; classes: background, class 1, class 2, class 3"),
+    "nnU-Net": (write_nnunet, "18 slices of 6 subjects; classes: background, Anterior, Posterior"),
+    "h5 case by case": (write_la, "18 slices of 6 subjects; classes: background, class 1"),
+    "images and instances": (write_instances, "6 slices of 6 subjects; classes: background, foreground"),
     "images and masks": (write_pictures, "6 slices of 6 subjects; classes: background, class 255 (label values 0,"),
 }
 
