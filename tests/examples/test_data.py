@@ -466,9 +466,35 @@ def test_the_flat_folder_of_ssl4mis(tmp_path):
         assert torch.equal(flat.labels[ours], whole.labels[theirs])
 
 
-@pytest.mark.skipif("HPCLOSS_DATA" not in os.environ, reason="HPCLOSS_DATA names no folder that holds acdc/")
+def real(name):
+    """A set of real data; the test is skipped where HPCLOSS_DATA names no folder that holds it."""
+    folder = Path(os.environ.get("HPCLOSS_DATA", "")) / name
+    if "HPCLOSS_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip(f"HPCLOSS_DATA names no folder that holds {name}/")
+    return folder
+
+
+def test_the_real_hippocampus():
+    folder = real("hippocampus")
+    layout = recognise(folder)
+    assert layout.name == "MSD" and layout.classes == ("background", "Anterior", "Posterior")
+    assert len(layout.cases) == len({case.subject for case in layout.cases}) == 260
+    image, label, spacing = layout.read(layout.cases[0], None)
+    assert (
+        image.shape[1:] == label.shape[1:] and spacing == (1.0, 1.0, 1.0) and set(label.unique().tolist()) == {0, 1, 2}
+    )
+
+
+def test_the_real_nuclei():
+    """557 grey and 107 RGB pictures, as the set's description has it."""
+    layout = recognise(real("nuclei"))
+    assert layout.name == "images and masks" and len(layout.cases) == 664 and layout.largest == (256, 256)
+    channels = Counter(len(layout.read(case, None).image) for case in layout.cases)
+    assert channels == {1: 557, 3: 107}
+
+
 def test_the_real_folder_of_ssl4mis():
-    layout = recognise(Path(os.environ["HPCLOSS_DATA"]) / "acdc")
+    layout = recognise(real("acdc"))
     parts = {part: {case.subject for case in layout.cases if case.part == part} for part in ("train", "val", "test")}
     assert {part: len(subjects) for part, subjects in parts.items()} == {"train": 70, "val": 10, "test": 20}
     assert len(set().union(*parts.values())) == 100, "a patient is in two parts"
