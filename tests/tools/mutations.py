@@ -323,7 +323,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the number of programs is a fraction", "hpcloss/backends/triton/rows.py",
-        "launch.run(kernel, triton.cdiv(count, block)", "launch.run(kernel, count / block",
+        "launch.run(kernel, configs.blocks_of(count, block)", "launch.run(kernel, count / block",
         "test_launch_path: float16-supcon",
     ),
     Mutation(

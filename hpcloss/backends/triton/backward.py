@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpcloss.backends.triton import launch
+from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.tiles import (
     INF,
     Coefficients,
@@ -300,6 +300,6 @@ def room_for_statistics(
     if grad_lse is not None:
         bound = torch.where(empty == -math.inf, 0.0, grad.abs()) + torch.where(total == 0, 0.0, grad_lse.abs())
         empty = bound
-    largest = grad.new_empty(triton.cdiv(grad.numel(), launch.ROWS))
+    largest = grad.new_empty(configs.blocks_of(grad.numel(), launch.ROWS))
     launch.row_by_row(largest_kernel, bound, bound, bound.stride(0), empty, largest, bound.numel())
     return statistics, lift, largest, grad

@@ -216,6 +216,16 @@ def part(capability: int) -> str:
     return {0: "amd", 90: "hopper", 100: "blackwell", 103: "blackwell"}.get(capability, SMALLEST)
 
 
+def blocks_of(count: int, size: int) -> int:
+    """How many blocks of a size hold so many rows. Triton's own functions of this kind take the host 2 us a call."""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The smallest power of two that is at least `count` (from 1)."""
+    return 1 << (count - 1).bit_length()
+
+
 def precision(rows: torch.Tensor) -> str:
     """How products of these rows are computed: "half", or for fp32 rows "tf32" or "ieee" (exact, without matrix units).
 
@@ -234,7 +244,7 @@ def config(kernel: str, rows: torch.Tensor) -> Config:
     """The shape in which a kernel ("pair_lse", "pair_mean", "backward", one of SAME_AS) runs on rows [N, D]."""
     if interpreted():
         return INTERPRETED
-    width = max(triton.next_power_of_2(rows.shape[1]), WIDTHS[0])
+    width = max(power_of_2(rows.shape[1]), WIDTHS[0])
     here = part(capability(rows.device))
     shapes = CONFIGS[here][precision(rows)]
     while kernel not in shapes:

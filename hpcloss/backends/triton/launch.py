@@ -7,7 +7,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from hpcloss.backends.triton import configs
@@ -27,7 +26,7 @@ def run(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) ->
 
 def row_by_row(kernel: Any, like: Tensor, *args: Any, **constants: Any) -> None:
     """Run one program for each ROWS entries of `like`."""
-    run(kernel, triton.cdiv(like.numel(), ROWS), like, *args, **constants, BLOCK=ROWS)
+    run(kernel, configs.blocks_of(like.numel(), ROWS), like, *args, **constants, BLOCK=ROWS)
 
 
 class Tiling(NamedTuple):
@@ -42,7 +41,7 @@ def tiling(shape: str, rows: Tensor) -> Tiling:
     tiles = configs.config(shape, rows)
     # A precision is of no meaning for half precision.
     constants = _constants(tiles, rows.shape[1], "tf32" if configs.precision(rows) == "tf32" else "ieee")
-    return Tiling(triton.cdiv(rows.shape[0], tiles.block_i), constants)
+    return Tiling(configs.blocks_of(rows.shape[0], tiles.block_i), constants)
 
 
 @functools.cache
@@ -51,7 +50,7 @@ def _constants(tiles: configs.Config, channels: int, precision: str) -> dict[str
         "D": channels,
         "BLOCK_I": tiles.block_i,
         "BLOCK_J": tiles.block_j,
-        "BLOCK_D": max(triton.next_power_of_2(channels), 16),
+        "BLOCK_D": max(configs.power_of_2(channels), 16),
         "PRECISION": precision,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

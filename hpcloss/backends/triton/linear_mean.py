@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpcloss.backends.triton import launch
+from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.segment_mean import interval_sum, over_rows, sums_of, tile_rows, weights_of
 from hpcloss.backends.triton.tiles import (
     FARTHEST,
@@ -120,7 +120,7 @@ def linear_mean(anchors: Tensor, scale: Tensor, intervals: list[Tensor]) -> tupl
     sums, _ = sums_of(anchors)
     block = tile_rows(anchors)
     over_rows(
-        forward_kernel, triton.cdiv(anchors.shape[0], block), anchors,
+        forward_kernel, configs.blocks_of(anchors.shape[0], block), anchors,
         sums, at, scale, out, mass, slope,
         anchors.shape[0], at.own_start.numel(), BLOCK_I=block, BLOCK_J=block,
     )  # fmt: skip
@@ -145,7 +145,7 @@ def linear_mean_backward(
         sums, weighted_sums = sums_of(anchors, grad, mass)
         block = tile_rows(anchors)
         over_rows(
-            backward_kernel, triton.cdiv(anchors.shape[0], block), anchors,
+            backward_kernel, configs.blocks_of(anchors.shape[0], block), anchors,
             grad, mass, sums, weighted_sums, at, scale, gradient,
             anchors.shape[0], at.own_start.numel(), BLOCK_I=block, BLOCK_J=block,
         )  # fmt: skip

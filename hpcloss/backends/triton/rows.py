@@ -245,7 +245,7 @@ def _layout(shape: Sequence[int], stride: Sequence[int]) -> tuple[list[int], dic
 def _launch(kernel: Any, rows: Tensor, *args: Any, **constants: Any) -> None:
     """Run one program for each block of `rows` [n, D]."""
     count, channels = rows.shape
-    block_d = triton.next_power_of_2(channels)
+    block_d = configs.power_of_2(channels)
     block = min(max(TILE // block_d, FEWEST_ROWS), MOST_ROWS)
     sizes = {"BLOCK": block, "BLOCK_D": block_d, "num_warps": NUM_WARPS}
-    launch.run(kernel, triton.cdiv(count, block), rows, *args, **constants, **sizes)
+    launch.run(kernel, configs.blocks_of(count, block), rows, *args, **constants, **sizes)

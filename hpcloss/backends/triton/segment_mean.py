@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpcloss.backends.triton import launch
+from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.tiles import INF, LOG2E, load_rows
 
 BLOCK = 64  # rows of a block sum, and block sums of a sum of those
@@ -145,7 +145,7 @@ def _block_sums(
 ) -> tuple[Tensor | None, Tensor | None]:
     if rows is None or rows.shape[0] <= FEW:
         return None, None
-    sums = torch.empty(triton.cdiv(rows.shape[0], BLOCK), rows.shape[1], dtype=torch.float32, device=rows.device)
+    sums = torch.empty(configs.blocks_of(rows.shape[0], BLOCK), rows.shape[1], dtype=torch.float32, device=rows.device)
     weighted = None if grad is None else torch.empty_like(sums)
     over_rows(block_sums_kernel, sums.shape[0], rows, grad, mass, sums, weighted, rows.shape[0])
     return sums, weighted
@@ -153,11 +153,11 @@ def _block_sums(
 
 def tile_rows(rows: Tensor, numbers: int = TILE) -> int:
     """Rows of a tile of so many numbers. These sizes keep everything in the registers of 4 warps at any width."""
-    return min(ROWS, numbers // triton.next_power_of_2(rows.shape[1]))
+    return min(ROWS, numbers // configs.power_of_2(rows.shape[1]))
 
 
 def over_rows(kernel: Any, programs: int, rows: Tensor, *args: Any, **constants: Any) -> None:
     """Run that many programs on rows [N, D], the first argument."""
     sizes = {"D": rows.shape[1], "BLOCK": BLOCK, "BLOCK_J": tile_rows(rows, TILE // 2)}
-    sizes["BLOCK_D"] = triton.next_power_of_2(rows.shape[1])
+    sizes["BLOCK_D"] = configs.power_of_2(rows.shape[1])
     launch.run(kernel, programs, rows, rows, *args, **sizes | constants, num_warps=4)
