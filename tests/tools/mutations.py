@@ -1187,7 +1187,7 @@ def home(mutation: Mutation) -> Path:
 
 def copy(folder: str) -> Path:
     """The package, the tests, what they read and their settings, alone in a folder."""
-    for part in ("hpcloss", "csrc", "tests", "docs"):
+    for part in ("hpcloss", "csrc", "tests", "docs", "benchmarks"):
         shutil.copytree(ROOT / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / file, folder)
