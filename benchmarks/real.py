@@ -30,10 +30,9 @@ def keep(name: str, out: Path) -> None:
     folder = REAL / name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "figures").mkdir(parents=True)
-    drawn = []
-    for path in sorted((out / "figures").glob("*.png"), key=lambda path: path.stat().st_mtime):
-        if path.stem != PICTURES or name in FREE:
-            drawn.append(Path(shutil.copy(path, folder / "figures")))
+    named = re.findall(r"\]\((figures/\S+)\)", (out / "report.md").read_text())  # older ones may lie beside them
+    shown = [path for path in named if Path(path).stem != PICTURES or name in FREE]
+    drawn = [Path(shutil.copy(out / path, folder / "figures")) for path in shown]
     results = json.loads((out / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(results, drawn))

@@ -132,6 +132,14 @@ def compare(options: argparse.Namespace) -> None:
         methods = [name for name in options.methods if (recipes[name].seconds_of is not None) == measured]
         work_through([(options, *job, chosen[job[2]]) for job in product_of(labels, seeds, methods)])
     trials = {(label, seed): open_trial(options, slices, label, seed) for label in labels for seed in seeds}
+    # Arms that earlier calls have trained in every trial are reported too.
+    chosen = {
+        name: choice for name, choice in read_json(options.out / "run.json")["choices"].items() if name in recipes
+    }
+    options.methods = [
+        name for name in recipes if name in chosen and all(trial.has_scores(name) for trial in trials.values())
+    ]
+    chosen = {name: chosen[name] for name in options.methods}
     if options.final:
         tables = {
             f"{label}/seed{seed}": {arm: trial.scores(arm, "test") for arm in options.methods}
@@ -142,28 +150,64 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Trains each arm with every choice on the tuning seeds and keeps the best by Dice on validation."""
+    """Trains each arm with every choice on the tuning seeds and keeps the best by Dice on validation.
+
+    Arms that add to another one come after it, and take over what was chosen for it.
+    """
     path = options.out / CHOICES
-    kept = read_json(path)["arms"] if path.is_file() else {}
-    slices, label = read_slices(options), next(iter(options.labels))
+    kept = read_choices(options)
+    slices = read_slices(options)
     print(describe(slices), flush=True)
     recipes = recipes_of(options, slices)
     asked = [name for name in options.methods if recipes[name].seconds_of is recipes[name].chosen_as is None]
     if done := [name for name in asked if name in kept]:
         raise DataError(f"{path}: {done[0]} has been tuned; remove its entry to choose again")
-    jobs = product_of([label], TUNING_SEEDS, asked)
-    work_through([(options, *job, choice) for job in jobs for choice in recipes[job[2]].choices])
+    for name in asked:
+        base = recipes[name].base
+        if base is not None and base not in (*asked, *kept):
+            raise DataError(f"{path}: {name} adds to {base}, which has not been tuned; name it too")
+    for arms_ in ([n for n in asked if not recipes[n].base], [n for n in asked if recipes[n].base]):
+        tune_arms(options, slices, arms_, kept)
+
+
+def tune_arms(options: argparse.Namespace, slices: Slices, names: list[str], kept: dict[str, dict]) -> None:
+    """Trains these arms with every choice, and writes the best to `kept` and to the file of choices."""
+    recipes, label = recipes_of(options, slices), next(iter(options.labels))
+    tries = {}
+    for name in names:
+        base = recipes[name].base
+        of_base = {key: value for key, value in kept[base]["chosen"].items() if key != "lr"} if base else {}
+        tries[name] = [choice | of_base for choice in recipes[name].choices]
+    jobs = product_of([label], TUNING_SEEDS, names)
+    work_through([(options, *job, choice) for job in jobs for choice in tries[job[2]]])
     trials = [open_trial(options, slices, label, seed) for seed in TUNING_SEEDS]
-    for arm in asked:
+    for name in names:
         tried = []
-        for choice in recipes[arm].choices:
-            dice = [trial.scores(tuning_name(arm, choice), "val")["dice"]["all"]["mean"] for trial in trials]
+        for choice in tries[name]:
+            dice = [trial.scores(tuning_name(name, choice), "val")["dice"]["all"]["mean"] for trial in trials]
             tried.append({**choice, "validation_dice": round(sum(dice) / len(dice), 3)})
         best = max(range(len(tried)), key=lambda number: tried[number]["validation_dice"])
-        kept[arm] = {"chosen": recipes[arm].choices[best], "tried": tried}
-        dice = "  ".join(f"{one['validation_dice']:.2f}" for one in tried)
-        print(f"{arm:28s} {text_of(kept[arm]['chosen']):32s} {dice}")
-    write_json(path, {"seeds": TUNING_SEEDS, "labels": label, "arms": kept})
+        kept[name] = {"labels": label, "chosen": tries[name][best], "tried": tried}
+        shown = "  ".join(f"{one['validation_dice']:.2f}" for one in tried)
+        print(f"{name:28s} {text_of(kept[name]['chosen']):44s} {shown}")
+        write_json(options.out / CHOICES, {"seeds": TUNING_SEEDS, "settings": settings_of(options), "arms": kept})
+
+
+def read_choices(options: argparse.Namespace) -> dict[str, dict]:
+    """What --tune has found so far, {} before. Raises DataError where it was tuned with other settings."""
+    path = options.out / CHOICES
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    check_same(path, content["settings"], settings_of(options), "tuned")
+    return content["arms"]
+
+
+def check_same(path: Path, before: dict, now: dict, verb: str) -> None:
+    """Raises DataError where a setting was another one."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise DataError(f"{path}: was {verb} with {name} = {before.get(name)}, now {now.get(name)}")
 
 
 def text_of(choice: Choice) -> str:
@@ -177,14 +221,18 @@ def tuning_name(arm: str, choice: Choice) -> str:
 
 
 def choices(options: argparse.Namespace) -> dict[str, Choice]:
-    """What each arm's last step is trained with: what --tune chose, or else the default learning rate."""
-    path = options.out / CHOICES
-    tuned = {name: entry["chosen"] for name, entry in read_json(path)["arms"].items()} if path.is_file() else {}
+    """What each arm's last step is trained with: what --tune chose, or before it the default learning rate.
+
+    Raises DataError where some arms were tuned and others not.
+    """
+    tuned = read_choices(options)
     found = {}
     for name, step in (arms(options.iterations, 2) | studies(options.iterations, 2)).items():
         if name in options.methods:
             same = "supervised" if step.seconds_of is not None else step.chosen_as or name  # as that arm
-            found[name] = tuned.get(same, DEFAULT)
+            if tuned and same not in tuned:
+                raise DataError(f"{options.out / CHOICES}: {same} has not been tuned and other arms have; tune it too")
+            found[name] = tuned[same]["chosen"] if tuned else DEFAULT
     return found
 
 
@@ -279,10 +327,9 @@ def read_data(
     return read_folder(Path(data), size, spacing, subject)
 
 
-def open_folder(options: argparse.Namespace, chosen: dict[str, Choice]) -> None:
-    """Refuses to go on with a run that had other settings, or without --resume."""
-    path = options.out / "run.json"
-    started = {
+def settings_of(options: argparse.Namespace) -> dict:
+    """All that a run of the same arms must have in common."""
+    return {
         "data": options.data if options.data == "builtin" else Path(options.data).name,
         "size": options.size,
         "spacing": options.spacing,
@@ -290,6 +337,11 @@ def open_folder(options: argparse.Namespace, chosen: dict[str, Choice]) -> None:
         **{f"iterations of {name}": count for name, count in dataclasses.asdict(options.iterations).items()},
         **{name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options.settings).items()},
     }
+
+
+def open_folder(options: argparse.Namespace, chosen: dict[str, Choice]) -> None:
+    """Refuses to go on with a run that had other settings, or without --resume."""
+    path, started = options.out / "run.json", settings_of(options)
     if not path.is_file():
         write_json(path, started | {"choices": chosen})
         return
@@ -297,12 +349,10 @@ def open_folder(options: argparse.Namespace, chosen: dict[str, Choice]) -> None:
         raise DataError(f"{options.out}: already holds a run; go on with --resume or choose another --out")
     before = read_json(path)
     before_chosen = before.pop("choices")
-    started |= {f"the choice of {name}": choice for name, choice in chosen.items()}
+    now = started | {f"the choice of {name}": choice for name, choice in chosen.items()}
     before |= {f"the choice of {name}": before_chosen.get(name, choice) for name, choice in chosen.items()}
-    for name in sorted(before.keys() | started.keys()):
-        if before.get(name) != started.get(name):
-            raise DataError(f"{path}: was started with {name} = {before.get(name)}, now {started.get(name)}")
-    write_json(path, read_json(path) | {"choices": before_chosen | chosen})
+    check_same(path, before, now, "started")
+    write_json(path, started | {"choices": before_chosen | chosen})
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def collect(options: argparse.Namespace, slices: Slices, trials: Trials, choices
                 probes = {body: trial.probe(body) for body in trial.bodies(options.methods)}
                 labelled = trial.split.ids(slices)["labelled"]
                 runs.append({"seed": seed, "labelled": labelled, "arms": entries, "probes": probes})
-        parts = ["validation", *(["test"] if tests else [])]
+        read = any("test" in entry for run in runs for entry in run["arms"].values())
+        parts = ["validation", *(["test"] if read else [])]
         labels[label] = {
             "positive_control": positive_control(runs, ASKED),
             "summary": {part: summarise(runs, part) for part in parts},
@@ -78,9 +79,9 @@ def markdown(results: dict, drawn: list[Path]) -> str:
     lines += [f"- {label}: {control_line(found['positive_control'])}" for label, found in results["labels"].items()]
     lines += [
         "",
-        "It asks on validation whether unlabelled images can help here at all: the best semi-supervised baseline "
-        f"without contrast must beat supervised training, and all labels must beat few by at least {ASKED:g} Dice, "
-        "both with intervals above 0.",
+        "It asks whether unlabelled images can help here at all: the semi-supervised baseline without contrast that is "
+        f"best on validation must beat supervised training, and all labels must beat few by at least {ASKED:g} Dice, "
+        "both with intervals above 0, on test where it was read.",
         "",
         f"Differences are paired over seeds, with the 95 % bootstrap interval of their mean ({RESAMPLES} resamples); "
         '"gain" and "loss" stand only where the interval excludes 0. A class that neither truth nor prediction of a '

@@ -7,7 +7,9 @@ Through MONAI, with a progress bar and the archive's checksum. The sets are CC B
 """
 
 import argparse
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from monai.apps import DecathlonDataset
@@ -33,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options.to.mkdir(parents=True, exist_ok=True)
         download_url(DecathlonDataset.resource[task], archive, DecathlonDataset.md5[task], "md5", progress=True)
-        extractall(archive, options.to, has_base=True)
+        with tempfile.TemporaryDirectory(dir=options.to) as half:  # an interrupted one leaves no half of a set behind
+            extractall(archive, half, has_base=True)
+            os.replace(Path(half) / task, folder)
     except (OSError, RuntimeError, ValueError) as error:  # no network, a damaged archive, no space
         print(f"error: {archive}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -8,7 +8,6 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 BOTTLENECK = "down_4"
-ENCODER = ("conv_0", "down_1", "down_2", "down_3", BOTTLENECK)
 DECODER = ("upcat_4", "upcat_3", "upcat_2", "upcat_1")
 LAST = DECODER[-1]  # its output is what the pixel losses and the linear head see
 HEAD = "final_conv"

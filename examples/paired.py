@@ -95,13 +95,16 @@ def summarise_probes(runs: list[dict]) -> dict:
 
 
 def positive_control(runs: list[dict], asked: float) -> dict:
-    """On validation: does the best baseline beat supervised, and do all labels beat few by `asked` Dice?
+    """Does the best baseline beat supervised, and do all labels beat few by `asked` Dice?
 
-    Passed where both hold with intervals above 0. Without it no claim about a method can be made on the data.
+    On test where it was read, as the best is chosen on validation: the best of several looks better than it is where
+    it was chosen. Passed where both hold with intervals above 0. Without it no claim about a method can be made on the
+    data.
     """
     found = {}
     for arm in (best_baseline(runs) or BASELINES[0], "all-labels"):
-        dice = [scores_by_seed(runs, name, "validation", "dice", "all", "mean") for name in (arm, "supervised")]
+        part = "test" if all("test" in run["arms"].get(arm, {}) for run in runs) else "validation"
+        dice = [scores_by_seed(runs, name, part, "dice", "all", "mean") for name in (arm, "supervised")]
         found[arm] = paired_difference(*dice)
     passed = all(entry is not None and entry["sign"] > 0 for entry in found.values())
     passed = passed and found["all-labels"]["mean"] >= asked

@@ -72,6 +72,7 @@ class Step:
     labels: str = "few"  # or "all": every training slice
     seconds_of: str | None = None  # instead of iterations: as many seconds as this arm's last step trained
     tried: "tuple[str, tuple[float, ...]] | None" = None  # what --tune chooses beside the learning rate
+    base: str | None = None  # the arm that this one adds to: its choices hold here too, but for the learning rate
     chosen_as: str | None = None  # the arm whose choice this one takes
 
     @property
@@ -96,21 +97,25 @@ def arms(iterations: Iterations, classes: int) -> dict[str, Step]:
         "supervised": Step("supervised", Supervised, iterations.supervised, few),
         "all-labels": Step("all-labels", Supervised, iterations.supervised, every, labels="all"),
     }
-    methods = {  # the second stages that start from the same warm start; a method is one entry
-        "mean-teacher": (MeanTeacher, ("consistency_weight", (3, 10, 30))),
-        "fixmatch": (FixMatch, CONFIDENCES),
-        "unimatch": (UniMatch, CONFIDENCES),
-        "cross-pseudo": (CrossPseudo, ("weight", (0.1, 0.3, 1.0))),
-        "copy-paste": (CopyPaste, ("weight", (0.25, 0.5, 1.0))),
-        "region-contrast": (RegionContrast, WEIGHTS),
-        "local-contrast": (LocalContrast, WEIGHTS),
-        "pccs": (PCCS, ("assignment_weight", (0.1, 0.3, 1.0))),
-        "entropy-guided": (EntropyGuided, WEIGHTS),
-        "multiscale": (Multiscale, WEIGHTS),
-        "contrast": (ContrastTerm, WEIGHTS),
-        "contrast-labels": (partial(ContrastTerm, pixels="labels"), WEIGHTS),
+    # The second stages that start from the same warm start; a method is one entry. Last: the arm that it adds to.
+    methods: dict[str, tuple[Callable[..., Stage], tuple[str, tuple[float, ...]], str | None]] = {
+        "mean-teacher": (MeanTeacher, ("consistency_weight", (3, 10, 30)), None),
+        "fixmatch": (FixMatch, CONFIDENCES, None),
+        "unimatch": (UniMatch, CONFIDENCES, None),
+        "cross-pseudo": (CrossPseudo, ("weight", (0.1, 0.3, 1.0)), None),
+        "copy-paste": (CopyPaste, ("weight", (0.25, 0.5, 1.0)), None),
+        "region-contrast": (RegionContrast, WEIGHTS, "mean-teacher"),
+        "local-contrast": (LocalContrast, WEIGHTS, None),
+        "pccs": (PCCS, ("assignment_weight", (0.1, 0.3, 1.0)), "mean-teacher"),
+        "entropy-guided": (EntropyGuided, WEIGHTS, "mean-teacher"),
+        "multiscale": (Multiscale, WEIGHTS, "mean-teacher"),
+        "contrast": (ContrastTerm, WEIGHTS, "fixmatch"),
+        "contrast-labels": (partial(ContrastTerm, pixels="labels"), WEIGHTS, "fixmatch"),
     }
-    found |= {name: Step(name, kind, iterations.second, few, tried=tried) for name, (kind, tried) in methods.items()}
+    found |= {
+        name: Step(name, kind, iterations.second, few, tried=tried, base=base)
+        for name, (kind, tried, base) in methods.items()
+    }
     found["supervised-seconds"] = Step("supervised-seconds", SupervisedByClock, 0, few, seconds_of="mean-teacher")
     images = Step("images", ImagePretraining, iterations.images)
     starts = {"stage1": images}
@@ -122,7 +127,7 @@ def arms(iterations: Iterations, classes: int) -> dict[str, Step]:
     for name, start in starts.items():
         left = iterations.warm - sum(step.iterations for step in start.chain)
         warm = Step(f"warm-{name}", Supervised, left, start)
-        found[f"{name}+mt"] = Step(f"{name}+mt", MeanTeacher, iterations.second, warm)
+        found[f"{name}+mt"] = Step(f"{name}+mt", MeanTeacher, iterations.second, warm, base="mean-teacher")
         if name == "stages12-default":
             found["pretrained-supervised"] = Step("pretrained-supervised", Supervised, iterations.supervised, warm)
             found["pretrained-fixmatch"] = Step(
@@ -132,7 +137,10 @@ def arms(iterations: Iterations, classes: int) -> dict[str, Step]:
 
 
 def studies(iterations: Iterations, classes: int) -> dict[str, Step]:
-    """Arms that vary one thing of "contrast"; they run when they are named, with what was chosen for that arm."""
+    """Arms that vary one thing of "contrast"; they run when they are named, with what was chosen for that arm.
+
+    Those of a number of samples have embeddings at stride 4; they are compared with one another.
+    """
     few = arms(iterations, classes)["contrast"].start
     coarse = {"layer": "upcat_3"}  # all pixels at stride 2 would be too many for a CPU
     options: dict[str, dict] = {f"contrast-k{k}": coarse | {"samples": k} for k in (8, 32, 128, 512)}

@@ -127,6 +127,10 @@ class Trial:
             print(f"{self.folder.parent.name}  seed {self.seed}  linear head on {body}", flush=True)
         return read_json(path)["dice"]
 
+    def has_scores(self, arm: str) -> bool:
+        """Whether an arm has been trained and measured on validation."""
+        return (self.folder / arm / DONE).is_file() and (self.folder / arm / "validation.json").is_file()
+
     def scores(self, arm: str, part: str) -> dict:
         """Dice and HD95 on a part's volumes; those on validation are kept, those on test are for the caller to keep."""
         path = self.folder / arm / "validation.json"

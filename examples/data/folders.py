@@ -23,7 +23,7 @@ from examples.networks import SMALLEST, STRIDE
 
 BANDS = 10  # slices at the same tenth of their volumes count as one plane
 LARGEST = 160  # largest default side in pixels; --size gives any other
-FINDERS = (find_nnunet, find_msd, find_la, find_nested, find_acdc, find_h5, find_pictures)
+FINDERS = (find_nnunet, find_msd, find_la, find_acdc, find_h5, find_pictures, find_nested)
 MOST_VALUES = 32  # of labels in a folder that does not name its classes; more are instances or a photograph
 
 

@@ -79,7 +79,6 @@ def find_la(folder: Path) -> Layout | None:
         return None
     cases = []
     for name, part in named_parts(folder, list(files)):
-        name = name.removesuffix(f"/{Path(LA_FILE).stem}")
         if name not in files:
             raise DataError(f"{folder / name / LA_FILE}: no such file, but the {part} list of {folder} names it")
         cases.append(Case(name, name, (files[name],), part))

@@ -24,7 +24,9 @@ OF_A_SUBJECT = re.compile(
     r")(?![^\W_]).*|(?<=\d)[lr]$",
     re.IGNORECASE,
 )
-SUFFIX = re.compile(r"\.(?:h5|png|tiff?|jpe?g|gif|bmp)$", re.IGNORECASE)  # of a file that a list names
+SUFFIX = re.compile(
+    r"(?:/mri_norm2)?\.h5$|\.(?:png|tiff?|jpe?g|gif|bmp)$", re.IGNORECASE
+)  # of a file that a list names
 BIDS_SUBJECT = re.compile(r"sub-[^\W_]+")
 NUMBERED = re.compile(r"(.*\d.*)[_-]\d+")  # patient001_2: the second number may be a part of the first
 

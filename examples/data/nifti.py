@@ -27,6 +27,7 @@ from examples.data.layout import Case, Layout, Volume, check_pair, first_line, s
 from examples.data.slices import DataError
 from examples.files import read_json
 
+AFFINE = 1e-2  # mm by which entries of two headers of one place may differ
 ACDC_CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 
 
@@ -43,8 +44,10 @@ def find_nnunet(folder: Path) -> Layout | None:
     if not names:
         return None
     channels, labels = content.get("channel_names", content.get("modality")), content.get("labels")
-    if not isinstance(channels, dict) or not isinstance(labels, dict):
+    if not (isinstance(channels, dict) and channels and isinstance(labels, dict)):
         raise DataError(f"{index}: must name `channel_names` and `labels`")
+    if "ignore" in labels:
+        raise DataError(f"{index}: has a label `ignore`, which the trainer does not know")
     by_name = "background" in labels  # version 2; in version 1 numbers are the keys
     try:
         values = {int(value if by_name else key): str(key if by_name else value) for key, value in labels.items()}
@@ -95,6 +98,8 @@ def find_acdc(folder: Path) -> Layout | None:
     cases = []
     for root, part in ((folder, None), (folder / "training", None), (folder / "testing", "test")):
         for patient in sorted(path for path in root.glob("patient*") if path.is_dir()):
+            if (patient / "images").is_dir():
+                continue  # a picture with its instances
             frames = sorted(p for p in patient.glob("*_frame*.nii*") if "_gt" not in p.name)
             if not frames:
                 raise DataError(f"{patient}: holds no {patient.name}_frame*.nii.gz")
@@ -130,6 +135,9 @@ def read_nifti(case: Case, spacing: float | None, num_classes: int, reorient: bo
             shape = tuple(volume[key].shape)
             raise DataError(f"{path}: must be a 3-D volume (with channels last, if any), got {shape}")
         check_pair(path, label_file, volume[key], volume["label"], num_classes)
+        # Each is turned by its own header: of other headers the label would lie elsewhere.
+        if not torch.allclose(volume[key].affine, volume["label"].affine, atol=AFFINE):
+            raise DataError(f"{label_file}: lies elsewhere than {path.name} by their headers (affine matrices)")
     steps: list = [Orientationd(keys, axcodes="RAS", labels=None)] if reorient else []
     if spacing is not None:
         modes = (*("bilinear" for _ in images), "nearest")

@@ -52,11 +52,11 @@ def find_pictures(folder: Path) -> Layout | None:
 
 def find_nested(folder: Path) -> Layout | None:
     """All NAME/images/NAME.png with the instances in NAME/masks, or those that the lists name."""
-    homes = {path.parent.name: path.parent for path in sorted(folder.glob("*/images")) if path.is_dir()}
-    if not homes:
+    homes = [path.parent.name for path in sorted(folder.glob("*/images")) if path.is_dir()]
+    if not any((folder / name / "masks").is_dir() for name in homes):
         return None
     cases = []
-    for name, part in named_parts(folder, list(homes)):
+    for name, part in named_parts(folder, homes):
         images = list(pictures_in(folder / name / "images").values())
         if len(images) != 1:
             raise DataError(f"{folder / name / 'images'}: must hold one picture, got {len(images)}")
@@ -107,8 +107,10 @@ def read_instances(case: Case, spacing: float | None) -> Volume:
 
 
 def mask_of(path: Path) -> Tensor:
-    """A mask as [1, X, Y, 1] float32."""
-    label = pixels(path, (*GREY, "P"))
+    """A mask as [1, X, Y, 1] float32. Only a PNG's palette numbers classes; other palettes are colours."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise DataError(f"{path}: is a JPEG, which does not keep the values of a mask")
+    label = pixels(path, (*GREY, "P") if path.suffix.lower() == ".png" else GREY)
     if (label != label[:1]).any():
         raise DataError(f"{path}: is coloured; a mask has one value for each class")
     return label[:1]
@@ -120,17 +122,18 @@ def opened(path: Path) -> Image.Image:
         return Image.open(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as a picture ({first_line(error)})") from error
 
 
 def pixels(path: Path, kept: tuple[str, ...]) -> Tensor:
     """A picture as [C, X, Y, 1] float32; one whose mode is not `kept` becomes RGB."""
     with opened(path) as picture:
-        if (pages := getattr(picture, "n_frames", 1)) > 1:
-            raise DataError(f"{path}: holds {pages} pictures, must hold one")
         try:
+            pages = getattr(picture, "n_frames", 1)
             rows = np.array(picture if picture.mode in kept else picture.convert("RGB"), np.float32)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's for a file that ends early or is broken
+        except (OSError, SyntaxError, TypeError, ValueError) as error:  # Pillow's for a file that is broken
             raise DataError(f"{path}: cannot be read as a picture ({first_line(error)})") from error
+    if pages > 1:
+        raise DataError(f"{path}: holds {pages} pictures, must hold one")
     return from_rows(torch.from_numpy(rows.reshape(*rows.shape[:2], -1)).permute(2, 0, 1))[..., None]

@@ -49,7 +49,8 @@ class ContrastTerm(FixMatch):
         shared: dict[str, Any] = {"num_classes": classes, "samples_per_class": samples, "background": background}
         self.contrast: nn.Module
         if hard or memory:
-            self.contrast = PixelContrastLoss(0.1, **shared, reduction="class")
+            of_an_image = samples and max(1, samples // (2 * self.settings.labelled_batch))  # it counts image by image
+            self.contrast = PixelContrastLoss(0.1, **shared | {"samples_per_class": of_an_image}, reduction="class")
         elif hardness == "published":
             self.contrast = RegionPHPCLoss.published(region_size=None, **shared, reduction="class")
         else:

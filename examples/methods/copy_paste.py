@@ -18,10 +18,11 @@ class CopyPaste(MeanTeacher):
     """A rectangle of an unlabelled image in a labelled one, and the reverse; pixels keep their labels.
 
         x_in  = x_a in the rectangle, u_a around it,    x_out = u_b in the rectangle, x_b around it
-        L = sum over both of  L_s where labels are + weight · L_s where the averaged network's classes are
+        L = L_s where labels are + weight · L_s where the averaged network's classes are
 
-    with L_s the mean of CE and Dice. Differences: pseudo-labels are not cut to their largest component; the network
-    starts from the comparison's supervised weights, not from ones of copy-paste among labelled images.
+    with L_s the mean of CE and Dice over the pixels of both together. Differences: pseudo-labels are not cut to their
+    largest component; the network starts from the comparison's supervised weights, not from ones of copy-paste among
+    labelled images.
     """
 
     def __init__(self, *args: Any, weight: float = 0.5):

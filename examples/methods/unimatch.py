@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from examples.batches import Batch
 from examples.methods.fixmatch import FixMatch, confident_cross_entropy
-from examples.networks import ENCODER
+from examples.networks import DECODER
 from examples.warps import weak_view
 
 DROPPED = 0.5  # of the channels
@@ -75,11 +75,18 @@ def mix(maps: Tensor, inside: Tensor) -> Tensor:
 
 @contextmanager
 def channel_dropout(network: nn.Module) -> Iterator[None]:
-    """Inside it every level of the encoder hands on half of its channels, twice as large."""
-    hooks = [
-        network.get_submodule(name).register_forward_hook(lambda module, args, output: F.dropout2d(output, DROPPED))
-        for name in ENCODER
-    ]
+    """Inside it the decoder gets half of the channels of each level of the encoder, twice as large.
+
+    The encoder itself runs undisturbed: its levels see each other whole.
+    """
+
+    def drop(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        below, skipped = inputs
+        below = F.dropout2d(below, DROPPED) if module is deepest else below
+        return below, F.dropout2d(skipped, DROPPED)
+
+    deepest = network.get_submodule(DECODER[0])
+    hooks = [network.get_submodule(name).register_forward_pre_hook(drop) for name in DECODER]
     try:
         yield
     finally:

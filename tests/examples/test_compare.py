@@ -269,6 +269,12 @@ def test_positive_control():
         "minus supervised",
     }
     assert positive_control([*better, good[0] | {"seed": 2}], 10).keys() >= {"mean-teacher minus supervised"}
+    # Where test was read the control is asked there; the best is still that of validation.
+    for run, (few, best) in zip(better, ((60.0, 59.0), (61.0, 59.0)), strict=True):
+        for name, value in (("supervised", few), ("unimatch", best), ("mean-teacher", 70.0), ("all-labels", 80.0)):
+            run["arms"][name]["test"] = {"dice": {"all": {"one": value, "mean": value}}}
+    control = positive_control(better, 10)
+    assert control["unimatch minus supervised"]["values"] == [-1.0, -2.0] and not control["passed"]
     summary = summarise(good, "validation")["dice"]
     assert summary["mean-teacher"]["mean"]["minus supervised"]["mean"] == 2.0
     assert "minus mean-teacher" not in summary["mean-teacher"]["mean"]
@@ -402,14 +408,37 @@ def test_choices_are_tuned_then_used(folder, tmp_path, monkeypatch, capsys):
     results = json.loads((out / "results.json").read_text())
     assert results["choices"] == {name: entry["chosen"] for name, entry in tuned["arms"].items()}
     assert "| mean-teacher | " in (out / "report.md").read_text().partition("was trained with")[2]
-    assert compare.main(arguments(folder, out, *METHODS, "--tune")) == 2
-    assert "supervised has been tuned" in capsys.readouterr().err
-    # Further arms are tuned later; the others' choices stay.
-    assert compare.main(arguments(folder, out, "--methods", "fixmatch", "--tune")) == 0
-    more = json.loads((out / "choices.json").read_text())["arms"]
-    assert (
-        list(more) == ["supervised", "mean-teacher", "fixmatch"] and more["supervised"] == tuned["arms"]["supervised"]
-    )
+
+    def refused(said, *more):
+        assert compare.main(arguments(folder, out, *more)) == 2
+        assert said in capsys.readouterr().err
+
+    refused("supervised has been tuned", *METHODS, "--tune")
+    refused("fixmatch has not been tuned and other arms have", "--methods", "fixmatch", "--resume")
+    refused("contrast adds to fixmatch, which has not been tuned", "--methods", "contrast", "--tune")
+    tuned["settings"]["embedding_dim"] = 1
+    (out / "choices.json").write_text(json.dumps(tuned))
+    refused("was tuned with embedding_dim = 1, now 64", "--methods", "fixmatch", "--tune")
+
+
+def test_an_arm_takes_over_what_was_chosen_for_the_one_it_adds_to(folder, tmp_path, monkeypatch):
+    def choices(step):
+        return [{"lr": 1e-2, "confidence": 0.8}] if step.name == "fixmatch" else [{"lr": 1e-3, "weight": 0.3}]
+
+    monkeypatch.setattr(recipes.Step, "choices", property(choices))
+    out = tmp_path / "out"
+    assert compare.main(arguments(folder, out, "--methods", "fixmatch", "contrast", "--tune")) == 0
+    found = json.loads((out / "choices.json").read_text())["arms"]
+    assert found["contrast"]["chosen"] == {"lr": 1e-3, "weight": 0.3, "confidence": 0.8}
+    assert compare.main(arguments(folder, out, "--methods", "fixmatch")) == 0
+    assert compare.main(arguments(folder, out, "--methods", "contrast", "contrast-memory", "--resume", "--final")) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["choices"]) == ["fixmatch", "contrast", "contrast-memory"], "those of earlier calls too"
+    assert results["choices"]["contrast-memory"] == found["contrast"]["chosen"]
+    # After the final look further arms are measured on validation alone.
+    assert compare.main(arguments(folder, out, "--methods", "contrast-hard-pixels", "--resume")) == 0
+    run = json.loads((out / "results.json").read_text())["labels"]["cases2"]["runs"][0]["arms"]
+    assert "test" in run["contrast"] and "test" not in run["contrast-hard-pixels"]
 
 
 def test_every_arm_is_tuned_with_as_many_choices():
@@ -417,6 +446,7 @@ def test_every_arm_is_tuned_with_as_many_choices():
     assert {len(step.choices) for step in found.values()} == {6}
     for name, step in found.items():
         assert len({tuple(choice.items()) for choice in step.choices}) == 6, name
+        assert step.base in (None, "mean-teacher", "fixmatch")
     for name, step in studies(TINY, 3).items():
         assert step.chosen_as == "contrast" and name not in found
 

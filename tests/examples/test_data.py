@@ -256,6 +256,12 @@ BAD_NNUNET = {
         lambda f: change_index(f, labels={"background": 0, "whole": [1, 2], "core": 2}),
         r"dataset\.json: labels must be numbered 0, 1, \.\.\., one class each",
     ),
+    "ignore": (lambda f: change_index(f, labels={"background": 0, "a": 1, "ignore": 2}), "has a label `ignore`"),
+    "empty channels": (lambda f: change_index(f, channel_names={}), "must name `channel_names` and `labels`"),
+    "elsewhere": (
+        lambda f: save(f / "labelsTr/case_001.nii.gz", volume(1)[1], (-1.0, 1.0, 3.0)),
+        r"labelsTr/case_001\.nii\.gz: lies elsewhere than case_001_0000\.nii\.gz by their headers",
+    ),
     "a gap": (lambda f: change_index(f, labels={"background": 0, "a": 2}), "labels must be numbered 0, 1"),
     "no channels": (lambda f: change_index(f, channel_names=None), "must name `channel_names` and `labels`"),
     "other shape": (
@@ -297,6 +303,8 @@ def test_bad_la_folders(tmp_path):
     with pytest.raises(DataError, match=r"again/CASE00/mri_norm2\.h5: case CASE00 is also in"):
         read_folder(tmp_path)
     shutil.rmtree(tmp_path / "again")
+    (tmp_path / "test.list").write_text("CASE01/mri_norm2.h5\n")
+    assert read_folder(tmp_path).parts["CASE01"] == "test", "named once"
     (tmp_path / "val.list").write_text("CASE09\n")
     with pytest.raises(DataError, match=r"CASE09/mri_norm2\.h5: no such file, but the val list"):
         read_folder(tmp_path)
@@ -750,6 +758,33 @@ def test_kinds_of_files(tmp_path, kind, mask_kind):
     assert (slices.images - plain.images).abs().mean() < (0.5 if kind in ("jpg", "JPEG") else 1e-6)
 
 
+@pytest.mark.parametrize("mask_kind", ["gif", "tif", "bmp"])
+def test_masks_that_lack_a_value(tmp_path, mask_kind):
+    """A palette is a file's own: the number of its last colour says nothing about the class."""
+    plain = write_pictures(tmp_path / "png", values=(0, 127, 255))
+    other = write_pictures(tmp_path / "other", values=(0, 127, 255), mask_kind=mask_kind)
+    for folder, kind in ((plain, "png"), (other, mask_kind)):
+        whole = np.full((30, 40), 255, np.uint8)
+        Image.fromarray(whole).save(folder / "masks" / f"p2.{kind}")
+    assert torch.equal(read_folder(plain).labels, read_folder(other).labels)
+    assert read_folder(other).source["label_values"] == [0, 127, 255]
+
+
+def test_a_jpeg_is_no_mask(tmp_path):
+    write_pictures(tmp_path, mask_kind="jpg")
+    with pytest.raises(DataError, match=r"masks/p0\.jpg: is a JPEG, which does not keep the values of a mask"):
+        read_folder(tmp_path)
+
+
+def test_other_folders_that_hold_images_do_not_matter(tmp_path):
+    for name, write in (("ACDC", write_acdc), ("images and masks", write_pictures), ("h5 volumes", write_h5)):
+        folder = write(tmp_path / name)
+        (folder / "docs/images").mkdir(parents=True)
+        (folder / "more/images").mkdir(parents=True)
+        (folder / "more/masks").mkdir()
+        assert recognise(folder).name == name
+
+
 def test_instances_are_merged(tmp_path):
     slices = read_folder(write_instances(tmp_path))
     assert slices.source["layout"] == "images and instances" and slices.classes == ("background", "foreground")
@@ -769,6 +804,10 @@ BAD_INSTANCES = {
         r"n1/masks/n12\.png: has shape \(10, 10, 1\), its image n1\.png \(40, 30, 1\)",
     ),
     "damaged": (lambda f: (f / "n1/masks/n11.png").write_bytes(b"no"), r"n11\.png: cannot be read as a picture"),
+    "a damaged TIFF": (
+        lambda f: (f / "n1/masks/n14.tif").write_bytes(b"II*\0\x08\0\0\0\0\0\0\0\0\0"),
+        r"n14\.tif: cannot be read as a picture",
+    ),
 }
 
 

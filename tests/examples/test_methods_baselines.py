@@ -19,7 +19,7 @@ from examples.methods.copy_paste import CopyPaste, rectangle  # noqa: E402
 from examples.methods.cross_pseudo import CrossPseudo  # noqa: E402
 from examples.methods.fixmatch import IGNORED, FixMatch, confident_cross_entropy  # noqa: E402
 from examples.methods.unimatch import UniMatch, channel_dropout, mix, random_boxes  # noqa: E402
-from examples.networks import ENCODER  # noqa: E402
+from examples.networks import DECODER, HEAD  # noqa: E402
 from examples.settings import Settings  # noqa: E402
 from examples.training import quiet, train  # noqa: E402
 from tests.tools.small_folders import write_msd  # noqa: E402
@@ -151,33 +151,48 @@ def test_boxes_and_mixed_maps():
     assert torch.equal(mix(maps[:, None], inside)[:, 0], mix(maps, inside))
 
 
-def test_channels_are_dropped_inside_alone(ready):
+def test_channels_are_dropped_on_the_way_to_the_decoder(ready):
+    """The encoder is undisturbed: what the decoder keeps is twice what it gets without dropout."""
     stage, batch, _ = ready(UniMatch)
-    plain, seen = stage.network(batch["weak"]), {}
-    with channel_dropout(stage.network):
-        hooks = [  # they see what the dropout has left, as they are registered after it
-            stage.network.get_submodule(name).register_forward_hook(lambda m, x, y, name=name: seen.update({name: y}))
-            for name in ENCODER
-        ]
-        perturbed = stage.network(batch["weak"])
+    seen = []
+
+    def look(module, inputs):
+        seen.append(inputs)
+
+    def inputs_of_decoder():
+        seen.clear()
+        hooks = [stage.network.get_submodule(name).register_forward_pre_hook(look) for name in DECODER]
+        logits = stage.network(batch["weak"])
         for hook in hooks:
             hook.remove()
-    assert seen.keys() == set(ENCODER)
-    for name, value in seen.items():
-        dropped = (value.flatten(2) == 0).all(2).float().mean()
-        assert 0.2 < dropped < 0.8, f"{name}: half of the channels"
+        return logits, list(seen)
+
+    plain, clean = inputs_of_decoder()
+    with channel_dropout(stage.network):
+        perturbed, dropped = inputs_of_decoder()
     assert not torch.equal(plain, perturbed) and torch.equal(stage.network(batch["weak"]), plain)
+    levels = [(clean[0][0], dropped[0][0]), *[(whole[1], half[1]) for whole, half in zip(clean, dropped, strict=True)]]
+    assert len(levels) == 5
+    for whole, half in levels:
+        gone = (half.flatten(2) == 0).all(2)
+        assert 0.2 < gone.float().mean() < 0.8, "half of the channels"
+        torch.testing.assert_close(half[~gone], 2 * whole[~gone])
 
 
 def test_unimatch_weighs_its_three_terms(ready, monkeypatch):
-    """Without dropout and boxes: the perturbed one is the weak view itself, and each strong view counts a quarter."""
-    stage, batch, _ = ready(UniMatch)
+    """Without dropout: the perturbed one is the weak view itself, and each strong view counts a quarter."""
+    stage, batch, _ = ready(UniMatch, confidence=0.4)
     monkeypatch.setattr("examples.methods.unimatch.DROPPED", 0.0)
     batch["boxes"] = torch.zeros_like(batch["boxes"])
+    batch["boxes"][0, 0, 4:16, 4:20] = batch["boxes"][1, 1, 10:30, 2:12] = True
     found = stage.training_step(batch, 0)
     sureness, classes = stage.teacher(batch["weak"]).softmax(1).max(1)
-    labels = torch.where(sureness > SETTINGS.confidence, classes, IGNORED)
-    terms = [confident_cross_entropy(stage.network(view), labels) for view in (batch["weak"], *batch["strong"])]
+    labels = torch.where(sureness > 0.4, classes, IGNORED)
+    assert not torch.equal(labels[0], labels[1])
+    terms = [confident_cross_entropy(stage.network(batch["weak"]), labels)]
+    for view, inside in zip(batch["strong"], batch["boxes"], strict=True):
+        mixed = torch.where(inside[:, None], view.flip(0), view)  # of two images the other one
+        terms.append(confident_cross_entropy(stage.network(mixed), torch.where(inside, labels.flip(0), labels)))
     labelled = stage.segmentation_loss(stage.network(batch["images"]), batch["labels"][:, None])
     torch.testing.assert_close(found, labelled + terms[0] / 2 + (terms[1] + terms[2]) / 4)
 
@@ -198,6 +213,22 @@ def test_each_network_learns_the_other_ones_classes(ready):
     for network in (stage.network, stage.second):
         assert all(p.grad is not None for p in network.parameters())
     assert {id(p) for p in stage.second.parameters()} <= {id(p) for g in stage.parameter_groups() for p in g["params"]}
+
+
+def test_both_networks_start_from_the_warm_body(slices, tmp_path):
+    quiet()
+    stage, seen = make(CrossPseudo, slices, iterations=1), {}
+    begin = stage.on_train_batch_start
+
+    def look(batch, index):
+        for name, network in (("first", stage.network), ("second", stage.second)):
+            seen[name] = {key: value.clone() for key, value in network.state_dict().items()}
+        begin(batch, index)
+
+    stage.on_train_batch_start = look
+    train(stage, tmp_path / "seed0" / "one", SETTINGS, "cpu")
+    for key, value in seen["first"].items():
+        assert torch.equal(value, seen["second"][key]) != key.startswith(HEAD), key
 
 
 # ---- BCP
@@ -247,8 +278,20 @@ def test_the_term_is_added_with_its_weight(ready):
     parts = {}
     for weight in (0.0, 0.3):
         stage, batch, logged = ready(partial(ContrastTerm, weight=weight, samples=None))
-        parts[weight] = stage.training_step(batch, 0), logged["method/contrast"]
+        loss = stage.training_step(batch, 0)
+        loss.backward()
+        parts[weight] = loss, logged["method/contrast"], stage.network.conv_0.conv_0.conv.weight.grad
     torch.testing.assert_close(parts[0.3][0] - parts[0.0][0], 0.3 * parts[0.3][1])
+    change = (parts[0.3][2] - parts[0.0][2]).norm() / parts[0.0][2].norm()
+    assert change > 1e-3, "the term reaches the encoder"
+
+
+def test_every_form_of_the_term_has_as_many_samples(ready):
+    """`PixelContrastLoss` counts them image by image, `RegionPHPCLoss` over the batch."""
+    wanted, hard = (ready(partial(ContrastTerm, hard=hard))[0] for hard in (False, True))
+    images = 2 * SETTINGS.labelled_batch
+    assert wanted.contrast.samples_per_class == 128
+    assert hard.contrast.samples_per_class * images == 128
 
 
 def test_the_head_has_its_learning_rate_and_layer(ready):
