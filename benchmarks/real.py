@@ -62,6 +62,8 @@ def main() -> None:
     if PAGE.is_file():
         PAGE.write_text(with_tables(PAGE.read_text()))
         print(PAGE)
+    else:
+        print(f"{PAGE}: is not there; no table was written")
 
 
 if __name__ == "__main__":

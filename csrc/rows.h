@@ -99,12 +99,6 @@ struct Pieces {
   void add(int64_t first, int64_t end) {
     if (end > first) piece[all++] = {first, end - first};
   }
-
-  int64_t count(int first, int end) const {
-    int64_t sum = 0;
-    for (int i = first; i < end; ++i) sum += piece[i].count;
-    return sum;
-  }
 };
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

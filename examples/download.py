@@ -1,6 +1,6 @@
 """Fetches a data set of the Medical Segmentation Decathlon into a folder that the other commands read.
 
-    python -m examples.download hippocampus                # 28 MB into data/Task04_Hippocampus
+    python -m examples.download hippocampus    # into data/Task04_Hippocampus
     python -m examples.three_stage --data data/Task04_Hippocampus --out hippocampus
 
 Through MONAI, with a progress bar and the archive's checksum. The sets are CC BY-SA 4.0 (Antonelli et al., 2022).
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {archive}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; remove {archive} before the next try", file=sys.stderr)
+        print("stopped; nothing is left half done, start it again", file=sys.stderr)
         return 130
     print(f"{folder}: python -m examples.three_stage --data {folder} --out {options.name}")
     return 0

@@ -24,9 +24,8 @@ OF_A_SUBJECT = re.compile(
     r")(?![^\W_]).*|(?<=\d)[lr]$",
     re.IGNORECASE,
 )
-SUFFIX = re.compile(
-    r"(?:/mri_norm2)?\.h5$|\.(?:png|tiff?|jpe?g|gif|bmp)$", re.IGNORECASE
-)  # of a file that a list names
+# How a list may name a case's file, behind the case's name.
+SUFFIX = re.compile(r"(?:/mri_norm2)?\.h5$|\.(?:png|tiff?|jpe?g|gif|bmp)$", re.IGNORECASE)
 BIDS_SUBJECT = re.compile(r"sub-[^\W_]+")
 NUMBERED = re.compile(r"(.*\d.*)[_-]\d+")  # patient001_2: the second number may be a part of the first
 

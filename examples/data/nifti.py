@@ -118,10 +118,8 @@ def read_nifti(case: Case, spacing: float | None, num_classes: int, reorient: bo
     An image of several files has a channel in each; one file may hold several, too.
     """
     *image_files, label_file = case.files
-    images, keys = (
-        [f"image {path.name}" for path in image_files],
-        [*(f"image {path.name}" for path in image_files), "label"],
-    )
+    images = [f"image {path.name}" for path in image_files]
+    keys = [*images, "label"]
     try:
         volume = Compose([LoadImaged(keys), EnsureChannelFirstd(keys)])(dict(zip(keys, case.files, strict=True)))
     except Exception as error:  # nibabel and zlib raise many kinds for a damaged file; which of them, they name

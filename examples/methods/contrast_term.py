@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.batches import Batch
-from examples.methods.fixmatch import IGNORED, FixMatch, confident_cross_entropy
-from examples.methods.mean_teacher import Outputs
+from examples.methods.fixmatch import FixMatch, confident_cross_entropy
+from examples.methods.mean_teacher import IGNORED, Outputs
 from examples.networks import width_of
 from hpcloss import EmbeddingQueue, FeatureTap, PixelContrastLoss, ProjectionHead, RegionPHPCLoss
 

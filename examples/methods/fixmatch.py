@@ -1,13 +1,10 @@
 """Confident pseudo-labels on strong views (FixMatch: Sohn et al., NeurIPS 2020, arXiv 2001.07685)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from examples.batches import Batch
-from examples.methods.mean_teacher import MeanTeacher, Outputs
-
-IGNORED = 255
+from examples.methods.mean_teacher import IGNORED, MeanTeacher, Outputs
 
 
 class FixMatch(MeanTeacher):
@@ -21,13 +18,6 @@ class FixMatch(MeanTeacher):
     def unlabelled_loss(self, batch: Batch, outputs: Outputs) -> Tensor:
         labels = self.pseudo_labels(outputs.teacher_logits)
         return confident_cross_entropy(outputs.logits[len(batch["labels"]) :], labels)
-
-    def pseudo_labels(self, teacher_logits: Tensor) -> Tensor:
-        """The teacher's classes [u, H, W], `IGNORED` where it is not sure."""
-        sureness, classes = teacher_logits.softmax(1).max(1)
-        sure = sureness > self.settings.confidence
-        self.log("method/sure", sure.float().mean())
-        return torch.where(sure, classes, IGNORED)
 
 
 def confident_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

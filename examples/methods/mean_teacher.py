@@ -13,6 +13,8 @@ from examples.stages import Supervised, ramp_up
 from examples.warps import weak_view
 from hpcloss import FeatureTap
 
+IGNORED = 255  # the label of a pixel that takes no part
+
 
 class Outputs(NamedTuple):
     """What one step computed: the student on n labelled and u unlabelled images, the teacher on the u (no gradient)."""
@@ -81,6 +83,13 @@ class MeanTeacher(Supervised):
         agreement = F.mse_loss(probabilities, outputs.teacher_logits.softmax(1))
         self.log("method/consistency", agreement)
         return self.settings.consistency_weight * agreement
+
+    def pseudo_labels(self, teacher_logits: Tensor) -> Tensor:
+        """The teacher's classes [u, H, W], `IGNORED` where it is not sure."""
+        sureness, classes = teacher_logits.softmax(1).max(1)
+        sure = sureness > self.settings.confidence
+        self.log("method/sure", sure.float().mean())
+        return torch.where(sure, classes, IGNORED)
 
     def after_step(self) -> None:
         """Called after the optimiser's step and the teacher's."""

@@ -9,8 +9,6 @@ from examples.batches import Batch
 from examples.methods.mean_teacher import MeanTeacher, Outputs
 from hpcloss import ProjectionHead, RegionPHPCLoss
 
-IGNORED = 255
-
 
 class RegionContrast(MeanTeacher):
     """The mean teacher with `RegionPHPCLoss` beside its consistency, on every image of the step.
@@ -32,8 +30,7 @@ class RegionContrast(MeanTeacher):
         )
 
     def unlabelled_loss(self, batch: Batch, outputs: Outputs) -> Tensor:
-        sureness, classes = outputs.teacher_logits.softmax(1).max(1)
-        pseudo = torch.where(sureness > self.settings.confidence, classes, IGNORED)
+        pseudo = self.pseudo_labels(outputs.teacher_logits)
         contrast = self.contrast(self.projector(outputs.features), torch.cat([batch["labels"], pseudo]))
         self.log("method/contrast", contrast)
         return super().unlabelled_loss(batch, outputs) + self.weight * contrast

@@ -17,7 +17,8 @@ from examples.data.splits import draw_split  # noqa: E402
 from examples.methods.contrast_term import ContrastTerm  # noqa: E402
 from examples.methods.copy_paste import CopyPaste, rectangle  # noqa: E402
 from examples.methods.cross_pseudo import CrossPseudo  # noqa: E402
-from examples.methods.fixmatch import IGNORED, FixMatch, confident_cross_entropy  # noqa: E402
+from examples.methods.fixmatch import FixMatch, confident_cross_entropy  # noqa: E402
+from examples.methods.mean_teacher import IGNORED  # noqa: E402
 from examples.methods.unimatch import UniMatch, channel_dropout, mix, random_boxes  # noqa: E402
 from examples.networks import DECODER, HEAD  # noqa: E402
 from examples.settings import Settings  # noqa: E402
