@@ -24,7 +24,7 @@ QUICK := tests/repository/test_layers.py tests/losses/test_every_loss.py \
 	"tests/compat/test_compat.py::test_formula[lightly]"
 QUICK_KERNELS := tests/kernels/test_every_loss.py
 
-.PHONY: demo quick test test-all wheel parity bench check format clean
+.PHONY: demo quick test test-all wheel parity bench check format docs docs-serve clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m examples.three_stage --data builtin --out demo --resume
@@ -92,6 +92,13 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, into build/site. Every link that leads nowhere and every name without a docstring is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean:
 	rm -rf $(VENV) $(PEERS) $(WHEEL) .venv-triton-* build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
@@ -112,6 +119,10 @@ $(VENV)/installed-demo: $(VENV)/torch setup.py $(wildcard csrc/*)
 
 $(VENV)/installed-dev: $(VENV)/torch setup.py $(wildcard csrc/*)
 	$(PIP) -e ".[dev]"
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/torch setup.py
+	$(PIP) -e ".[docs]"
 	touch $@
 
 # nnU-Net without its transformers' timm, which needs a torchvision made for this very torch; before it what it imports.

@@ -28,6 +28,7 @@ TEST = ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothe
 TEST += ["triton; platform_system == 'Linux'"]
 TEST += ["setuptools>=70.1"]  # the tests build the package, with what is installed
 DEV = ["ruff", "mypy", "build", "twine"]
+DOCS = ["mkdocs-material", "mkdocstrings-python", "mkdocs-jupyter"]
 
 WINDOWS, LINUX = sys.platform == "win32", sys.platform.startswith("linux")
 LIBRARY = "libhpcloss" + (".dll" if WINDOWS else ".dylib" if sys.platform == "darwin" else ".so")
@@ -251,5 +252,5 @@ if __name__ == "__main__":
         ],
         cmdclass={"build_py": BuildModules, "build_ext": BuildLibrary, "bdist_wheel": Wheel},
         install_requires=["torch>=2.6"],
-        extras_require={"examples": EXAMPLES, "integrations": INTEGRATIONS, "test": TEST, "dev": DEV},
+        extras_require={"examples": EXAMPLES, "integrations": INTEGRATIONS, "test": TEST, "dev": DEV, "docs": DOCS},
     )

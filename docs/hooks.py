@@ -31,7 +31,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for pattern in PICTURES:
         found |= {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob(pattern)}
     for name, path in found.items():
-        files.append(File.generated(config, name, abs_src_path=str(path)))
+        if path.name == name:  # the plugin of notebooks looks for the file in its folder
+            files.append(File(name, str(path.parent), config.site_dir, config.use_directory_urls))
+        else:
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
