@@ -13,7 +13,9 @@ from examples.report import aligned
 from examples.results import versions
 from examples.trials import Trial
 
-ASKED = 10.0  # Dice points that all labels must gain over few for the data to be worth asking
+# Dice points that all labels must gain over few. The built-in data were made to leave that much to gain; a folder is as
+# it is, and any gain will do.
+ASKED = 10.0
 MEASURES = {"dice": "Dice, %", "hd95": "95 % Hausdorff distance, mm"}
 BETTER = {"dice": 1, "hd95": -1}  # the sign of a difference that is a gain
 
@@ -57,7 +59,7 @@ def collect(options: argparse.Namespace, slices: Slices, trials: Trials, choices
         read = any("test" in entry for run in runs for entry in run["arms"].values())
         parts = ["validation", *(["test"] if read else [])]
         labels[label] = {
-            "positive_control": positive_control(runs, ASKED),
+            "positive_control": positive_control(runs, asked_of(slices.source)),
             "summary": {part: summarise(runs, part) for part in parts},
             "probes": summarise_probes(runs),
             "runs": runs,
@@ -73,14 +75,21 @@ def collect(options: argparse.Namespace, slices: Slices, trials: Trials, choices
     }
 
 
+def asked_of(data: dict) -> float:
+    """What all labels must gain over few, in Dice."""
+    return ASKED if data["layout"].startswith("scanners") else 0.0
+
+
 def markdown(results: dict, drawn: list[Path]) -> str:
     """The report: the positive control first, then the tables, what each arm cost, and the figures."""
     lines = ["# Comparison", "", f"Data: {results['data']['layout']}.", "", "## Positive control", ""]
+    asked = asked_of(results["data"])
+    bar = f" by at least {asked:g} Dice" if asked else ""
     lines += [f"- {label}: {control_line(found['positive_control'])}" for label, found in results["labels"].items()]
     lines += [
         "",
         "It asks whether unlabelled images can help here at all: the semi-supervised baseline without contrast that is "
-        f"best on validation must beat supervised training, and all labels must beat few by at least {ASKED:g} Dice, "
+        f"best on validation must beat supervised training, and all labels must beat few{bar}, "
         "both with intervals above 0, on test where it was read.",
         "",
         f"Differences are paired over seeds, with the 95 % bootstrap interval of their mean ({RESAMPLES} resamples); "
