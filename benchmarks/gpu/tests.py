@@ -18,7 +18,7 @@ from benchmarks.gpu.processes import end, how, start
 
 KERNELS = (
     "gpu", "pack", "pair_lse", "pair_lse_keys", "pair_mean", "pair_mean_keys", "pair_cross_entropy", "edges",
-    "gradients", "operators", "losses", "segments", "linear_mean", "small_problems",
+    "gradients", "operators", "losses", "segments", "linear_mean", "compile_and_graphs",
 )  # fmt: skip
 FILES = tuple(f"kernels/test_{name}.py" for name in KERNELS)
 PROCESSES = 13  # one for the large tests, twelve for the rest

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import hpcloss
 from hpcloss.losses import pixel as pixel_losses
-from tests.tools.cases import LABELS, MAPS, NOISE, ROOT, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.cases import LABELS, MAPS, NOISE, assert_same, choice, integers, rows, value_and_grads
+from tests.tools.documents import blocks
 from tests.tools.losses import FAST, ORACLE
 from tests.tools.numerics import assert_exact, assert_within_budget
 
@@ -351,9 +352,8 @@ def test_the_queue_is_read_without_a_copy(monkeypatch):
 
 
 def test_training_with_a_queue():
-    """The lines of the README as they stand there, on images that show their labels."""
-    section = (ROOT / "README.md").read_text().split("## Memory")[1]
-    lines = section.split("```python\n")[1].split("```")[0]
+    """The lines of the page as they stand there, on images that show their labels."""
+    (lines,) = [block for block in blocks("docs/how_to/memory.md") if "optimiser.step()" in block]
 
     class Network(torch.nn.Module):
         def __init__(self):

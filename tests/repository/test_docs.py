@@ -1,7 +1,9 @@
 """The pages in docs/ and the README: their code runs, their links lead somewhere, their numbers are those measured."""
 
+import importlib
 import inspect
 import json
+import pkgutil
 import re
 import runpy
 
@@ -9,19 +11,24 @@ import pytest
 import torch
 
 import hpcloss
+from hpcloss import compat
 from tests.tools.cases import ROOT
-from tests.tools.documents import blocks, headings, links, run
+from tests.tools.documents import EXCERPT, blocks, headings, links, run
 
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 EVERY = ["README.md", "CONTRIBUTING.md", "examples/README.md", "hpcloss/DESIGN.md", *PAGES]
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch's own compiler
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's, of so small a training
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # Lightning's own call of torch
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_code_of_a_page_runs(page, capsys):
     """Pages state what comes out as assertions."""
-    if any("from monai" in block for block in blocks(page)):
-        pytest.importorskip("monai")
+    for package in ("monai", "lightning"):
+        if any(re.search(rf"^(from|import) {package}\b", block, re.MULTILINE) for block in blocks(page)):
+            pytest.importorskip(package)
     names = run(page)
     for name, value in names.items():
         if isinstance(value, torch.Tensor) and value.is_leaf and value.grad is not None:
@@ -58,9 +65,20 @@ def test_the_code_of_the_readme_runs():
     assert names["loss"] > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
-def test_the_losses_with_statistics_are_those_that_are_named(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "page, block",
+    [(page, block) for page in PAGES for block in blocks(page) if block.startswith(f"{EXCERPT} of examples/")],
+)
+def test_an_excerpt_stands_in_its_file(page, block):
+    """Line by line, in this order; indentation may differ."""
+    first, *lines = block.splitlines()
+    source = iter([line.strip() for line in (ROOT / first.rpartition(" ")[2]).read_text(encoding="utf-8").splitlines()])
+    missing = [line for line in lines if line.strip() not in source]
+    assert not missing
+
+
+def test_the_losses_with_statistics_are_those_that_are_named():
+    text = (ROOT / "docs/getting_started.md").read_text(encoding="utf-8")
     (paragraph,) = [part for part in text.split("\n\n") if "return_stats=True" in part and "host" in part]
     losses = [thing for name, thing in vars(hpcloss).items() if name.endswith("Loss")]
     having = {loss.__name__ for loss in losses if "return_stats" in inspect.signature(loss.forward).parameters}
@@ -77,8 +95,26 @@ def test_links_lead_somewhere(page):
             assert heading in headings(target.resolve().relative_to(ROOT).as_posix()), link
 
 
-def test_every_page_is_linked_from_the_readme():
-    assert set(PAGES) <= set(links("README.md"))
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert {page.removeprefix("docs/") for page in PAGES} <= set(re.findall(r"\S+\.md$", menu, re.MULTILINE))
+
+
+# What pages of docs/losses describe.
+OF_LOSSES = {name for name in hpcloss.__all__ if name.endswith("Loss")}
+
+
+def test_every_public_name_is_in_the_api():
+    """By a line of mkdocstrings, `::: hpcloss.name`, on some page."""
+    found = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", (ROOT / page).read_text(), re.MULTILINE)}
+    expected = {f"hpcloss.{name}" for name in set(hpcloss.__all__) - OF_LOSSES - {"__version__"}}
+    for library in compat.__all__:
+        module = importlib.import_module(f"hpcloss.compat.{library}")
+        own = [thing for name, thing in vars(module).items() if not name.startswith("_") and inspect.isclass(thing)]
+        expected |= {f"{module.__name__}.{cls.__name__}" for cls in own if cls.__module__ == module.__name__}
+    assert not expected - found
+    for name in found:
+        pkgutil.resolve_name(name)  # raises where there is none
 
 
 # ------------------------------------------------------------------------------------------------------- picture

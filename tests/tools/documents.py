@@ -9,7 +9,7 @@ from tests.tools.cases import ROOT
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 EXCERPT = "# excerpt"  # how a block begins that cannot run alone
-ON_A_GPU = "# needs a GPU"  # and one that tests/kernels/test_small_problems.py runs
+ON_A_GPU = "# needs a GPU"  # and one that tests/kernels/test_compile_and_graphs.py runs
 
 
 def blocks(page: str) -> list[str]:

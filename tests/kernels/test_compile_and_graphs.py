@@ -1,4 +1,4 @@
-"""The examples of docs/small_problems.md that need a GPU, as they stand on the page."""
+"""The examples of docs/how_to/compile_and_graphs.md that need a GPU, as they stand on the page."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from torch._dynamo.utils import counters
 
 from tests.tools.documents import ON_A_GPU, blocks
 
-PAGE = "docs/small_problems.md"
-SHARED, COMPILED, CAPTURED = blocks(PAGE)
+PAGE = "docs/how_to/compile_and_graphs.md"
+SHARED = blocks(PAGE)[0]
+COMPILED, CAPTURED = [block for block in blocks(PAGE) if block.startswith(ON_A_GPU)]
 STEPS = 5  # of either example
 
 pytestmark = [
