@@ -167,7 +167,18 @@ _triton_failing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def info() -> str:
-    """What this installation found, and why the rest is not there: `print(hpcloss.info())`."""
+    """Describe this installation: the imported copy, the backends, the native library, and why a part is missing.
+
+    Returns:
+        Several lines of text, for `print(hpcloss.info())`.
+
+    Examples:
+        >>> import hpcloss
+        >>> print(hpcloss.info())  # doctest: +ELLIPSIS
+        hpcloss: imported from ...
+        backend dense: available
+        ...
+    """
     cuda = torch.cuda.is_available()
     lines = [
         f"hpcloss: imported from {_PACKAGE}{_installation()}",
