@@ -1,7 +1,7 @@
 """The options of the losses: one rule for each name, and rules of several together.
 
-Options are checked once: when a module is built or one of its attributes is set, or when a function is called. What a
-rule returns is what the loss computes with: integers as ints, one ignored label as a tuple of one.
+Options are checked once: when a module is built or an attribute is set, or when a function is called. A rule returns
+the value that the loss uses: integers as ints, one ignored label as a tuple of one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def temperature(name: str, value: Any) -> Any:
-    """A positive number, or a tensor of one number, whose value is not looked at."""
+    """A positive number, or a tensor with one element, whose value is not checked."""
     if not isinstance(value, Tensor):
         return positive(name, value)
     if value.numel() != 1:
@@ -126,9 +126,18 @@ OF_ONE_LOSS: dict[str, dict[str, Rule]] = {
 
 
 def check_each(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a loss, named as its function is, as it computes with them.
+    """Check each option of a loss by its own rule.
 
-    Raises TypeError or ValueError where one is invalid by itself.
+    Args:
+        loss: Name of the function of the loss.
+        options: The options by name.
+
+    Returns:
+        The options as the loss uses them.
+
+    Raises:
+        TypeError: An option has an invalid type.
+        ValueError: An option has an invalid value.
     """
     own = OF_ONE_LOSS.get(loss, {})
     found = {}
@@ -139,13 +148,13 @@ def check_each(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_together(loss: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError where options that are valid by themselves exclude each other."""
+    """Raise ValueError if options that are valid by themselves exclude each other."""
     for rule in TOGETHER.get(loss, ()):
         rule(**options)
 
 
 def checked(function: Function) -> Function:
-    """Decorate the function of a loss: a call begins with the check of its options."""
+    """Decorate the function of a loss: a call first checks its options."""
     parameters = inspect.signature(function).parameters
     names = tuple(name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD)
     defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
