@@ -1,8 +1,8 @@
-"""Where the primitives run: the only place that knows how.
+"""The choice of the backend that runs the primitives.
 
 A backend is a package here with the same functions: `rows_dtype`, `pack`, `pair_lse`, `pair_lse_both`,
 `pair_cross_entropy`, `pair_mean` and their `_backward`, and `segment_mean`; those of PyTorch also have `one_positive`.
-Nothing of Triton is imported before a call needs it.
+Triton is not imported before a call needs it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
-    """Name of the backend that runs a call on `tensor` [., D, ...]. An explicit request never falls back.
+    """Name of the backend that runs a call on `tensor` `[., D, ...]`. A named backend never falls back.
 
-    "pytorch" stands for the dense backend or the tiles, as suits each call (`hpcloss.backends.pytorch`).
+    "pytorch" is the dense backend or the tiles, chosen for each call (`hpcloss.backends.pytorch`).
     """
     if backend == "pytorch" or (backend == "auto" and tensor.device.type == "cpu"):
         return "pytorch"
@@ -52,9 +52,9 @@ def resolve(backend: str, tensor: Tensor) -> str:
 
 
 def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[str]:
-    """Reasons why a backend cannot run a call on `tensor` [., D, ...].
+    """Reasons why a backend cannot run a call on `tensor` `[., D, ...]`.
 
-    falls_back: another backend takes the call if this one cannot. On a GPU that is told, once.
+    falls_back: another backend takes the call if this one cannot. On a GPU a warning says so, once.
     """
     if name in ("dense", "blockwise", "pytorch"):
         return ["device 'mps' has no float64"] if tensor.device.type == "mps" else []
@@ -71,7 +71,7 @@ def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[
 
 
 def _width(channels: int) -> int:
-    """Channels of a trial: those of the call, or the next of a few; a number also where the compiler has a symbol."""
+    """Channels of a trial: the next of a few widths. It is a number, also where the compiler has a symbol."""
     for width in WIDTHS:
         if channels <= width:
             return width
@@ -79,7 +79,7 @@ def _width(channels: int) -> int:
 
 
 def _triton_missing(device: str, index: int | None, falls_back: bool) -> tuple[str, ...]:
-    """What keeps Triton's kernels from a device, as far as it is known without building one."""
+    """Reasons against Triton's kernels on a device that are known without building one."""
     reason = _triton_refusal(device, index)
     # Elsewhere there is no Triton, and nothing to tell.
     if reason and falls_back and (reason != NOT_INSTALLED or platform.system() == "Linux"):
@@ -104,11 +104,12 @@ _trying = threading.RLock()
 def _triton_failing(
     device: str, index: int | None, dtype: torch.dtype, channels: int, falls_back: bool
 ) -> tuple[str, ...]:
-    """Why Triton's kernels cannot be trusted on a device in a dtype: what a trial of them found, one in a process.
+    """Reasons against Triton's kernels on a device in a dtype, found by a trial. There is one trial in a process.
 
-    While a CUDA graph is captured there is no trial, as the host must not wait then. `auto` takes the PyTorch tiles,
-    which the graph keeps; an explicit request runs untried. This is not remembered, nor that memory was short: the
-    next call asks again. Under `torch.compile` the answer is asked while tracing, and the compiled code keeps it.
+    There is no trial while a CUDA graph is captured, because the host must not wait then. `auto` takes the PyTorch
+    tiles, and the graph keeps them; a named backend runs untried. This answer is not remembered, and neither is a lack
+    of memory: the next call asks again. Under `torch.compile` the question is asked while tracing, and the compiled
+    code keeps the answer.
     """
     reason, lasts = _found.get((device, index, dtype)), True
     if reason is None:
@@ -120,7 +121,7 @@ def _triton_failing(
 
 
 def _trial(device: str, index: int | None, dtype: torch.dtype, channels: int, falls_back: bool) -> tuple[str, bool]:
-    """The reason against the kernels, and whether it lasts; then it is remembered."""
+    """The reason against the kernels, and whether it lasts. A lasting reason is remembered."""
     key = device, index, dtype
     if key in _found:
         return _found[key], True
@@ -144,7 +145,7 @@ _told: set[tuple[str, int | None, str]] = set()
 
 
 def _tell(device: str, index: int | None, reason: str, lasts: bool = True) -> None:
-    """Say once what keeps a GPU from the kernels; of reasons that pass, the first."""
+    """Warn once why a GPU runs without the kernels. Of reasons that do not last, only the first is told."""
     key = device, index, reason if lasts else "for now"
     with _trying:
         if device != "cuda" or key in _told:
@@ -155,7 +156,7 @@ def _tell(device: str, index: int | None, reason: str, lasts: bool = True) -> No
 
 
 def forget() -> None:
-    """Ask again what can run on each device, as in a new process."""
+    """Forget what can run on each device, as in a new process."""
     _triton_refusal.cache_clear()
     _found.clear()
     _told.clear()
@@ -201,7 +202,7 @@ def info() -> str:
 
 
 def _installation() -> str:
-    """What to say of the installation: nothing where it is the package that was imported."""
+    """A note on the installation; empty if the installed package is the imported one."""
     found = [(one.version, _folder(one)) for one in importlib.metadata.distributions(name="hpcloss")]
     if not found:
         return ", which is not installed"
@@ -210,7 +211,7 @@ def _installation() -> str:
 
 
 def _folder(distribution: importlib.metadata.Distribution) -> Path:
-    """Where the package of a distribution is: of an editable one in its checkout."""
+    """The folder of a distribution's package. An editable one is in its checkout."""
     source = json.loads(distribution.read_text("direct_url.json") or "{}")
     if source.get("dir_info", {}).get("editable"):
         return Path(url2pathname(urlsplit(source["url"]).path), "hpcloss").resolve()

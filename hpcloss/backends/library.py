@@ -1,6 +1,6 @@
-"""The native library's functions of floats (`csrc/`): CPU tensors in fp32, contiguous where nothing else is said.
+"""The native library's functions of floats (`csrc/`): CPU tensors in fp32, contiguous unless stated otherwise.
 
-They give what the PyTorch code beside them gives, but for rounding. The library checks what it is given.
+They give the results of the PyTorch code beside them, up to rounding. The library checks its arguments.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def _told(found: ctypes.CDLL) -> ctypes.CDLL:
-    """A library, after it was told what its functions take."""
+    """A library with the argument types of its functions set."""
     for name, arguments in _ARGUMENTS.items():
         getattr(found, f"hpcloss_{name}").argtypes = arguments
     return found

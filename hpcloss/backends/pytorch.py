@@ -1,6 +1,6 @@
-"""What serves where Triton does not: the dense backend or the tiles, by the size of each call.
+"""The choice between the dense backend and the tiles, by the size of each call.
 
-Rows are packed once, before anybody knows how many keys they will meet. So `auto` decides here, call by call.
+Rows are packed once, before the number of their keys is known. So the choice is made here, call by call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DENSE_ELSEWHERE = 1 << 20  # not measured: on other devices the tiles are one ti
 
 
 def choose(primitive: str, anchors: Tensor, keys: Tensor | None, at: Intervals) -> str:
-    """The backend of a call: "dense", or beyond its size "pieces", where these serve, else "blockwise"."""
+    """The backend of a call: "dense"; beyond its size "pieces", if it can run; otherwise "blockwise"."""
     if torch.compiler.is_compiling():
         return "blockwise"  # else compiled code would be for sizes below the limit alone, or above it
     whole_rows = primitive == "contrast" and is_native(anchors)
@@ -52,9 +52,9 @@ def choose(primitive: str, anchors: Tensor, keys: Tensor | None, at: Intervals) 
 
 
 def kept_slopes(at: Intervals, num_keys: int) -> int:
-    """The number of slopes that the dense backend keeps for backward: of all regions, or none.
+    """The number of slopes that the dense backend keeps for backward: all, or none.
 
-    While a graph is traced, no sizes of regions are known but that of one region.
+    While a graph is traced, the sizes of regions are unknown unless there is one region.
     """
     if at.key_end.numel() == 1:
         return at.pos_start.numel() * num_keys
@@ -75,12 +75,12 @@ def check_dense(at: Intervals, num_keys: int) -> None:
 
 
 def _pairs(at: Intervals, num_keys: int) -> int:
-    """Pairs that the dense backend holds at once: of the largest region where sizes can be read, else of all rows."""
+    """Pairs that the dense backend holds at once: of the largest region if sizes can be read, otherwise of all rows."""
     all_pairs = at.pos_start.numel() * num_keys
     return largest_region(at) if at.key_end.numel() > 1 and _is_read(at) else all_pairs
 
 
 def _is_read(at: Intervals) -> bool:
-    """Whether the host reads the bounds of regions: on the CPU, of tensors that hold values. Fake ones hold none."""
+    """Whether the host reads the bounds of regions: on the CPU, of tensors that hold values. Fake tensors hold none."""
     bound = at.pos_start
     return bound.device.type == "cpu" and not torch.compiler.is_compiling() and type(bound) is Tensor

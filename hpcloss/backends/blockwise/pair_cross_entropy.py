@@ -1,7 +1,7 @@
 """`pair_cross_entropy` over tiles: a log-sum-exp and the positives' mean from one S.
 
-Tiles that hold a positive are summed relative to the largest logit of each row, which keeps the loss and its slopes
-exact near the minimum. All other tiles are plain sums where nothing can overflow.
+Tiles with a positive are summed relative to the largest logit of each row, which keeps the loss and its slopes exact
+near the minimum. All other tiles are plain sums if nothing can overflow.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def pair_cross_entropy_backward(
 
 
 class _Positives:
-    """The positives of a tile and their weights exp(-hardness s_ij - mass_i); uniform weights are counts alone."""
+    """The positives of a tile and their weights exp(-hardness s_ij - mass_i). Uniform weights are only counted."""
 
     def __init__(self, at: Intervals, mass: Tensor, hardness: float, scale: Tensor):
         self.at, self.hardness = at, hardness
@@ -131,7 +131,7 @@ class _Positives:
         self.hardness_of_logits = -hardness / scale
 
     def weights(self, tiles: Tiles, tile: Tile, logits: Tensor, side: Side) -> Tensor | None:
-        """Weights of the tile's pairs, 0 where no positive is; None if all positives weigh alike."""
+        """Weights of the tile's pairs, 0 for pairs that are no positives. None if all positives weigh alike."""
         if self.hardness == 0 or tile.positives == "none":
             return None
         weight = torch.mul(logits, self.hardness_of_logits, out=tiles.buffer(f"weight{side.dim}", tile))
@@ -150,7 +150,7 @@ class _Positives:
         return tile.positives == "all" and not tile.diagonal and not tile.has_self
 
     def among(self, tile: Tile, side: Side) -> Tensor | int:
-        """How many of the tile's pairs are positives, for each of the own anchors."""
+        """Number of positives in the tile, for each of the own anchors."""
         if self.are_all(tile):
             return side.other.stop - side.other.start
         start = self.at.pos_start[side.own].clamp(min=side.other.start)
@@ -171,7 +171,7 @@ class _Positives:
     ) -> Tensor:
         """of_all_i 2^(logit - shift_i) - of_positives_i w_ij, written to `into`, which may be the logits.
 
-        What the rule excludes is overwritten later.
+        Pairs that the rule excludes are overwritten later.
         """
         weight = self.weights(tiles, tile, logits, side)
         slope = torch.sub(logits, side.along(shift), out=into).exp2_().mul_(side.along(of_all))

@@ -1,4 +1,4 @@
-"""`pair_mean` over tiles, or without any pair where the positives' sums suffice."""
+"""`pair_mean` over tiles, or without pairs if the sums of the positives are enough."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def pair_mean(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out_i = sum_{j in positives(i)} w_ij t_ij, w = softmax over the positives of (-hardness s_ij + log_weight_j).
 
-    t = scale s without `stat` (term "logit"), else t = softplus(stat_i - (scale - discount) s) - discount s ("own").
-    Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all [N].
+    Without `stat` t = scale s (term "logit"), with it t = softplus(stat_i - (scale - discount) s) - discount s ("own").
+    Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all `[N]`.
     """
     at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
@@ -156,7 +156,7 @@ def _slope(
 def _own_mean(
     anchors: Tensor, keys: Tensor | None, stat: Tensor, scale: Tensor, hardness: float, discount: float, at: Intervals
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The "own" term where nothing can overflow: one pass, and both directions of a tile share the exponentials.
+    """The "own" term if nothing can overflow: one pass, and both directions of a tile share the exponentials.
 
     With y_ij = exp(stat_i) exp(-(scale - discount) s_ij): t_ij = log(1 + y_ij) - discount s_ij, dt/dstat = y / (1 + y).
     """
@@ -226,7 +226,7 @@ def _own_mean_backward(
 def weight_mass(
     anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Intervals
 ) -> Tensor:
-    """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number where both are 0."""
+    """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number if both are 0."""
     if hardness == 0 and log_weight is None:
         return at.counts()[0].to(anchors.dtype).log()
     scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for the copy
@@ -234,7 +234,7 @@ def weight_mass(
 
 
 class _Weights:
-    """w_ij of a tile, normalised: exp(-hardness s_ij + log_weight_j - mass_i); one number a row where constant."""
+    """w_ij of a tile, normalised: exp(-hardness s_ij + log_weight_j - mass_i). Constant weights: one number per row."""
 
     def __init__(self, mass: Tensor, log_weight: Tensor | None, hardness: float):
         self.mass = finite_mass(mass)

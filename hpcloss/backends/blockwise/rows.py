@@ -18,12 +18,12 @@ ROWS = 1 << 12  # handled at a time in the backward pass, to keep temporaries sm
 
 
 def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
-    """Dtype in which features are packed for this backend."""
+    """Dtype of packed rows for this backend."""
     return statistics_dtype(features.dtype)
 
 
 def _by_pixel(features: Tensor) -> Tensor:
-    """[B, D, *S] as [B, S, D] without a copy where the spatial axes can be joined."""
+    """[B, D, *S] as [B, S, D], without a copy if the spatial axes can be joined."""
     return (features.unsqueeze(-1) if features.dim() == 2 else features.flatten(2)).transpose(1, 2)
 
 
@@ -45,7 +45,7 @@ def _gather(features: Tensor, order: Tensor) -> Tensor:
 
 
 def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Rows `order` of the map, those from `live` on zero, and the inverse norm by which each was multiplied."""
+    """Rows `order` of the map, zero from `live` on, and the inverse norm by which each was multiplied."""
     strides = _native_strides(features)
     if strides is not None:
         return library.pack(features, strides, order.contiguous(), int(live), normalize)
@@ -71,8 +71,10 @@ def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tupl
 
 
 def _native_strides(features: Tensor) -> library.Strides | None:
-    """Strides between images, pixels and channels where the native library packs these features: in fp32, on the CPU,
-    and dense in memory with channels last, or first where there are few."""
+    """Strides between images, pixels and channels, if the native library packs these features.
+
+    They must be fp32 on the CPU and dense in memory, with channels last, or first if there are few.
+    """
     if features.dtype != torch.float32 or features.device.type != "cpu" or not native.serves(features):
         return None
     channels = features.shape[1]
@@ -123,7 +125,7 @@ def pack_backward(
 
 
 def _of_rows(grad: Tensor, unit: Tensor, inverse_norm: Tensor, normalize: bool) -> Tensor:
-    """The gradient of rows before they were normalised, those that are dead 0."""
+    """The gradient of rows before normalisation, 0 for dead rows."""
     grad = grad.to(inverse_norm.dtype)
     if normalize:
         unit = unit.to(grad.dtype)

@@ -26,9 +26,10 @@ class Options(NamedTuple):
 
 
 class Found(NamedTuple):
-    """loss, counted [R, n, 1]; slope [R, n, m]: d loss / d logit.
+    """loss, counted `[R, n, 1]`; slope `[R, n, m]`: d loss / d logit.
 
-    direct [R, n, m]: what similarities reach otherwise than through the logits, over the scale; None for nothing.
+    direct `[R, n, m]`: the part of d loss / d similarity that does not flow through the logits, over the scale; or
+    None.
     """
 
     loss: Tensor
@@ -47,7 +48,7 @@ def _weights(batch: Batch, logits: Tensor, scale: Tensor, options: Options) -> W
 
 
 def _of_weights(shares: Tensor, terms: Tensor, scale: Tensor, options: Options) -> Tensor | None:
-    """The part of a slope that flows through the weights of the mean of `terms`; None where they are constants."""
+    """The part of a slope that flows through the weights of the mean of `terms`; None if they are constants."""
     if not options.hardness or options.detach_weights:
         return None
     from_mean = terms - mean(shares, terms)

@@ -1,4 +1,4 @@
-"""`one_positive` from all similarities at once. Backward finds them, or their exponentials, again."""
+"""`one_positive` from all similarities at once. Backward computes them, or their exponentials, again."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def one_positive(
     both: bool,
     intervals: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The positive's logit [N], the negatives' log-sum-exps [N], of K > 1 [K, N], and what backward needs [N, M].
+    """The positive's logit `[N]`, the negatives' log-sum-exps `[N]` (`[K, N]` for K > 1), and a matrix for backward.
 
-    That is logits to base 2, or their exponentials where one serves all sums; -inf or 0 for others than negatives.
+    The matrix `[N, M]` has the logits to base 2, or their exponentials if one serves all sums; -inf or 0 for pairs that
+    are no negatives.
     """
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     logits = torch.mm(anchors * (scale.to(anchors.dtype) * LOG2E), (anchors if others is None else others).T)
@@ -125,7 +126,7 @@ def one_positive_backward(
 
 
 def _of_both_sides(slope: Tensor, rows: Tensor) -> Tensor:
-    """The gradient of rows that are anchors and keys of one another."""
+    """The gradient of rows that are each other's anchors and keys."""
     if is_native(rows):
         gradient = torch.empty_like(rows)
         write_both(slope, slope.new_ones(slope.shape[0]), rows, 1, gradient)

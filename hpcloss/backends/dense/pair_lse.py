@@ -13,7 +13,7 @@ from hpcloss.plan.partition import Intervals
 
 
 def _logits(batch: Batch, scale: Tensor, bias: Tensor | None, rule: str) -> Tensor:
-    """(scale s_ij + bias_j) / ln 2 [R, n, m], lowered where the rule does not count the pair."""
+    """(scale s_ij + bias_j) / ln 2 [R, n, m], lowered for pairs that the rule does not count."""
     logits = batch.similarities(scale * LOG2E)
     if bias is not None:
         logits += batch.take_keys(bias.to(logits.dtype) * LOG2E)[:, None]
@@ -22,7 +22,7 @@ def _logits(batch: Batch, scale: Tensor, bias: Tensor | None, rule: str) -> Tens
 
 
 def _shares(logits: Tensor, lse: Tensor, dim: int) -> Tensor:
-    """exp2(logits - lse), in place. A large lse is rounded, so the sum of a set that is not empty is made 1 again."""
+    """exp2(logits - lse), in place. A large lse is rounded, so each sum of a set that is not empty is made 1 again."""
     terms = logits.sub_(lse).exp2_()
     return terms.div_(terms.sum(dim, keepdim=True).clamp_(min=0.5))
 
@@ -36,7 +36,7 @@ def pair_lse(
     intervals: list[Tensor],
     rule: str,
 ) -> Tensor:
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) `[N]`; -inf for an empty set or a row without anchor."""
     at, (anchors, keys) = Intervals(*intervals), accumulation(anchors, keys)
     lse = anchors.new_full(anchors.shape[:1], -INF)
     if bias is None and is_native(anchors):

@@ -12,8 +12,11 @@ from hpcloss.backends.dense.batches import Batch, softmax_terms
 
 
 class Weights(NamedTuple):
-    """shares [R, n, m]: the weights, 0 where no positive is. total [R, n, 1]: the sum of what they are shares of,
-    relative to 2 to the power of `shift`."""
+    """The weights of the positives in a batch.
+
+    shares `[R, n, m]`: the weights, 0 for pairs that are no positives. total `[R, n, 1]`: the sum before normalisation,
+    relative to 2 to the power of `shift`.
+    """
 
     shares: Tensor
     total: Tensor

@@ -1,7 +1,7 @@
-"""Tile shapes, by what decides them: the part (matrix unit and shared memory), the precision, the width of a row.
+"""Tile shapes by part (matrix unit and shared memory), precision and width of a row.
 
-Chosen so that nothing spills (`tests/compiled/test_budgets_*.py`); `python benchmarks/tune.py` searches them by time on
-a GPU.
+They are chosen so that nothing spills (`tests/compiled/test_budgets_*.py`). `python benchmarks/tune.py` searches them
+by time on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hpcloss.backends.triton.probe import interpreted
 
 
 class Config(NamedTuple):
-    """Rows of a block, columns of a tile, and how a program is run; maxnreg: the most registers of a thread."""
+    """Rows of a block, columns of a tile, and launch options of a program. maxnreg: the most registers of a thread."""
 
     block_i: int
     block_j: int
@@ -200,7 +200,7 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, such as 90; 0 of AMD parts, whose numbers mean something else."""
+    """Compute capability as one number, such as 90; 0 for AMD parts, whose numbers have another meaning."""
     if torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -208,7 +208,7 @@ def capability(device: torch.device) -> int:
 
 
 def part(capability: int) -> str:
-    """Which shapes a compute capability takes."""
+    """The part whose tile shapes a compute capability uses."""
     if capability in (80, 87):
         return "ampere"  # 163 KB of shared memory a block
     if capability in (86, 89, 120, 121):
@@ -217,7 +217,7 @@ def part(capability: int) -> str:
 
 
 def blocks_of(count: int, size: int) -> int:
-    """How many blocks of a size hold so many rows. Triton's own functions of this kind take the host 2 us a call."""
+    """Number of blocks of a size that hold so many rows. Triton's own functions for it take the host 2 us a call."""
     return -(-count // size)
 
 
@@ -227,10 +227,9 @@ def power_of_2(count: int) -> int:
 
 
 def precision(rows: torch.Tensor) -> str:
-    """How products of these rows are computed: "half", or for fp32 rows "tf32" or "ieee" (exact, without matrix units).
+    """Precision of the products of these rows: "half", or for fp32 rows "tf32" or "ieee" (exact, without matrix units).
 
-    As torch computes its own, whichever of its settings was used: `torch.set_float32_matmul_precision` or
-    `torch.backends.cuda.matmul.fp32_precision`.
+    It follows torch's own setting, `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.fp32_precision`.
     """
     if rows.dtype != torch.float32:
         return "half"
@@ -241,7 +240,7 @@ def precision(rows: torch.Tensor) -> str:
 
 
 def config(kernel: str, rows: torch.Tensor) -> Config:
-    """The shape in which a kernel ("pair_lse", "pair_mean", "backward", one of SAME_AS) runs on rows [N, D]."""
+    """The tile shape of a kernel ("pair_lse", "pair_mean", "backward", one of SAME_AS) for rows `[N, D]`."""
     if interpreted():
         return INTERPRETED
     width = max(power_of_2(rows.shape[1]), WIDTHS[0])
@@ -255,5 +254,5 @@ def config(kernel: str, rows: torch.Tensor) -> Config:
 
 @functools.cache
 def lacks_fences(version: str) -> bool:
-    """Whether the compiler of this version leaves out the fence that NEED_FENCES tells of."""
+    """Whether this version of the compiler leaves out the fence that NEED_FENCES describes."""
     return tuple(int(re.match(r"\d*", number)[0] or 0) for number in version.split(".")[:3]) < FENCES_SINCE

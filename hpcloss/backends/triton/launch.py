@@ -1,4 +1,4 @@
-"""How kernels are started: on their tensors' device, with the arithmetic that all of them assume."""
+"""Launching of kernels: on their tensors' device, with the arithmetic that all of them assume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = 1024  # of a program that works row by row
 
 
 def run(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) -> None:
-    """Start `programs` programs of a kernel on the device of `like`; options: its constants, num_warps, num_stages."""
+    """Launch `programs` programs of a kernel on the device of `like`. options: its constants, num_warps, num_stages."""
     if programs == 0:
         return
     guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
@@ -59,22 +59,22 @@ def _constants(tiles: configs.Config, channels: int, precision: str) -> dict[str
 
 
 def int32(indices: list[Tensor]) -> list[Tensor]:
-    """Row numbers as kernels read them."""
+    """Row numbers in the dtype of the kernels."""
     return [_as(index, torch.int32) for index in indices]
 
 
 def fp32(values: Any) -> Any:
-    """Row vectors and scalars as kernels read them; None stays None."""
+    """Row vectors and scalars in the dtype of the kernels. None stays None."""
     return None if values is None else _as(values, torch.float32)
 
 
 def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values, contiguous and in a dtype. Both conversions take microseconds also where there is nothing to do."""
+    """The values, contiguous and in a dtype. Both conversions take microseconds even if there is nothing to do."""
     return values if values.dtype == dtype and values.is_contiguous() else values.to(dtype).contiguous()
 
 
 def as_anchors(anchors: Tensor, keys: Tensor | None) -> Tensor:
-    """The keys, in the anchors' dtype: a matrix unit multiplies equals (fp16 views meet an fp32 memory bank)."""
+    """The keys in the anchors' dtype: a matrix unit multiplies equal dtypes (fp16 views and an fp32 memory bank)."""
     if keys is None:
         return anchors
     return keys if keys.dtype == anchors.dtype else keys.to(anchors.dtype)

@@ -46,7 +46,7 @@ def forward_kernel(
 ):  # fmt: skip
     """out_i = scale <x_i, sum_{j in P(i)} x_j> / |P(i)| and mass_i = log |P(i)| of BLOCK_I rows; P(i) is without i.
 
-    Rows with few positives read them each for itself, all at once. The others in runs that share their positives.
+    Rows with few positives read them one by one, all rows at once. Other rows are handled in runs that share positives.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     start, end, self_key = row_intervals(intervals, rows, there)
@@ -83,7 +83,8 @@ def backward_kernel(
 ):  # fmt: skip
     """gradient_i = scale (a_i sum_{j in P(i)} x_j + sum_{j in P(i)} a_j x_j) of BLOCK_I rows, a as in `weights_of`.
 
-    Each pair counts once for either side, since j is in P(i) where i is in P(j); keys alone have a = 0.
+    Each pair counts once for either side, since j is in P(i) if and only if i is in P(j). Keys that are no anchors have
+    a = 0.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     start, end, self_key = row_intervals(intervals, rows, there)
