@@ -93,7 +93,7 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _integers_of(name: str, value: Any) -> tuple[int, ...]:
-    # Plain integers first: older torch cannot trace the rest.
+    # Plain integers first, because older torch cannot trace the rest.
     if _is_integer(value):
         return (value,)
     if isinstance(value, (tuple, list)) and all([_is_integer(one) for one in value]):
@@ -167,7 +167,7 @@ def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_l
         raise ValueError(f"{name} must be on {like.device}, got {vectors.device}")
 
 
-# The class for a call in the shape of another library: by argument and number of dimensions, None for no tensor.
+# The class for a call with another library's arguments: by argument and number of dimensions (None: no tensor).
 _ELSEWHERE = {
     ("embeddings", 3): "views [N, views, D] are taken by hpcloss.compat.supcontrast.SupConLoss",
     ("keys", None): "the pairs of a miner are taken by hpcloss.compat.pml.SupConLoss",

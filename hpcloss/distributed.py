@@ -111,7 +111,7 @@ def gather_labels(labels: Tensor, regions: Tensor | None = None, num_regions: in
     """
     counts = _numbers(labels.device, labels.numel(), num_regions)
     _refuse_different([regions_there for _, regions_there in counts])
-    # At least one row of padding: backends of torch.distributed need not know empty tensors.
+    # At least one row of padding, because some backends of torch.distributed refuse empty tensors.
     most = max(1, *(rows for rows, _ in counts))
     regions = torch.zeros_like(labels) if regions is None else regions
     everyone = _all_gather(torch.stack([labels.long(), regions.long()], 1), most, -1)
@@ -242,7 +242,7 @@ def _all_gather(values: Tensor, most: int, padding: float) -> Tensor:
     if count < most:
         values = torch.cat([values, values.new_full((most - count, *rest), padding)])
     everyone = values.new_empty(dist.get_world_size() * most, *rest)
-    # Older torch knows it by another name.
+    # Older torch has it under another name.
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
     gather(everyone, values.contiguous())
     return everyone
@@ -263,7 +263,7 @@ class _FromAll(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         if order is not None:
             grad = torch.empty_like(grad).index_copy_(0, order, grad)
-        # Each rank adds up what the others send in order of ranks: bitwise repeatable, unlike most all-reductions.
+        # Each rank adds the parts in the order of ranks. That is bitwise repeatable, unlike most all-reductions.
         grad, parts = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
         dist.all_to_all_single(parts, grad)
         return parts.view(-1, ctx.most, *grad.shape[1:]).sum(0)[: ctx.count], None, None, None

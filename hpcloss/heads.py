@@ -52,7 +52,7 @@ class ProjectionHead(nn.Module):
         self.layers = nn.Sequential(layer(in_channels, hidden, *size), nn.ReLU(), layer(hidden, dim, *size))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Convolutions would take features of one axis less for one image without a batch axis.
+        # A convolution takes features with one axis less as one image without a batch axis.
         """Compute the embeddings.
 
         Args:
@@ -110,8 +110,8 @@ class FeatureTap(nn.Module):
             raise ValueError(_no_such_layer(layer, [name for name in modules if name]))
         self.model = model
         self.layer = layer
-        # The features pass through an attribute of the layer itself: a replica's layer is another object than the
-        # original's, so each call finds its own. One attribute per tap, as a layer may be tapped twice.
+        # The features pass through an attribute of the layer itself. A replica has its own layer, so each call finds
+        # its own features. There is one attribute per tap, because a layer may be tapped twice.
         number = 0
         while hasattr(modules[layer], f"_tapped_output_{number}"):
             number += 1
@@ -133,8 +133,8 @@ class FeatureTap(nn.Module):
             RuntimeError: The layer did not run.
         """
         layer = self.model.get_submodule(self.layer)
-        # Only between these two lines does the hook keep anything: calls of the bare model, and layers run again in
-        # the backward pass by activation checkpointing, leave no tensor behind.
+        # The hook keeps a tensor between these two lines only. Calls of the bare model, and layers that activation
+        # checkpointing runs again in backward, leave no tensor behind.
         setattr(layer, self._slot, ())
         try:
             output = self.model(*args, **kwargs)
@@ -152,7 +152,7 @@ class FeatureTap(nn.Module):
 def _keep_output(slot: str, layer: nn.Module, args: Any, output: Any) -> None:
     """Forward hook. A function of the module, because a closure would not pickle."""
     if getattr(layer, slot) is not None:
-        setattr(layer, slot, (output,))  # in a tuple: a bare Parameter or module would be registered
+        setattr(layer, slot, (output,))  # a tuple, because a bare Parameter or module would be registered
 
 
 def _no_such_layer(layer: str, names: list[str]) -> str:

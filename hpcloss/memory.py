@@ -14,7 +14,7 @@ from hpcloss.plan.regions import Grid, region_shape
 from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.segment_mean import segment_mean
 
-NO_GROUP = torch.iinfo(torch.int64).min + 2  # of an embedding that belongs to none
+NO_GROUP = torch.iinfo(torch.int64).min + 2  # the group of an embedding without a group
 
 
 class Bank(NamedTuple):
@@ -159,7 +159,7 @@ class EmbeddingQueue(nn.Module):
         images = Grid(labels.shape[0], spatial, region_shape(None, spatial), per_image=True)
         plan = class_sort(labels, images, num_classes=self.num_classes)
         rows = pack(features, plan.order, plan.live(), normalize=True)
-        # The mean of a class that an image does not show is a zero row, which is skipped.
+        # A class that is not in an image has a zero mean, which is skipped.
         means = segment_mean(rows, plan.offsets)
         self.enqueue(means, torch.arange(self.num_classes, device=means.device).repeat(labels.shape[0]))
 
@@ -186,7 +186,7 @@ class EmbeddingQueue(nn.Module):
         held = torch.where(is_ignored(number, ignore_index), 0, self.filled)
         slot = torch.arange(self.size, device=held.device)
         log_bias = torch.where(slot < held[:, None], 0.0, -torch.inf).reshape(-1).to(anchors.companion.dtype)
-        classes = classes.clamp(0, self.num_classes - 1)  # dead rows have any label
+        classes = classes.clamp(0, self.num_classes - 1)  # dead rows may have any label
         first = classes * self.size
         against = pairs.replace(
             pos_start=first.to(pairs.order.dtype),
@@ -205,7 +205,7 @@ class EmbeddingQueue(nn.Module):
         Args:
             loss: Any tensor that was computed from the slots.
         """
-        # A compiled graph is told by autograd itself, in its own words.
+        # In a compiled graph autograd itself raises.
         if torch.compiler.is_compiling() or not loss.requires_grad:
             return loss
         return _Unchanged.apply(loss, self.embeddings)
@@ -233,7 +233,7 @@ class EmbeddingQueue(nn.Module):
         place = before[:-1] - before[offsets[:-1]][classes]  # among the sound rows of its class
         kept = sound & (place >= (arrived - self.size)[classes])
         slots = classes * self.size + (self.next[classes] + place) % self.size
-        # Shapes are static: a row that is not kept repeats what a kept one writes or, without any, what stands there.
+        # Shapes are static: a row that is not kept repeats the write of a kept row, or without any the old value.
         # Equal values may be written in any order.
         one = kept.int().argmax(0, keepdim=True)
         targets = torch.where(kept, slots, slots[one])

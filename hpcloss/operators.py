@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-# A row at most this long has no direction: it becomes the zero row and gets no gradient.
-# (Dividing by a floor instead would give such a row a gradient 1e12 times too large.)
+# A row at most this long has no direction: it becomes zero and gets no gradient. Division by a floor would give such
+# a row a gradient that is 1e12 times too large.
 NORM_EPS = 1e-12
 
 
@@ -96,7 +96,7 @@ def _define(
             if type(arg) is torch.Tensor:
                 device = device or arg.device.type
             elif isinstance(arg, torch.Tensor):
-                return operator(*args)  # of a subclass, which torch may have to dispatch
+                return operator(*args)  # torch may have to dispatch a subclass
         if device in ("", "meta") or torch.is_autocast_enabled(device):
             return operator(*args)
         body, taken = chosen(args)

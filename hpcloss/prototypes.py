@@ -141,7 +141,7 @@ def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 4,
     for _ in range(iterations):
         for axis in (-2, -1):
             total = torch.logsumexp(log_q, axis, keepdim=True)
-            log_q = log_q - torch.where(total == -torch.inf, 0.0, total)  # nothing in it: nothing to share
+            log_q = log_q - torch.where(total == -torch.inf, 0.0, total)  # an empty row or column stays empty
     return log_q.exp()
 
 
@@ -210,7 +210,7 @@ class PrototypeBank(nn.Module):
             raise ValueError(f"embeddings must have shape [N, {dim}], got {tuple(embeddings.shape)}")
         labels = labels_of_vectors("labels", embeddings, labels)
         sound = embeddings.isfinite().all(1)
-        # Rows that the dtype of the bank cannot hold, it can once they are of unit length.
+        # Rows may exceed the bank's dtype before they have unit length.
         dtype = torch.promote_types(self.prototypes.dtype, statistics_dtype(embeddings.dtype))
         held, rows = self.prototypes.to(dtype), unit(torch.where(sound[:, None], embeddings, 0.0).to(dtype))
         classes = torch.arange(num_classes, device=labels.device)
@@ -218,13 +218,13 @@ class PrototypeBank(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             scores = torch.einsum("nd,ckd->cnk", rows, held)
             share = sinkhorn(scores, member)
-            # Prototypes that are not there yet resemble nothing: a class starts with its rows dealt in turn.
+            # Empty prototypes have no direction: until all are filled, the rows of a class are dealt in turn.
             turn = (member.cumsum(1) - 1)[..., None] % per_class == torch.arange(per_class, device=labels.device)
             dealt = (turn & member[..., None]).to(dtype)
             share = torch.where(self.filled.all(1)[:, None, None], share, dealt)
             mean = unit(torch.einsum("cnk,nd->ckd", share, rows))
         seen = (mean != 0).any(-1)
-        # One that is still zero takes the direction of its first mean.
+        # A prototype that is still zero takes the direction of its first mean.
         moved = unit(self.momentum * held + (1 - self.momentum) * mean)
         self.prototypes.copy_(torch.where(seen[..., None], moved, held))
         self.filled.logical_or_(seen)

@@ -28,14 +28,14 @@ from hpcloss.plan import native
 from hpcloss.plan.sorting import INT32_MAX
 
 AUTO = ("triton", "pytorch")  # fastest first
-MAX_CHANNELS = 512  # of a row of the Triton kernels
+MAX_CHANNELS = 512  # channels of a row in the Triton kernels
 NOT_INSTALLED = "Triton is not installed (pip install triton)"
-WIDTHS = (16, 32, 64, 128, 256)  # and MAX_CHANNELS: of their trials
+WIDTHS = (16, 32, 64, 128, 256)  # channels in trials, besides MAX_CHANNELS
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
-    """Name of the backend that runs a call on `tensor` `[., D, ...]`. A named backend never falls back.
+    """Name of the backend that runs a call on `tensor` [., D, ...]. A named backend never falls back.
 
     "pytorch" is the dense backend or the tiles, chosen for each call (`hpcloss.backends.pytorch`).
     """
@@ -52,7 +52,7 @@ def resolve(backend: str, tensor: Tensor) -> str:
 
 
 def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[str]:
-    """Reasons why a backend cannot run a call on `tensor` `[., D, ...]`.
+    """Reasons why a backend cannot run a call on `tensor` [., D, ...].
 
     falls_back: another backend takes the call if this one cannot. On a GPU a warning says so, once.
     """
@@ -66,7 +66,7 @@ def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[
         reasons.append(f"at most {MAX_CHANNELS} channels fit its tiles, got {tensor.shape[1]}")
     if tensor.numel() // max(tensor.shape[1], 1) > INT32_MAX:
         reasons.append("row numbers beyond 2^31")
-    # A call that no kernel takes is no reason to build some.
+    # No kernel is built for a call that no kernel can run.
     return reasons or list(_triton_failing(*place, tensor.dtype, _width(tensor.shape[1]), falls_back))
 
 
@@ -81,7 +81,7 @@ def _width(channels: int) -> int:
 def _triton_missing(device: str, index: int | None, falls_back: bool) -> tuple[str, ...]:
     """Reasons against Triton's kernels on a device that are known without building one."""
     reason = _triton_refusal(device, index)
-    # Elsewhere there is no Triton, and nothing to tell.
+    # Other systems have no Triton, so there is nothing to say.
     if reason and falls_back and (reason != NOT_INSTALLED or platform.system() == "Linux"):
         _tell(device, index, reason)
     return (reason,) if reason else ()
@@ -93,11 +93,11 @@ def _triton_refusal(device: str, index: int | None) -> str:
         return NOT_INSTALLED
     try:
         return load("triton.probe").why_not(device, index) or ""
-    except Exception as error:  # of a package that is broken, or of a version that its neighbours do not suit
+    except Exception as error:  # a broken package, or versions that do not match
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
 
 
-_found: dict[tuple[str, int | None, torch.dtype], str] = {}  # what trials found, "" where all is well
+_found: dict[tuple[str, int | None, torch.dtype], str] = {}  # results of trials; "": no failure
 _trying = threading.RLock()
 
 
@@ -113,7 +113,7 @@ def _triton_failing(
     """
     reason, lasts = _found.get((device, index, dtype)), True
     if reason is None:
-        with _trying:  # a second thread waits for what the first one finds
+        with _trying:  # a second thread waits for the first one's result
             reason, lasts = _trial(device, index, dtype, channels, falls_back)
     if reason and falls_back:
         _tell(device, index, reason, lasts)
@@ -162,7 +162,7 @@ def forget() -> None:
     _told.clear()
 
 
-# What `torch.compiler.assume_constant_result` sets; calling it would import the compiler, and Triton, at once.
+# As `torch.compiler.assume_constant_result` does. A call of it would import the compiler and Triton at once.
 _triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _triton_failing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -52,7 +52,7 @@ def gradients_of_logits(
     d_scale = anchors.new_zeros(())
     if d_anchors is not None:
         if needs_scale:
-            # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
+            # Logits depend on the scale as on the anchors' length. In self-contrast d holds both sides of each pair.
             d_scale = (anchors * d_anchors).sum() / (2 if keys is None else 1)
         d_anchors *= scale
     if keys is not None and d_keys is not None:

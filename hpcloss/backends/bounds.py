@@ -6,7 +6,7 @@ import math
 
 import torch
 
-# A sum of exp(scale * s) over all keys needs no shift while its logarithm is sure to stay between these bounds.
+# A sum of exp(scale * s) over all keys needs no shift if its logarithm certainly stays between these bounds.
 SAFE_EXPONENT = {torch.float32: 87.0, torch.float64: 700.0}
 
 

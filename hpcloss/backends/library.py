@@ -46,7 +46,7 @@ class Rows(ctypes.Structure):
     ]
 
 
-# What each function takes. Told of it, ctypes takes plain integers for pointers.
+# The argument types of each function. With them ctypes accepts plain integers as pointers.
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _ARGUMENTS = {
     "add_transpose": (_P, _L, _P, _P, _I),

@@ -67,7 +67,7 @@ def pair_contrast_backward(
     if d_anchors is not None:
         d_anchors = d_anchors * factor[:, None]
     if d_keys is not None:
-        if bool((factor == factor[:1]).all()):  # as of a mean or a sum
+        if bool((factor == factor[:1]).all()):  # as in a mean or a sum
             d_keys = d_keys * factor[:1]
         else:
             options = Options(denominator, hardness, discount, detach_weights, multiplicity)

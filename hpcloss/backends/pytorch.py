@@ -24,8 +24,8 @@ __all__ = [
     "segment_mean",
 ]
 
-# Pairs of the largest region up to which the dense backend takes no more time than the tiles. Its time over theirs, of
-# rows in one region in fp32, and in float64 where that differs (`python benchmarks/choice.py`, CPU, one thread):
+# Pairs of the largest region up to which the dense backend is not slower than the tiles. Its time over theirs, for
+# rows of one region in fp32, and in float64 where that differs (`python benchmarks/choice.py`, CPU, one thread):
 #
 #                       128   256   384   512   724  1,024 rows
 # contrast             0.36  0.40  0.43  0.60  0.75   0.84       float64: 0.67 at 384, 0.88 at 512, 1.80 at 724
@@ -34,14 +34,14 @@ __all__ = [
 # pair_cross_entropy   0.66  0.72  0.74  0.92  1.12   1.60
 # pair_mean            0.83  0.94  0.96  1.72  2.77   5.83
 DENSE_UP_TO = {"contrast": 1 << 20, "one_positive": 1 << 19}
-DENSE_OTHERS = 1 << 17  # other primitives; a contrast without the library's C++, too
-DENSE_ELSEWHERE = 1 << 20  # not measured: on other devices the tiles are one tile then, with the same mask
+DENSE_OTHERS = 1 << 17  # other primitives, and a contrast without the C++ library
+DENSE_ELSEWHERE = 1 << 20  # not measured; on other devices such a call is one tile with the same mask
 
 
 def choose(primitive: str, anchors: Tensor, keys: Tensor | None, at: Intervals) -> str:
     """The backend of a call: "dense"; beyond its size "pieces", if it can run; otherwise "blockwise"."""
     if torch.compiler.is_compiling():
-        return "blockwise"  # else compiled code would be for sizes below the limit alone, or above it
+        return "blockwise"  # otherwise compiled code would hold only below or above the limit
     whole_rows = primitive == "contrast" and is_native(anchors)
     limit = DENSE_ELSEWHERE
     if anchors.device.type == "cpu":

@@ -16,7 +16,7 @@ class PeerLoss(nn.Module):
     Setting an attribute of the library's class that has no effect here raises AttributeError.
     """
 
-    lacks: tuple[str, ...] = ()  # attributes of the library's class that nothing here reads
+    lacks: tuple[str, ...] = ()  # attributes of the library's class that have no effect here
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.lacks:

@@ -18,7 +18,7 @@ from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 
-MOST_CLASSES = 1 << 16  # where nobody says how many there are
+MOST_CLASSES = 1 << 16  # without num_classes
 
 
 class PixelContrastLoss(nn.Module):
@@ -136,7 +136,7 @@ class PixelContrastLoss(nn.Module):
                 raise ValueError(f"queue must have shape [C, K, {feats.shape[1]}], got {tuple(queue.shape)}")
             key_classes = torch.arange(len(queue), device=feats.device).repeat_interleave(queue.shape[1])
             pairs, key_order = partition_against(classes, key_classes, ignore_index=(-1,))
-        # All that is drawn stands in front, and it is no more than this.
+        # The sampled pixels come first, and there are at most so many.
         pairs = pairs.head(max(self.max_samples, len(labels) * num_classes))
         rows = pack(feats, pixels[pairs.order], pairs.live(), normalize=False)
         if queue is not None and key_order is not None:
@@ -158,10 +158,10 @@ class PixelContrastLoss(nn.Module):
         present = hard + easy > (max_views if self.legacy_sampling else 0)
         each = (max_samples // present.sum().clamp(min=1)).clamp(1, max_views)
         each = torch.where(present, torch.minimum(hard + easy, each), 0)
-        # Half of them hard, and more of one kind where the other has too few.
+        # Half of them are hard, or more of one kind if the other has too few.
         from_hard = torch.minimum(hard, torch.maximum(each // 2, each - easy))
         wanted = torch.stack([from_hard, each - from_hard], 1).reshape(-1)
-        # How many are wanted depends on the data, so as many as may be are drawn and the rest is left out by lot.
+        # The wanted number depends on the data. So the largest possible one is sampled, and a random rest left out.
         sampled = rows.sampled(max_views)
         drawn, ends = sampled.order, sampled.offsets
         place = torch.arange(drawn.numel(), device=drawn.device)

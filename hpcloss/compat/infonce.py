@@ -97,8 +97,8 @@ def info_nce(
         )
     check_vectors("query", query)
     check_vectors("positive_key", positive_key, like=query, same_length=True)
-    # One row against keys that no other row meets is no matrix to stream: logits are the D-th part of the keys. And no
-    # matmul: its backward pass, where that runs under autocast, would be one of half precision.
+    # There is no matrix to stream: each row has its own keys, and logits take 1/D of their memory. No matmul either:
+    # its backward pass would run in half precision under autocast.
     query, positive_key, negative_keys = (plain(x) for x in (query, positive_key, negative_keys))
     with torch.autocast(query.device.type, enabled=False):
         dtype = statistics_dtype(query.dtype)

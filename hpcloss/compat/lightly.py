@@ -116,7 +116,7 @@ class NTXentLoss(PeerLoss):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "memory_bank" and isinstance(value, EmbeddingQueue):
-            # Every row is a negative; one that holds nothing would be one of cosine 0.
+            # Every row is a negative. An empty one would have cosine 0.
             if int(value.filled[0]) < value.size:
                 raise ValueError(f"memory_bank must be full, got {int(value.filled[0])} rows of {value.size}")
         elif name == "memory_bank" and value is not None and not isinstance(value, int):
@@ -124,7 +124,7 @@ class NTXentLoss(PeerLoss):
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Children are loaded after this: one that waits for its first batch is made for what was saved.
+        # Children are loaded after this. A bank that waits for its first batch is built for the saved one.
         saved = state_dict.get(f"{prefix}memory_bank.embeddings")
         if isinstance(self.memory_bank, int) and saved is not None:
             self.memory_bank = _random_bank(self.memory_bank, saved.shape[-1]).to(saved)

@@ -20,9 +20,9 @@ from hpcloss.primitives.autograd import inputs, needs, of_inputs
 from hpcloss.primitives.rows import Rows
 from hpcloss.primitives.scale import Scale
 
-CHUNK = 1 << 20  # numbers of a matrix that are in memory at once
+CHUNK = 1 << 20  # elements of a matrix that are in memory at once
 LOG2E = 1 / math.log(2)
-FEW = 64  # pairs are few where there are more than this many times as many in the matrix
+FEW = 64  # pairs are few if the matrix has more than this many times as many
 
 
 class Sides(NamedTuple):
@@ -216,7 +216,7 @@ def _ntxent_rule(
     """
     terms, total, top, stat = _of_negatives(logits, negatives)
     kept = logits - top if relative else None
-    # What no positive compares is above all: its term is 0, also where its logit is NaN.
+    # The logit of a pair that is no positive becomes inf, so its term is 0 even if it was NaN.
     gap = torch.sub(stat, logits.masked_fill_(positives == 0, math.inf), out=logits)
     losses = softplus(gap).mul_(positives).sum(1)
     if not slopes:
@@ -237,7 +237,7 @@ def _lse_rule(
 
 
 def _of_negatives(logits: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Terms [n, M] of the sum relative to the largest, and of each row [n, 1] sum, largest and log-sum-exp."""
+    """Terms [n, M] of the sum relative to the largest; the sum, the largest and the log-sum-exp of each row [n, 1]."""
     terms = torch.where(times > 0, logits, _lowest(logits))
     top = _largest(terms)
     terms = _exp_(terms.sub_(top)).mul_(times)
@@ -253,7 +253,7 @@ RULES: dict[str, Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]] = {
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """e^x in place. torch.exp takes 12 to 36 times as long where the result underflows, torch.exp2 as long as ever."""
+    """e^x in place, in constant time. torch.exp takes 12 to 36 times as long for results that underflow."""
     return x.mul_(LOG2E).exp2_()
 
 
@@ -275,10 +275,10 @@ def _supcon_of_few(sides: Sides, positive: Named, negative: Named) -> Tensor:
     num_anchors, num_keys = sides.shape()
     anchors, keys = [torch.cat(both) for both in zip(positive, negative)]
     logits = torch.cat(_logits(sides, positive, negative))
-    # The first of equal pairs counts, which is a positive if one of them is.
+    # The first of equal pairs counts. It is a positive if one of them is.
     pair, order = torch.sort(anchors * num_keys + keys, stable=True)
     first, anchors, logits = changes(pair), anchors[order], logits[order]
-    # Relative to the largest logit of an anchor, so that the loss is no difference of two large numbers.
+    # Relative to the largest logit of an anchor: the loss is then no difference of large numbers.
     logits = logits - _segment_max(logits, anchors, num_anchors)[anchors]
     lse = _segment_lse(torch.where(first, logits, -math.inf), anchors, num_anchors)
     positives = first & (order < len(positive.keys))

@@ -57,7 +57,7 @@ def contrast_with_cells(
         key_rows = everyone.keys(rows, keys.order)
         pairs, labels = pairs.replace(order=everyone.own), everyone.labels
     else:
-        # Only pixels that are rows take part: the others (ignored, not sampled, region not chosen) get no cell.
+        # Only packed pixels take part. Others (ignored, not sampled, region not chosen) get no cell.
         pixels = torch.where(alive, pairs.order.long(), labels.numel())
         taken = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=features.device).scatter_(0, pixels, True)[:-1]
         keys = partition(labels, torch.where(taken, cell_of_pixel, num_cells), num_cells, background=background)

@@ -67,9 +67,9 @@ def entropy_guided_contrast_loss(
         return reduce(loss * visible.to(loss.dtype), counted, reduction, order, labels, gather=gather)
 
     keys = rows.detach() if detach_keys else rows.view()
-    # Every pair of a class and a side of the threshold as one class of a single region.
+    # Each pair of a class and a side of the threshold is one class of a single region.
     joint = by_entropy.replace(num_classes=2 * num_classes)
-    segment = by_entropy.segment_of_row() if gather else None  # 2 C for the dead
+    segment = by_entropy.segment_of_row() if gather else None  # 2 C for dead rows
     if entropy_classes and segment is not None:
         return reduced(*gather_keys(keys, joint.pairs(), segment))
     if entropy_classes:

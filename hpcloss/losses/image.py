@@ -25,7 +25,7 @@ from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 
-# The group of a row of the bank that does not exist yet.
+# The group of an empty slot of the bank.
 UNFILLED = torch.iinfo(torch.int64).min + 1
 
 
@@ -78,10 +78,10 @@ def ihpc_loss(
         bank_rows = pack(bank.detach(), order, filled, normalize=normalize, backend=rows.backend)
         negative = merge(negative, pair_lse(rows, pairs, "negatives", scale, keys=bank_rows))
         plans = [by_group.intervals, pairs.intervals]
-    counted = None  # without groups and bank either every image has a negative or none
+    counted = None  # without groups and bank all rows count, or none has a negative
     if plans:
         counted = functools.reduce(Tensor.add_, [plan.counts()[1] for plan in plans]) > 0
-    # 0 without a negative: the log-sum-exp of none is -inf.
+    # 0 without a negative: the log-sum-exp of an empty set is -inf.
     loss = softplus(negative - (positive if beta is None else (1 - beta) * positive))
     if beta is None and hardness:
         weights = softmax(positive.detach() * (-hardness / scale.value.detach()), counted, gather)
@@ -120,8 +120,8 @@ class IHPCLoss(Loss):
     away. A row counts if it has a negative. With hardness 0 and no groups the loss is `NTXentLoss`.
 
     Source: Tang et al., "Hard positives oriented contrastive learning" (ISBI 2023; Pattern Recognition 2024), the image
-    level. The weights are our reading of their abstract and figure. The form of the authors' code is
-    `IHPCLoss.published`.
+    level. Their printed equation was not available to us: the weights are our reading of the abstract and the figure.
+    The form of the authors' code is `IHPCLoss.published`.
 
     Args:
         temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).

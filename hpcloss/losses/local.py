@@ -46,7 +46,7 @@ def local_contrast_loss(
         partner = labels_of_vectors("partner", features, partner)
     ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
     spatial = tuple(labels.shape[1:])
-    # Background pixels are neither anchors nor part of a key: to this loss they are ignored.
+    # Background pixels are neither anchors nor part of a mean, so they are ignored.
     away = ignored if background is None else (*ignored, background)
     images = Grid(labels.shape[0], spatial, region_shape(None, spatial), per_image=True)
     pixels = class_sort(labels, images, ignore_index=away, num_classes=num_classes)
@@ -171,7 +171,7 @@ def _keys(
     if partner is not None:
         met = (partner >= 0) & (partner < images) & (partner != own)
         partner = torch.where(met, partner, own)
-        # An embedding: other gathers add up their gradients in no particular order.
+        # An embedding, because the gradients of other gathers add up in no fixed order.
         theirs = torch.nn.functional.embedding(partner, means.flatten(1)).view(images, 1, num_classes, dim)
         keys = torch.cat([keys, theirs], 1)
         labels = torch.cat([labels, torch.where(met[:, None, None], labels[partner], -1)], 1)

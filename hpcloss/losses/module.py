@@ -32,7 +32,7 @@ class Loss(nn.Module):
                 self.register_buffer(name, value)
             else:
                 super().__setattr__(name, value)
-        self._names = tuple(options)  # from here on setting one of them checks it
+        self._names = tuple(options)  # from here on __setattr__ checks these names
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_names", ()):

@@ -61,7 +61,7 @@ def _one_label(name: str, value: Any) -> int:
 
 def _sizes(name: str, value: Any) -> Any:
     check_sizes(name, value)
-    return value  # one number or one per axis: only the features tell how many axes there are
+    return value  # one number or one per axis; the number of axes is known from the features
 
 
 def _some_sizes(name: str, value: Any) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ def _some_sizes(name: str, value: Any) -> tuple[int, ...]:
 
 
 of_pairs = one_of("mean", "sum", "none")
-# By name. `OF_ONE_LOSS` says where a loss differs. A parameter without a rule is an input; its loss checks it.
+# Rules by name. `OF_ONE_LOSS` has the exceptions. A parameter without a rule is an input, which its loss checks.
 RULES: dict[str, Rule] = {
     "background": or_none(_one_label),
     "backend": backend_name,
@@ -163,7 +163,7 @@ def checked(function: Function) -> Function:
     def call(*inputs: Any, **options: Any) -> Any:
         given = dict(zip(names, inputs))
         if len(inputs) > len(names) or any([name in options for name in given]):
-            return function(*inputs, **options)  # Python says which argument is one too many
+            return function(*inputs, **options)  # Python's error names the surplus argument
         found = check_each(function.__name__, {**defaults, **given, **options})
         check_together(function.__name__, found)
         return function(**found)
@@ -173,7 +173,7 @@ def checked(function: Function) -> Function:
 
 def unchecked(function: Function) -> Function:
     """The function of a loss without the check, for options that a module has checked."""
-    # `functools.wraps` keeps it there. A module cannot hold it itself: its pickle would name the checked one.
+    # From `functools.wraps`. A module cannot keep the function: its pickle would name the checked one.
     return cast(Function, function.__wrapped__)  # type: ignore[attr-defined]
 
 

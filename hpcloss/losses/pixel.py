@@ -76,7 +76,7 @@ def pixel_contrast_loss(
         share = bank.positives.to(loss.dtype) / (positives + bank.positives).clamp(min=1)
         loss = queue.guard((1 - share) * loss + share * mean_of_old)
         positives, negatives = positives + bank.positives, negatives + bank.negatives
-    counted = torch.minimum(positives, negatives) > 0  # others are 0: no mean, or log(1 + 0)
+    counted = torch.minimum(positives, negatives) > 0  # the loss of other anchors is 0: no mean, or log(1 + 0)
     return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 

@@ -22,7 +22,7 @@ from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 from hpcloss.prototypes import sinkhorn, unit
 
-ROWS = 1 << 12  # whose similarities to all prototypes are in memory at once
+ROWS = 1 << 12  # rows whose similarities to all prototypes are in memory at once
 
 
 @checked
@@ -81,8 +81,9 @@ class PrototypeContrastLoss(Loss):
     The loss pulls a prototype to those of its class and pushes it away from those of other classes. A prototype counts
     if it has a positive and a negative. If none counts, the loss is 0 with zero gradients.
 
-    Source: He et al., PCCS (arXiv 2502.06650), and its code. The signs of both weights are taken from the code. In the
-    code a class with a single prototype makes the loss NaN; here that prototype does not count.
+    Source: He et al., PCCS (arXiv 2502.06650), and its code. The signs of both weights are those of the code; the
+    paper's were not available to us. In the code a class with a single prototype makes the loss NaN; here that
+    prototype does not count. The code's 1e-8 inside the logarithm is left out.
 
     Args:
         temperature: Divides the similarities. A positive number, or a tensor with one element (learnable; then
@@ -151,7 +152,7 @@ class PrototypeContrastLoss(Loss):
 def _entropy(probs: Tensor, counted: Tensor) -> Tensor:
     """Entropy of the probabilities of counted prototypes [N], with 0 log 0 = 0."""
     probs = torch.where(counted[:, None], probs, 0.0)
-    probs = torch.where(probs < math.inf, probs, math.nan)  # its entropy would be -inf: no weight, and nobody would see
+    probs = torch.where(probs < math.inf, probs, math.nan)  # inf would give entropy -inf and silently no weight
     return -(probs * torch.where(probs > 0, probs, 1.0).log()).sum(1)
 
 
@@ -312,12 +313,12 @@ class _CrossEntropy(torch.autograd.Function):
             similarity = part.to(prototypes.dtype) @ prototypes.T
             log_p = torch.log_softmax((scale * similarity).masked_fill(absent, -math.inf), 1).masked_fill(absent, 0.0)
             losses.append(-(weight * log_p).sum(1))
-            # p - share, in one difference: two sums that are subtracted leave rounding errors near the minimum.
+            # p - share in one difference: a difference of two sums leaves rounding errors near the minimum.
             slope = log_p.exp().masked_fill(absent, 0.0) * weight.sum(1, keepdim=True) - weight
             of_rows.append(scale * (slope @ prototypes))
             of_scale.append((slope * similarity).sum(1))
         loss = torch.cat(losses)
-        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        # The loss is saved because a second derivative must find the graph (`differentiable_once`).
         ctx.save_for_backward(loss, torch.cat(of_rows), torch.cat(of_scale))
         return loss
 

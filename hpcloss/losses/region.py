@@ -105,9 +105,10 @@ class RegionPHPCLoss(Loss):
     negatives. An anchor counts if it has a positive and a negative; `denominator="all"` needs no negative. If no anchor
     counts, the loss is 0 with zero gradients.
 
-    Source: Tang et al., "Hard positives oriented contrastive learning" (ISBI 2023; Pattern Recognition 2024). The
-    weights are our reading of their abstract and figure, where dissimilar positives are "strongly weighted". The
-    authors' code has a weight inside the denominator instead: `RegionPHPCLoss.published`.
+    Source: Tang et al., "Hard positives oriented contrastive learning" (ISBI 2023; Pattern Recognition 2024). Their
+    printed equation was not available to us: the weights are our reading of the abstract and the figure, where
+    dissimilar positives are "strongly weighted". The authors' code has a weight inside the denominator instead:
+    `RegionPHPCLoss.published`.
 
     Args:
         region_size: Side of a region in pixels of the feature map: one number, or one per axis. A region is the same
@@ -215,7 +216,7 @@ class RegionPHPCLoss(Loss):
         at_least_zero("beta", beta)
         loss = cls(**{"hardness": 0.0, "reduction": "region", **options})
         loss.discount = float(beta)
-        _ = loss.options  # raises where the denominator leaves a discount no part
+        _ = loss.options  # raises if the denominator takes no discount
         return loss
 
     def forward(
@@ -403,7 +404,7 @@ def _plan(
     cell = [min(along, extent) for along, extent in zip(grid.size, grid.spatial)]
     region_pixels = math.prod(cell) * (1 if grid.per_image else grid.batch)
     if pooled and max_regions is not None:
-        check_same_regions(labels.device, num_regions)  # before the ranks draw some: all of them do or none
+        check_same_regions(labels.device, num_regions)  # before ranks sample regions, which all do or none
     if max_regions is not None and max_regions < num_regions:
         alive = ~is_ignored(flat, ignored, num_classes)
         anchor = alive if background is None else alive & (flat != background)
@@ -411,7 +412,7 @@ def _plan(
             grid.ids(labels.device), num_regions, flat, alive, anchor, max_regions, agree if pooled else None
         )
         num_regions = max_regions
-    live = num_regions * region_pixels  # the rows that may not be dead, if there are so many
+    live = num_regions * region_pixels  # the most rows that can be live
     if num_classes is None:
         pairs = partition(flat, regions, num_regions, background=background, ignore_index=ignored)
         return pairs.head(live), region_ids, None
@@ -443,7 +444,7 @@ def _stats(
         negative_mean = (others_sum - positive_mean * positives) / negatives.clamp(min=1)
         effective = torch.ones_like(positive_mean)
         if hardness:
-            # 1 / sum of squared weights, over the number of positives.
+            # 1 / (sum of squared weights · number of positives).
             mass, double_mass = (
                 pair_lse(rows, pairs, "positives", one.times(-factor * hardness), keys=keys) for factor in (1, 2)
             )

@@ -79,7 +79,7 @@ def supcon_loss(
         counted = pairs.intervals.counted()
         own, negative = (pair_lse(rows, pairs, rule, scale, keys=key_rows) for rule in ("positives", "negatives"))
         positives, _ = pairs.intervals.counts()
-        # log(P + N) - log(P / n), without a difference of two large numbers. Not -inf minus -inf where no positive is.
+        # log(P + N) - log(P / n), without a difference of two large numbers. No -inf - -inf without a positive.
         loss = softplus(negative - torch.where(counted, own, 0.0)) + positives.clamp(min=1).to(own.dtype).log()
         loss = torch.where(counted, loss, 0.0)
     return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
@@ -290,13 +290,13 @@ def infonce_loss(
     elif symmetric and not gather:
         own, of_both = one_positive(rows, pairs, scale, keys=keys, both=True)
         loss = softplus(of_both - own)
-        if reduction != "mean":  # which is that of both directions at once
+        if reduction != "mean":  # one mean over both directions
             loss = loss.mean(0)
     else:
         all_keys = keys
         if gather:
             met, all_keys = gather_all(keys)
-            place = met.self_pos  # of the own positive among the keys of all ranks
+            place = met.self_pos  # row of the own positive among the keys of all ranks
             pairs = pairs.replace(pos_start=place, pos_end=place + 1, key_start=met.key_start, key_end=met.key_end)
         loss, _ = contrast(rows, pairs, keys=all_keys, scale=scale, denominator="pair")
         if symmetric:
@@ -429,21 +429,21 @@ def hard_negative_nce_loss(
     factors = (1 + beta, beta) if beta else (1.0,)
     positive, found = one_positive(rows, own, scale, keys=keys, factors=factors)
     sums = list(found) if beta else [found]
-    # Keys of one image are two, and all are of one region.
+    # Each image has two keys, and all keys are in one region.
     negatives = own.intervals.key_end - own.intervals.key_start - 2
     counted = None
-    if gather or view1.shape[0] < 2:  # else there is a negative; not -inf minus -inf where none is
+    if gather or view1.shape[0] < 2:  # otherwise every row has a negative; avoids -inf - -inf
         counted = (negatives > 0).expand_as(positive)
         sums = [torch.where(counted, one, 0.0) for one in sums]
     log_count = negatives.clamp(min=1).to(positive.dtype).log()
-    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}. Here the logarithm of their ratio to N e^{l+}, without N.
+    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}. `ratio` is the logarithm of it over N e^{l+}.
     if beta:
         hard, weights = sums
         ratio = hard - weights - positive
     else:
         ratio = sums[0] - log_count - positive
     if tau_plus:
-        # The share of false negatives, as a logarithm; from 1 on nothing is left, and the lowest value holds.
+        # The remaining share without false negatives, as a logarithm. If none remains, the lowest value holds.
         left = -(math.log(tau_plus) - ratio).clamp(max=0.0).expm1()
         left = ratio + left.clamp(min=torch.finfo(left.dtype).tiny).log()
         ratio = torch.maximum(left - math.log1p(-tau_plus), -scale.value - positive)

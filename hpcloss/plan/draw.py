@@ -44,7 +44,7 @@ def _sample(
             values = (values if kind == "hard_easy" else values.float()).contiguous()
         bounds = offsets
         if offsets.dtype != order.dtype:
-            # Clamped, or what int32 does not hold would wrap to something that looks right.
+            # Clamped: an offset beyond int32 would wrap to a plausible number.
             bounds = offsets.clamp(-1, min(order.numel() + 1, torch.iinfo(order.dtype).max)).to(order.dtype)
         chosen, chosen_offsets = native.sample(
             order.contiguous(), bounds.contiguous(), k, kind, values, num_pixels, seed
@@ -227,7 +227,7 @@ def _smallest_hard_easy(starts: Tensor, group: Tensor, keys: Tensor, hard: Tenso
 def _smallest(group: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
     """Mask of the rows that come before row limit[group] once sorted by (group, key, position)."""
     # One stable sort of 64-bit integers: positions break ties by stability. Groups keep their places, so an interval's
-    # smallest elements stand at its start. 33 bits hold a key or the absent mark.
+    # smallest elements are at its start. 33 bits hold a key or the absent mark.
     ordered, rows = torch.sort((group << 33) | keys, stable=True)
     position = torch.arange(keys.numel(), device=keys.device)
     chosen = position < limit.index_select(0, ordered >> 33)

@@ -8,8 +8,8 @@ from torch import Tensor
 from hpcloss.checks import check_tensor
 from hpcloss.operators import plain
 
-IGNORED = (-100, -1, 255)  # label maps: what data sets and trainers use for "no label"
-VECTORS_IGNORED = (-100, -1)  # labels of vectors: with many classes or instance ids 255 is a class
+IGNORED = (-100, -1, 255)  # label maps: values for "no label" in data sets and trainers
+VECTORS_IGNORED = (-100, -1)  # labels of vectors: 255 may be a class or an instance id
 
 
 def is_ignored(labels: Tensor, ignore_index: tuple[int, ...], num_classes: int | None = None) -> Tensor:
@@ -41,7 +41,7 @@ def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
     labels = plain(labels)
     if labels.is_complex():
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
-    # Looking at the values is free of waiting on the CPU only.
+    # Values are read on the CPU only. Elsewhere the host would wait for the device.
     if labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         broken = ~((labels == labels.round()) & (labels.abs() < 2**53))
         if bool(broken.any()):
@@ -111,7 +111,7 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
             f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
             f" got {tuple(labels.shape)}"
         )
-    # As labels of this volume they would be coarser along its first axis alone, with as many planes as it has channels.
+    # Labels of a volume that are coarser along its first axis alone, with as many planes as channels, are views.
     views = dims == 5 and not channel and labels.shape[1:] == (features.shape[1], *features.shape[3:])
     if views and labels.shape[1] < features.shape[2]:
         raise ValueError(

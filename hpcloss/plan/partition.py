@@ -24,7 +24,7 @@ from hpcloss.plan.native import MAX_AXES
 from hpcloss.plan.regions import Grid
 from hpcloss.plan.sorting import index_dtype
 
-MOST_KEPT = 1 << 10  # anchors of a plan that is kept
+MOST_KEPT = 1 << 10  # anchors of the largest plan that is kept
 
 
 class Intervals(NamedTuple):
@@ -344,7 +344,7 @@ def partition_against(
     keys = partition(key_labels, key_regions, ignore_index=ignore_index)
     anchors = partition(labels, ignore_index=ignore_index)
     live = keys.intervals.key_end[-1:]
-    # A dead tail that compares greater than every label keeps the search inside the live keys.
+    # Dead rows get the largest integer, so the search stays inside the live keys.
     ranked_keys = key_labels.reshape(-1).long()[keys.order]
     alive = torch.arange(ranked_keys.numel(), device=live.device) < live
     ranked_keys = torch.where(alive, ranked_keys, torch.iinfo(torch.int64).max)
@@ -407,7 +407,7 @@ def _kept(make: Callable[[int, torch.device], Pairs], count: int) -> Pairs:
 
 def _one_to_one(count: int, device: torch.device) -> Pairs:
     rows = torch.arange(count, dtype=index_dtype(count), device=device)
-    # No tensor twice: an operator's inputs may not alias.
+    # A copy: an operator's inputs may not alias.
     return Pairs(rows, Intervals(rows.clone(), rows + 1, torch.full_like(rows, -1), *_one_region(rows)))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 PIXELS, POSITIVES = 0, 1  # streams
 _ROUNDS = 10
-# The multipliers less 2^32: 32-bit words times these stay inside int64, whereas the true products reach 2^64.
+# The multipliers less 2^32: products of 32-bit words with these fit in int64. The true products reach 2^64.
 _MULTIPLIERS = (0xD2511F53 - (1 << 32), 0xCD9E8D57 - (1 << 32))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _CHUNK = 1 << 16  # 512 KiB of int64

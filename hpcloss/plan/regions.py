@@ -28,7 +28,7 @@ def region_shape(
         return tuple(max(1, extent) for extent in spatial)
     if isinstance(size, int):
         sizes = (size,) * len(spatial)
-    elif hasattr(size, "__index__") and not getattr(size, "ndim", 0):  # which arrays have too
+    elif hasattr(size, "__index__") and not getattr(size, "ndim", 0):  # arrays have __index__ too
         sizes = (operator.index(size),) * len(spatial)
     else:
         sizes = tuple([one if isinstance(one, int) else operator.index(one) for one in size])

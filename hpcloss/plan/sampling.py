@@ -326,7 +326,7 @@ def choose_regions(
     rows = class_sort(torch.where(possible, 0, -1), num_classes=1)
     chosen, offsets = sample(rows.order, rows.offsets, keep, seed=seed)
     new = torch.arange(keep, device=regions.device)
-    # The unused tail names region 0; it writes to a place that no pixel reads.
+    # The unused tail names region 0. It writes to a place that no pixel reads.
     place = torch.where(new < offsets[-1], chosen.long(), num_regions)
     number = torch.full((num_regions + 1,), keep, dtype=torch.int64, device=regions.device)
     return number.scatter_(0, place, new)[regions], chosen.long()

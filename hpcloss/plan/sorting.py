@@ -36,7 +36,7 @@ def segment_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
     """First row and one past the last row of the segment of each row. `starts` marks first rows; row 0 is one."""
     # A running count and copies: on a GPU, cummax and cummin of one dimension run in one block.
     segment, rows = torch.cumsum(starts, 0), torch.arange(starts.numel(), device=starts.device)
-    # Segments are numbered from 1. Number 0 takes the rows that begin none, and nobody reads it.
+    # Segments are numbered from 1. Number 0 takes the rows that begin no segment. It is not read.
     first = torch.full((starts.numel() + 2,), starts.numel(), device=starts.device)
     first = first.scatter_(0, torch.where(starts, segment, 0), rows)
     return first[segment], first[segment + 1]
@@ -153,7 +153,7 @@ def _label_sort_in_torch(
 ) -> tuple[Tensor, ...]:
     labels, dtype = labels.long(), index_dtype(labels.numel())
     dead = is_ignored(labels, tuple(ignore_index)) | (region < 0) | (region >= num_regions)
-    # Background first in its region; the dead last and by pixel, as a counting sort leaves them.
+    # Background is first in its region. Dead rows are last and by pixel, as in a counting sort.
     part = 2 * region + (1 if background is None else labels != background)
     part, labels = torch.where(dead, 2 * num_regions, part), torch.where(dead, 0, labels)
     by_label = torch.sort(labels, stable=True).indices

@@ -87,7 +87,7 @@ def contrast(
         rows, pairs, "own", scale, keys=keys, stat=lse, hardness=hardness, discount=discount,
         detach_weights=detach_weights,
     )  # fmt: skip
-    # Without a discount the mean is 0 where not counted: no positives is no mean, no negatives log(1 + 0).
+    # Without a discount the mean of an uncounted anchor is 0: no positives, or log(1 + 0) without negatives.
     return torch.where(counted, mean, 0.0) if discount else mean, counted
 
 
@@ -98,7 +98,7 @@ def _against_all(
     loss, _, _ = pair_cross_entropy(rows, pairs, scale, keys=keys, hardness=hardness)
     if not hardness or detach_weights:
         return loss
-    # Both means have one value; their gradients differ by what flows through the weights.
+    # Both means have the same value. Their gradients differ by the part that flows through the weights.
     differentiated, detached = (
         pair_mean(rows, pairs, "logit", scale, keys=keys, hardness=hardness, detach_weights=detach)[0]
         for detach in (False, True)
@@ -124,12 +124,12 @@ class _Contrast(torch.autograd.Function):
         *intervals: Tensor,
     ) -> tuple[Tensor, Tensor]:
         needed = [differentiated and need for need in needs(ctx)]
-        if backend == "pieces":  # it keeps gradients
+        if backend == "pieces":  # it keeps gradients instead of slopes
             kept = sum([x.numel() for x, need in zip((anchors, keys), needed) if x is not None and need])
         loss, counted, slopes, by_scale = ops.pair_contrast(
             anchors, keys, scale, *form, list(intervals), *needed, kept, backend
         )
-        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        # The loss is saved because a second derivative must find the graph (`differentiable_once`).
         ctx.save_for_backward(loss, slopes, by_scale, anchors, keys, scale, *intervals)
         ctx.form, ctx.backend = form, backend
         ctx.mark_non_differentiable(counted)

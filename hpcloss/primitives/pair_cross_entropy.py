@@ -82,11 +82,11 @@ class _PairCrossEntropy(torch.autograd.Function):
         loss, lse, mass, shift, total = ops.pair_cross_entropy(
             anchors, keys, scale, bound, hardness, list(intervals), backend
         )
-        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        # The loss is saved because a second derivative must find the graph (`differentiable_once`).
         ctx.save_for_backward(loss, mass, shift, total, anchors, keys, scale, *intervals)
         ctx.options, ctx.backend = (bound, hardness), backend
         ctx.mark_non_differentiable(mass)
-        ctx.set_materialize_grads(False)  # or zeros would be made for an lse that nobody uses
+        ctx.set_materialize_grads(False)  # no zeros for an unused lse
         return loss, lse, mass
 
     @staticmethod

@@ -104,7 +104,7 @@ class _PairMean(torch.autograd.Function):
         ctx.save_for_backward(out, mass, slope, anchors, keys, stat, log_weight, scale, *intervals)
         ctx.options, ctx.backend = (bound, hardness, discount, detach_weights), backend
         ctx.mark_non_differentiable(mass)
-        ctx.set_materialize_grads(False)  # or zeros would be made for the mass
+        ctx.set_materialize_grads(False)  # no zeros for the mass
         return out, mass
 
     @staticmethod

@@ -108,14 +108,14 @@ class _Pack(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         data, inverse_norm = ops.pack(features, order, live, normalize, backend)
         ctx.save_for_backward(data, inverse_norm, order)
-        # The layout of the gradient: that of the features, or a dense one where theirs overlaps itself.
+        # The gradient has the layout of the features, or a dense one if theirs overlaps itself.
         dense = features if features.is_contiguous() else torch.empty_like(features, device="meta")
         ctx.stride = dense.stride()
         ctx.shape, ctx.dtype, ctx.normalize = features.shape, features.dtype, normalize
         ctx.permutation, ctx.backend = permutation, backend
         ctx.mark_non_differentiable(data)
         ctx.set_materialize_grads(False)
-        # Nobody reads its value, so it is not even filled.
+        # Its values are not read, so it is not filled.
         companion = inverse_norm.new_empty_strided(data.shape, (0, 0))
         return data, companion
 

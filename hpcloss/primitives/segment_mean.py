@@ -58,7 +58,7 @@ def _fake_segment_mean(rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
 def _backward(grad: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     """d row_i = grad_s / n_s in its segment s, 0 outside: a gather, the same on every backend."""
     per_row = grad / offsets.diff().clamp(min=1)[:, None]
-    per_row = torch.nn.functional.pad(per_row, (0, 0, 0, 1))  # a last segment for the rows that are in none
+    per_row = torch.nn.functional.pad(per_row, (0, 0, 0, 1))  # a last segment for the rows outside all segments
     rows = torch.arange(num_rows, dtype=offsets.dtype, device=offsets.device)
     segment = torch.searchsorted(offsets[1:], rows, right=True)
     return per_row.index_select(0, torch.where(rows < offsets[0], offsets.numel() - 1, segment))

@@ -15,16 +15,16 @@ from hpcloss.backends.arithmetic import finite_mass
 from hpcloss.backends.blockwise.tiles import run_edges
 from hpcloss.plan.partition import Intervals
 
-ROWS = 1 << 12  # gathered at a time
-PIECE = 1 << 16  # numbers of a temporary, where a float64 copy of all rows would cost memory
+ROWS = 1 << 12  # rows gathered at a time
+PIECE = 1 << 16  # elements of a temporary, instead of a float64 copy of all rows
 NAN = float("nan")
-Rows = slice | Tensor  # some rows, by their numbers or next to each other
+Rows = slice | Tensor  # some rows: consecutive, or by their numbers
 
 
 def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Intervals) -> Tensor | None:
-    """Mean over the positives of each anchor `[N]`, 0 without any. None if it needs the pairs.
+    """Mean over the positives of each anchor [N], 0 without any. None if it needs the pairs.
 
-    mass `[N]`: the logarithm of the number of positives.
+    mass [N]: the logarithm of the number of positives.
     """
     others = anchors if keys is None else keys
     if at_most_one(mass):
@@ -64,7 +64,7 @@ def linear_mean_backward(
     needs_anchors: bool,
     needs_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    """Gradients of anchors and keys (one sum in self-contrast). `grad` `[N]` must be 0 for rows without positives."""
+    """Gradients of anchors and keys (one sum in self-contrast). `grad` [N] must be 0 for rows without positives."""
     others = anchors if keys is None else keys
     per_pair = grad * torch.exp(-finite_mass(mass))
     d_anchors = torch.zeros_like(anchors) if needs_anchors else None
@@ -132,7 +132,7 @@ def _long_runs(mass: Tensor, at: Intervals) -> list[tuple[int, int, int, int]] |
     edges = [0, *run_edges(at), at.pos_start.numel()]
     if len(edges) > 16 and (len(edges) - 1) * 64 > at.pos_start.numel():
         return None
-    # Without those that have none: what dead rows hold and the keys they might have met are no part of anything.
+    # Only anchors with a positive: values of dead rows, and of the keys in their intervals, must not enter.
     runs = [(i0, i1) for i0, i1 in zip(edges[:-1], edges[1:]) if i1 > i0 and bool((mass[i0:i1] >= 0).any())]
     return [(i0, i1, int(at.pos_start[i0]), int(at.pos_end[i0])) for i0, i1 in runs]
 

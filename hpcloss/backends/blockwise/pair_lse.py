@@ -23,9 +23,9 @@ def pair_lse(
     rule: str,
     factors: Sequence[float] = (1.0,),
 ) -> Tensor:
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) `[N]`; -inf for an empty set or a row without anchor.
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set or a row without anchor.
 
-    Several positive factors of the scale, without a bias: one such lse for each `[K, N]`.
+    Several positive factors of the scale, without a bias: one such lse for each [K, N].
     """
     at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)

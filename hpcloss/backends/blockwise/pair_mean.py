@@ -27,7 +27,7 @@ def pair_mean(
     """out_i = sum_{j in positives(i)} w_ij t_ij, w = softmax over the positives of (-hardness s_ij + log_weight_j).
 
     Without `stat` t = scale s (term "logit"), with it t = softplus(stat_i - (scale - discount) s) - discount s ("own").
-    Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all `[N]`.
+    Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all [N].
     """
     at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
@@ -60,8 +60,8 @@ def pair_mean(
             out[side.own] += tiles.exclude(tile, terms.mul_(weight), 0.0).sum(side.dim)
             slope[side.own] += tiles.exclude(tile, logits.sigmoid_().mul_(weight), 0.0).sum(side.dim)
     if weighted:
-        # The mass of large exponents is rounded, so the weights do not sum to 1. Backward subtracts `out` from the
-        # terms and needs the mean under these very weights.
+        # The mass of large exponents is rounded, so the weights do not sum to exactly 1. Backward subtracts `out` from
+        # the terms and needs the mean under the same weights.
         whole = torch.where(whole > 0, whole, 1.0)
         out, slope = out / whole, slope / whole
     return out, mass, slope
@@ -116,7 +116,7 @@ def pair_mean_backward(
             if by_scale is not None and (side.dim == 1 or tile.mirrored):
                 d_scale += tiles.exclude(tile, by_scale, 0.0).sum()
             slopes.append(slope)
-        # Constant slopes are broadcast; the rule is symmetric, so one mask serves both directions.
+        # Constant slopes are broadcast. The rule is symmetric, so one mask serves both directions.
         total = torch.add(*slopes) if len(slopes) == 2 else slopes[0]
         total = tiles.exclude(tile, total.expand_as(similarity).contiguous(), 0.0)
         tiles.scatter(tile, total, d_anchors, d_keys)
@@ -229,7 +229,7 @@ def weight_mass(
     """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number if both are 0."""
     if hardness == 0 and log_weight is None:
         return at.counts()[0].to(anchors.dtype).log()
-    scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for the copy
+    scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for a copy
     return pair_lse(anchors, keys, log_weight, scale, None, list(at), "positives")
 
 

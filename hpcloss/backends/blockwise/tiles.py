@@ -21,8 +21,8 @@ from hpcloss.backends.bounds import is_safe
 from hpcloss.plan.partition import Intervals
 
 BLOCK = 512  # rows of a tile; a 512 x 512 fp32 tile is 1 MB and stays in a core's cache
-LONG_RUN = 128  # anchors of one class from which a block of their own is cheaper than a mask
-STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
+LONG_RUN = 128  # from so many anchors of one class on, their own block is cheaper than a mask
+STATIC_BLOCK = 1024  # rows of a tile on devices where intervals are not read
 
 
 class Tile(NamedTuple):
@@ -72,7 +72,7 @@ def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[
 
 
 def _sliced_schedule(at: Intervals, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
-    by_class = by_class or rule in ("positives", "negatives")  # else nobody asks which keys are positives
+    by_class = by_class or rule in ("positives", "negatives")  # other rules do not need the positives
     has_self = rule != "every" and not symmetric and bool((at.self_pos >= 0).any())
     edges = run_edges(at) if by_class else []
     runs = zip([0, *edges], [*edges, at.pos_start.numel()])
@@ -162,7 +162,7 @@ def _allowed(tile: Tile, at: Intervals, rule: str, symmetric: bool) -> Tensor:
     if rule == "positives":
         allowed = inside
     else:
-        last_key = at.key_end if symmetric else at.anchor_end  # in self-contrast key rows belong to a region as well
+        last_key = at.key_end if symmetric else at.anchor_end  # in self-contrast key rows belong to a region too
         row_numbers = torch.arange(tile.i0, tile.i1, device=keys.device, dtype=last_key.dtype)
         region = torch.searchsorted(last_key, row_numbers, right=True)
         dead = region == last_key.numel()

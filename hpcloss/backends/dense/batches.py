@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpcloss.plan.partition import Intervals
 
-MOST = 1 << 20  # similarities of a batch; 4 MB in fp32
+MOST = 1 << 20  # similarities of the largest batch, 4 MB in fp32
 Where = slice | Tensor  # rows of a batch: one part of them, cut into regions, or indices [R, n]
 
 
@@ -113,9 +113,9 @@ def _everything(anchors: Tensor, keys: Tensor | None, at: Intervals) -> Batch:
 
 
 class Batch:
-    """Anchors `[R, n, D]` of some regions, their keys `[R, m, D]`, and which of their pairs count.
+    """Anchors [R, n, D] of some regions, their keys [R, m, D], and which of their pairs count.
 
-    outside `[R, n, m]`: pairs of no region. real `[R, n]`: rows that are no padding.
+    outside [R, n, m]: pairs of no region. real [R, n]: rows that are no padding.
     """
 
     def __init__(
@@ -165,13 +165,13 @@ class Batch:
         if isinstance(self.columns, slice):
             into[self.columns] = values.flatten()
         else:
-            # Padding repeats the last key of a region, with nothing: the larger of the two is that of the key itself.
+            # Padding repeats the last key of a region with zero: the larger value is that of the key itself.
             into.scatter_reduce_(0, self.columns.flatten(), values.flatten(), "amax")
 
     # ---- pairs
 
     def similarities(self, factor: Tensor) -> Tensor:
-        """The similarities times a factor `[R, n, m]`, 0 for a pair of no region, which could be NaN."""
+        """The similarities times a factor [R, n, m], 0 for a pair of no region, which could be NaN."""
         found = torch.bmm(self.anchors * factor, self.keys.mT)
         return found if self.outside is None else found.masked_fill_(self.outside, 0.0)
 
@@ -191,7 +191,7 @@ class Batch:
             count = self.keys.shape[1]
             number = torch.arange(1, count + 1, dtype=self.anchors.dtype, device=self.anchors.device)
             start, end = self.place(self.at.pos_start)[..., None], self.place(self.at.pos_end)[..., None]
-            # Both factors are at least 1 inside; outside exactly one of them is at most 0.
+            # Inside both factors are at least 1. Outside exactly one of them is at most 0.
             self._inside = torch.sub(number, start).mul_(end + 1 - number).clamp_(0, 1)
             if self.outside is not None:
                 self._inside.masked_fill_(self.outside, 0.0)
@@ -232,7 +232,7 @@ class Batch:
         """Add slope @ keys to the anchors' gradient and its transpose @ anchors to that of the keys."""
         if self.is_self and self.keys is self.anchors and isinstance(self.rows, slice):
             if d_anchors is not None:
-                # A sum with slope.mT is slower than a copy first.
+                # A copy first, because a sum with slope.mT is slower.
                 both = slope.mT.contiguous().add_(slope)
                 torch.bmm(both, self.keys, out=self.take(d_anchors))
             return
@@ -265,7 +265,7 @@ class Softmax(NamedTuple):
 
 
 def shift_of(logits: Tensor, lowest: float) -> Tensor:
-    """The largest logit of each anchor `[R, n, 1]`. If all are excluded, a far larger number."""
+    """The largest logit of each anchor [R, n, 1]. If all are excluded, a far larger number."""
     return logits.amax(2, keepdim=True).clamp_(min=lowest / 2)
 
 

@@ -34,9 +34,9 @@ def pair_contrast(
     needs_scale: bool,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each anchor `[N]`, 0 if it does not count, and whether it counts. The equations are in `contrast`.
+    """Loss of each anchor [N], 0 if it does not count, and whether it counts. The equations are in `contrast`.
 
-    Also for backward: the slopes, if `kept` of them are to be kept, and d loss / d scale `[N]`.
+    Also for backward: the slopes, if `kept` of them are to be kept, and d loss / d scale [N].
     """
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     options, scale = Options(denominator, hardness, discount, detach_weights, multiplicity), cast(scale, anchors.dtype)
@@ -107,7 +107,7 @@ def pair_contrast_backward(
 def _losses(batch: Batch, scale: Tensor, options: Options, needs_scale: bool) -> tuple[Found, Tensor | None]:
     """Losses and slopes of a batch, slopes by similarities over the scale; and d loss / d scale [R, n] if needed."""
     logits = batch.similarities(scale * LOG2E)
-    kept = logits.clone() if needs_scale else None  # the forms overwrite them
+    kept = logits.clone() if needs_scale else None  # the forms overwrite the logits
     found = FORMS[options.denominator](batch, logits, scale, options)
     by_scale = None if kept is None else torch.linalg.vecdot(found.slope, kept) * (LN2 / scale)
     if found.direct is not None:

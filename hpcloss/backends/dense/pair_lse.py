@@ -17,7 +17,7 @@ def _logits(batch: Batch, scale: Tensor, bias: Tensor | None, rule: str) -> Tens
     logits = batch.similarities(scale * LOG2E)
     if bias is not None:
         logits += batch.take_keys(bias.to(logits.dtype) * LOG2E)[:, None]
-    # A key of bias -inf has no share. The number that excludes a pair keeps the difference of two of them finite.
+    # A key with bias -inf has no share. Its logit is clamped, because -inf - -inf is NaN.
     return batch.exclude(logits if bias is None else logits.clamp_(min=batch.lowest), rule)
 
 
@@ -36,7 +36,7 @@ def pair_lse(
     intervals: list[Tensor],
     rule: str,
 ) -> Tensor:
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) `[N]`; -inf for an empty set or a row without anchor."""
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set or a row without anchor."""
     at, (anchors, keys) = Intervals(*intervals), accumulation(anchors, keys)
     lse = anchors.new_full(anchors.shape[:1], -INF)
     if bias is None and is_native(anchors):
@@ -96,7 +96,7 @@ def pair_lse_both(
         return rows.mul_(LN2), columns.mul_(LN2)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale.to(rows.dtype), None, rule)
-        # A copy also of a single row or column, which is contiguous both ways.
+        # A copy, also of a single row or column, which is contiguous both ways.
         transposed = logits.mT.clone(memory_format=torch.contiguous_format)
         of_keys = softmax_terms(transposed, batch.lowest).lse().mul_(LN2)
         batch.put(softmax_terms(logits, batch.lowest).lse().mul_(LN2), rows)

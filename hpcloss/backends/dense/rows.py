@@ -39,7 +39,7 @@ def native_contrast(
     kept: Tensor,
     by_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Losses `[N]`, and which anchors count `[N]`.
+    """Losses [N], and which anchors count [N].
 
     Slopes go into `kept`, group by group, and scale * d loss / d scale into `by_scale`, unless these are empty.
     """
@@ -63,7 +63,7 @@ def native_gradients(
     needs_anchors: bool,
     needs_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of anchors and keys for slopes times of_pairs `[N]`. Slopes that were not kept are computed again."""
+    """Gradients of anchors and keys for slopes times of_pairs [N]. Slopes that were not kept are computed again."""
     others, regions = anchors if keys is None else keys, regions_of(at)
     call, first = None if kept.numel() else Call(anchors, at, scale, options, anchors.new_empty(0)), 0
     if regions == [(0, anchors.shape[0], 0, others.shape[0])] and (needs_anchors or needs_keys):
@@ -242,7 +242,7 @@ class Call:
         needs_slopes: bool = True,
     ):
         number = float(scale)
-        over = 1 / number if number else 0.0  # a scale of 0 has no logits to weigh by
+        over = 1 / number if number else 0.0  # with scale 0 there are no logits to weigh by
         self.factor, self.bounds, self.needs_slopes = number * LOG2E, readable(at)[:3], needs_slopes
         self.options = library.contrast_options(
             options.denominator, bool(options.hardness) and not options.detach_weights, -options.hardness * over,

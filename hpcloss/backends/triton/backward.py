@@ -268,7 +268,7 @@ def gradient_of_side(
     wanted: bool,
     by_scale: Tensor | None,
 ) -> Tensor:
-    """The gradient of the own rows, from one pass over the other rows. by_scale `[N]` is written if it is given."""
+    """The gradient of the own rows, from one pass over the other rows. by_scale [N] is written if it is given."""
     gradient = torch.empty(rows.own.shape if wanted else (0,), dtype=torch.float32, device=rows.own.device)
     if wanted or by_scale is not None:
         tiling = launch.tiling(shape, rows.own)
@@ -290,8 +290,8 @@ def room_for_statistics(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Memory for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradients.
 
-    empty `[N]`: -inf for a row without pairs, whose incoming gradient has no meaning. grad_lse: a second gradient,
-    without meaning where `total` `[N]` is 0.
+    empty [N]: -inf for a row without pairs, whose incoming gradient has no meaning. grad_lse: a second gradient,
+    without meaning where `total` [N] is 0.
     """
     grad = grad if grad.dtype == torch.float32 else grad.to(torch.float32)  # that of a mean has stride 0
     statistics = grad.new_empty(grad.numel(), 4)

@@ -240,7 +240,7 @@ def precision(rows: torch.Tensor) -> str:
 
 
 def config(kernel: str, rows: torch.Tensor) -> Config:
-    """The tile shape of a kernel ("pair_lse", "pair_mean", "backward", one of SAME_AS) for rows `[N, D]`."""
+    """The tile shape of a kernel ("pair_lse", "pair_mean", "backward", one of SAME_AS) for rows [N, D]."""
     if interpreted():
         return INTERPRETED
     width = max(power_of_2(rows.shape[1]), WIDTHS[0])

@@ -35,7 +35,7 @@ from hpcloss.backends.triton.tiles import (
 
 
 class Results(NamedTuple):
-    """Results of the forward pass for each anchor, `[N]` each."""
+    """Results of the forward pass for each anchor, [N] each."""
 
     loss: Any
     lse: Any
@@ -155,7 +155,7 @@ def pair_cross_entropy(
     """loss_i = sum_{j in positives(i)} w_ij (lse_i - scale s_ij), w = softmax over the positives of (-hardness s_ij).
 
     Returns loss, lse, the weights' lse ("mass") and, for the backward pass, the largest similarity ("shift") and the
-    sum relative to it, `[N]` each.
+    sum relative to it, [N] each.
     """
     results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
     at = Intervals(*launch.int32(intervals))
@@ -174,7 +174,7 @@ def statistics_kernel(
     grad, grad_stride, grad_lse, mass, shift, total, intervals, coefficients, largest_grads, statistics, num_rows,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The `Statistics` of each anchor `[N, 4]`, and the lift of its slopes.
+    """The `Statistics` of each anchor [N, 4], and the lift of its slopes.
 
     Uniform weights are divided by the number of positives as p is by the total: if all positives are one point, these
     are equal, and p - w is 0 to the last bit.

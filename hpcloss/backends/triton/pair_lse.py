@@ -105,7 +105,7 @@ def pair_lse(
     intervals: list[Tensor],
     rule: str,
 ) -> Tensor:
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) `[N]`; -inf for an empty set or a row without anchor."""
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set or a row without anchor."""
     others = launch.as_anchors(anchors, keys)
     online = bias is not None or not is_safe(others.shape[0], scale_bound, torch.float32)
     lse = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)

@@ -38,7 +38,7 @@ from hpcloss.backends.triton.tiles import (
 
 
 class Results(NamedTuple):
-    """Results of the forward pass for each anchor, `[N]` each."""
+    """Results of the forward pass for each anchor, [N] each."""
 
     out: Any
     mass: Any  # the weights' lse

@@ -1,4 +1,4 @@
-"""Packing as two kernels: pixels of a map in any layout to unit rows `[n, D]`, and the gradient back into the map.
+"""Packing as two kernels: pixels of a map in any layout to unit rows [n, D], and the gradient back into the map.
 
 A program owns a block of rows with all their channels, so a row is read once, normalised in registers and written once.
 """
@@ -78,7 +78,7 @@ def pack_kernel(
     D: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr, AXES: tl.constexpr, TOGETHER: tl.constexpr,
     C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """data `[n, D]` and inverse_norm [n] of BLOCK rows of the map. Rows from `live` on are zeros, and are not read.
+    """data [n, D] and inverse_norm [n] of BLOCK rows of the map. Rows from `live` on are zeros, and are not read.
 
     TF32: matrix units will multiply the rows in it.
     """
@@ -165,7 +165,7 @@ def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
 
 
 def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Rows `order` of the map `[n, D]`, zero from `live` on, and the inverse norm by which each was scaled [n]."""
+    """Rows `order` of the map [n, D], zero from `live` on, and the inverse norm by which each was scaled [n]."""
     dtype = rows_dtype(features, normalize)
     if len(_axes(features.shape, features.stride())) > MAX_AXES:
         features = features.contiguous()

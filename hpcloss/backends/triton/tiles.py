@@ -26,7 +26,7 @@ SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals looked at t
 
 
 class Intervals(NamedTuple):
-    """The pairs that count: positives of each anchor `[N]`, and regions `[R]`, whose own rows meet their other rows.
+    """The pairs that count: positives of each anchor [N], and regions [R], whose own rows meet their other rows.
 
     A program owns rows of one side and streams the other. For own anchors the first seven fields are those of
     `Pairs.intervals`.
@@ -305,7 +305,7 @@ def rows_count_read(intervals, rows, there, keys, RULE: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, rows, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `[., D]` as a tile [., BLOCK_D], with zeros for rows and channels that do not exist."""
+    """Rows [., D] as a tile [., BLOCK_D], with zeros for rows and channels that do not exist."""
     channels = tl.arange(0, BLOCK_D)
     mask = there[:, None]
     if BLOCK_D != D:
@@ -347,7 +347,7 @@ def reciprocal(x):
 def softplus(x):
     """log2(1 + 2^x) and its derivative, the logistic function of x ln 2; finite for every x, relative error up to 3e-7.
 
-    log2(1 + e) for e in `[0, 1]` is e times a minimax polynomial: multiply-adds are idle while exponentials are not.
+    log2(1 + e) for e in [0, 1] is e times a minimax polynomial: multiply-adds are idle while exponentials are not.
     """
     small = tl.exp2(-tl.abs(x))
     series = 0.007548918672912497
