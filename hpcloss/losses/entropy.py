@@ -46,7 +46,7 @@ def entropy_guided_contrast_loss(
     check_probs(features, probs)
     probs, known, gather = plain(probs), labels is not None, has_peers(gather)
     labels = labels_of_map(features, labels if labels is not None else probs.argmax(1))
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     num_classes = probs.shape[1]
     check_classes_and_ignored(num_classes, ignored)
     high, visible = _is_high(probs, ~is_ignored(labels, ignored, num_classes), known, threshold)

@@ -44,7 +44,7 @@ def local_contrast_loss(
     labels = labels_of_map(features, labels)
     if partner is not None:
         partner = labels_of_vectors("partner", features, partner)
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     spatial = tuple(labels.shape[1:])
     # Background pixels are neither anchors nor part of a mean, so they are ignored.
     away = ignored if background is None else (*ignored, background)

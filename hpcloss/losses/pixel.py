@@ -46,7 +46,7 @@ def pixel_contrast_loss(
     """The function of `PixelContrastLoss`: the inputs of its `forward`, then its options."""
     labels = labels_of_map(features, labels)
     wrong = None if predictions is None else labels_of_map(features, predictions, "predictions") != labels
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     if check_labels:
         check_label_values(labels, ignored, num_classes)
     flat = labels.reshape(-1)

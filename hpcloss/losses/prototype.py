@@ -46,7 +46,7 @@ def prototype_contrast_loss(
     labels = labels_of_vectors("labels", prototypes, labels)
     if probs is not None and (probs.dim() != 2 or probs.shape[0] != prototypes.shape[0]):
         raise ValueError(f"probs must have shape [{prototypes.shape[0]}, C], got {tuple(probs.shape)}")
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     gather = has_peers(gather)
     pairs = partition(labels, ignore_index=ignored)
     if check_finite:
@@ -183,7 +183,7 @@ def prototype_assignment_loss(
         raise ValueError(
             f"teacher_features must have shape {tuple(features.shape)}, as features, got {tuple(teacher.shape)}"
         )
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     num_classes = prototypes.shape[0]
     check_classes_and_ignored(num_classes, ignored)
     plan = class_sort(labels, ignore_index=ignored, num_classes=num_classes)

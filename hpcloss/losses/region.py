@@ -60,7 +60,7 @@ def region_phpc_loss(
             denominator. Needs `denominator="own"`. 0: no discount.
     """
     labels, gather = labels_of_map(features, labels), has_peers(gather)
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     if check_labels:
         check_label_values(labels, ignored, num_classes)
     pooled, flat = gather and not per_image, labels.reshape(-1)  # pooled: regions that reach across ranks

@@ -45,7 +45,7 @@ def supcon_loss(
     """The function of `SupConLoss`: the inputs of its `forward`, then its options."""
     check_vectors("embeddings", embeddings)
     labels = labels_of_vectors("labels", embeddings, labels)
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     gather, key_rows = has_peers(gather), None
     if keys is not None:
         check_vectors("keys", keys, like=embeddings)

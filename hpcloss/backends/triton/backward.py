@@ -52,18 +52,18 @@ class Sides(NamedTuple):
 class Gradients(NamedTuple):
     """The results of a pass over the other rows. None: not needed."""
 
-    rows: Any  # [N, D] of the own rows
-    scale: Any  # [N]: the part of each anchor
+    rows: Any  # [N, D], gradient of the own rows
+    scale: Any  # [N], the part of each anchor
 
 
 class Tile(NamedTuple):
     """The own rows and a tile of the others."""
 
     rows: Any
-    there: Any  # which of the rows are
+    there: Any  # whether each row exists
     columns: Any
-    inside: Any  # which of the columns are
-    positives: Any  # of the columns, where these are the anchors; None: of the rows, which are loaded anew
+    inside: Any  # whether each column exists
+    positives: Any  # of the columns, if these are the anchors; None: of the rows, which are loaded again
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
@@ -244,7 +244,7 @@ def gradients_of_pairs(
     by_scale = torch.empty_like(statistics[:, 0]) if needs_scale else None
     d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
     if keys is None:
-        # Here every row of a region is a key, and meets its region.
+        # Every row of a region is a key here and meets its region.
         at = Intervals(*positives, *of_keys, *of_keys, *of_anchors)
         sides = Sides(anchors, anchors), Sides(statistics, statistics)
         d_anchors = gradient_of_side(*sides, at, *given, needs_anchors, by_scale)
@@ -293,7 +293,7 @@ def room_for_statistics(
     empty [N]: -inf for a row without pairs, whose incoming gradient has no meaning. grad_lse: a second gradient,
     without meaning where `total` [N] is 0.
     """
-    grad = grad if grad.dtype == torch.float32 else grad.to(torch.float32)  # that of a mean has stride 0
+    grad = grad if grad.dtype == torch.float32 else grad.to(torch.float32)  # the gradient of a mean has stride 0
     statistics = grad.new_empty(grad.numel(), 4)
     if rows.dtype != torch.float16 or not grad.numel():
         return statistics, None, None, grad

@@ -26,23 +26,23 @@ class Config(NamedTuple):
     maxnreg: int | None = None
 
 
-INTERPRETED = Config(16, 16, 4, 1)  # small, so that little inputs make many tiles
-SMALLEST = "turing"  # what an unknown part takes
+INTERPRETED = Config(16, 16, 4, 1)  # small, so that small inputs make many tiles
+SMALLEST = "turing"  # for an unknown part
 # Older compilers leave out the fence between a tile's asynchronous copy and its product (DESIGN.md). On these parts
-# results were seen to change from run to run. With one stage no tile is copied so.
+# results changed from run to run. With one stage there is no such copy.
 FENCES_SINCE, NEED_FENCES = (3, 7, 1), ("blackwell",)
 WIDTHS = (64, 128, 256, 512)
-# Kernels that run in the shapes of another one, where a part does not name their own.
+# Kernels that use the shapes of another kernel, unless a part names their own.
 SAME_AS = {
     "pair_cross_entropy": "pair_mean",
     "cross_entropy_backward": "backward",
-    # With weights there are more numbers to keep in registers.
+    # Weights take more registers.
     "weighted_cross_entropy": "pair_cross_entropy",
     "weighted_backward": "backward",
     "weighted_cross_entropy_backward": "cross_entropy_backward",
 }
 
-# Products on the multiply-add units, on any part: their operands fill the registers.
+# Products on the multiply-add units, on any part. Their operands fill the registers.
 EXACT = {
     "pair_lse": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
     "pair_mean": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
@@ -56,11 +56,11 @@ TURING = {
     "pair_cross_entropy": (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     "backward": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
-# AMD parts have 64 KB too, and waves of 64 lanes: the registers of eight of them would not hold a backward program.
+# AMD parts have 64 KB too, and waves of 64 lanes. The registers of eight waves would not hold a backward program.
 AMD = {kernel: tuple(shape._replace(num_warps=4) for shape in shapes) for kernel, shapes in TURING.items()}
 # [part][precision][kernel]: one shape for each of WIDTHS.
 CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
-    # Programs small enough for two or three at a time: one waits for its tiles or products while another computes.
+    # Programs small enough for two or three at a time: one computes while another waits for its tiles or products.
     "hopper": {
         "half": {
             "pair_lse": (
@@ -234,7 +234,7 @@ def precision(rows: torch.Tensor) -> str:
     if rows.dtype != torch.float32:
         return "half"
     setting = torch.backends.cuda.matmul
-    # The function that gives the older setting raises where the newer one was used.
+    # The function of the older setting raises if the newer one was used.
     allowed = setting.fp32_precision == "tf32" if hasattr(setting, "fp32_precision") else setting.allow_tf32
     return "tf32" if allowed and not interpreted() and capability(rows.device) >= 80 else "ieee"
 

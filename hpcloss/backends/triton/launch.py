@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcloss.backends.triton import configs
 
-ROWS = 1024  # of a program that works row by row
+ROWS = 1024  # rows of a program that works row by row
 
 
 def run(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) -> None:
@@ -20,7 +20,7 @@ def run(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) ->
         return
     guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with guard:
-        # Named because its default is about to change: multiply-adds stay fused.
+        # Set explicitly, because Triton's default will change: multiply-adds stay fused.
         kernel[(programs,)](*args, **options, enable_fp_fusion=True)
 
 
@@ -33,13 +33,13 @@ class Tiling(NamedTuple):
     """How rows are cut into blocks of one program each."""
 
     programs: int
-    constants: dict[str, Any]  # of the kernel; and how a program is run
+    constants: dict[str, Any]  # of the kernel, and the launch options
 
 
 def tiling(shape: str, rows: Tensor) -> Tiling:
     """Blocks of `rows` [N, D] in the tile shape of this name (`configs.config`)."""
     tiles = configs.config(shape, rows)
-    # A precision is of no meaning for half precision.
+    # Half precision has no input precision.
     constants = _constants(tiles, rows.shape[1], "tf32" if configs.precision(rows) == "tf32" else "ieee")
     return Tiling(configs.blocks_of(rows.shape[0], tiles.block_i), constants)
 

@@ -25,7 +25,7 @@ from hpcloss.backends.triton.tiles import (
     store_rows,
 )
 
-SHORT = tl.constexpr(8)  # keys that each row reads for itself rather than sums with the rows that share them
+SHORT = tl.constexpr(8)  # each row reads up to so many keys itself; more are summed for the rows that share them
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def backward_kernel(
 
 def linear_mean(anchors: Tensor, scale: Tensor, intervals: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """`pair_mean` with uniform weights and the term scale s in self-contrast: out, mass and a slope of 0, [N] each."""
-    # A tensor each: rows of one are aligned for some N alone, and either case is a kernel of its own.
+    # One tensor each. Rows of a joint tensor are aligned for some N only, and Triton compiles a kernel for either case.
     out, mass, slope = (torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(3))
     at = Intervals(*launch.int32(intervals[:5]))  # the anchors' regions
     sums, _ = sums_of(anchors)

@@ -47,9 +47,9 @@ class Results(NamedTuple):
 class Statistics(NamedTuple):
     """Statistics of each anchor. `slope` uses the first two, `subtract_positives` the others."""
 
-    shift: Any  # the largest similarity; INF where there is none
+    shift: Any  # the largest similarity; INF without one
     factor_of_all: Any  # incoming gradient times scale, divided by the sum of the exponentials
-    factor_of_positives: Any  # incoming gradient of the loss times scale; of uniform weights divided by their number
+    factor_of_positives: Any  # incoming gradient of the loss times scale; for uniform weights divided by their number
     mass: Any  # log2 of the sum of the weights; INF without positives
 
 
@@ -134,7 +134,7 @@ def store_results(results, rows, there, rate, largest, powers, heaviest, weights
     """Write the `Results` of a block of rows."""
     base = tl.where(largest == -INF, 0.0, largest)
     log_powers = tl.log2(powers)
-    filled = weights != 0  # also of NaN, which the loss then shows
+    filled = weights != 0  # true for NaN too, so the loss shows it
     mean_gap = gap / tl.where(filled, weights, 1.0)
     tl.store(results.loss + rows, tl.where(filled, log_powers + mean_gap * rate, 0.0) * LN2, mask=there)
     tl.store(results.lse + rows, (log_powers + base * rate) * LN2, mask=there)
@@ -196,8 +196,8 @@ def statistics_kernel(
     if coefficients.hardness is None:
         start, end, self_key = row_intervals(intervals, rows, filled)
         of_positives /= tl.where(filled, number_of_positives(start, end, self_key), 1.0)
-    here = statistics + rows.to(tl.int64) * 4  # where the members of `Statistics` lie
-    # With the sign of the scale, which `slope` then need not take from each similarity: all of this is exact.
+    here = statistics + rows.to(tl.int64) * 4  # places of the members of `Statistics`
+    # With the sign of the scale, so `slope` need not apply it to each similarity. All of this is exact.
     sign, _ = sign_and_rate(tl.load(coefficients.scale))
     shift_i = tl.where(powers > 0, tl.load(shift + rows, mask=there, other=0.0), INF)
     tl.store(here, sign * shift_i, mask=there)
@@ -235,7 +235,7 @@ def slope(
 @triton.jit
 def subtract_positives(slopes, similarity, positive, own, other, coefficients):
     """The slopes of `slope` less g scale w of the positive pairs."""
-    # Both directions are added as `slope` adds them: equal ones leave nothing.
+    # Both directions are added in the order of `slope`, so equal terms cancel exactly.
     weights = tl.zeros_like(similarity)
     if own is not None:
         anchor = Statistics(*own)
@@ -290,6 +290,6 @@ def pair_cross_entropy_backward(
         needs_anchors or needs_scale, needs_keys, False,
     )  # fmt: skip
     if needs_scale:
-        # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
+        # Logits depend on the scale as on the anchors' length. In self-contrast d holds both sides of each pair.
         d_scale = (anchors * d_anchors).sum() / (coefficients.scale * (2 if keys is None else 1))
     return d_anchors if needs_anchors else d_anchors.new_empty(0), d_keys, d_scale

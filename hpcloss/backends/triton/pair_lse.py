@@ -45,8 +45,8 @@ class Statistics(NamedTuple):
     """Statistics of each anchor, for which `slope` is exp2(scale s + bias - shift) times a factor."""
 
     shift: Any  # log2 of the sum of exponentials; INF for an empty set
-    factor: Any  # incoming gradient times scale; without ONLINE divided by the sum of exponentials, as the next
-    scale_factor: Any  # incoming gradient: of d scale
+    factor: Any  # incoming gradient times scale; without ONLINE divided by the sum of exponentials, like the next
+    scale_factor: Any  # incoming gradient, for d scale
     unused: Any
 
 
@@ -135,7 +135,7 @@ def statistics_kernel(
     shift = tl.where(empty, INF, lse_i * LOG2E)
     if not ONLINE:
         grad_i *= tl.exp2(-shift)
-    here = statistics + rows.to(tl.int64) * 4  # where the members of `Statistics` lie
+    here = statistics + rows.to(tl.int64) * 4  # places of the members of `Statistics`
     tl.store(here, shift, mask=there)
     tl.store(here + 1, grad_i * tl.load(scale), mask=there)
     tl.store(here + 2, grad_i, mask=there)
@@ -228,7 +228,7 @@ def pair_lse_both_backward(
     keys = launch.as_anchors(anchors, keys)
     count = max(anchors.shape[0], keys.shape[0])
     online = not is_safe(count, scale_bound, torch.float32, twice=True)
-    # One lift for both sides: their slopes add.
+    # One lift for both sides, because their slopes are added.
     both = torch.cat([grad_rows, grad_columns]), torch.cat([rows, columns])
     statistics, coefficients = _statistics(*both, anchors, None, scale, online)
     of_anchors, of_keys = statistics.split([anchors.shape[0], keys.shape[0]])
@@ -269,7 +269,7 @@ def _exchanged(keys: Tensor, intervals: list[Tensor], rule: str) -> list[Tensor]
     if rule == "every":
         positives = [torch.zeros(keys.shape[0], dtype=torch.int32, device=keys.device)] * 3
     if key_start.numel() > 1:
-        # Kernels search the regions of their own rows, which must ascend; those of keys may come in any order.
+        # Kernels search the regions of their own rows, so these must ascend. Regions of keys may come in any order.
         is_filled = key_start < key_end
         key_end, order = torch.sort(torch.where(is_filled, key_end, 0), stable=True)
         key_start, anchor_start, anchor_end = (

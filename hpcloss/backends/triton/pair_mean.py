@@ -48,8 +48,8 @@ class Results(NamedTuple):
 class Statistics(NamedTuple):
     """Statistics of each anchor, for `slope`."""
 
-    stat: Any  # in powers of 2; 0 of a term without
-    factor: Any  # incoming gradient, divided by the sum of the weights where `slope` does not shift them by their mass
+    stat: Any  # in powers of 2; 0 for a term without it
+    factor: Any  # incoming gradient, divided by the sum of the weights unless `slope` shifts them by their mass
     mass: Any  # log2 of the sum of the weights; INF without positives
     out: Any
 
@@ -59,7 +59,7 @@ class BoundedStatistics(NamedTuple):
 
     power: Any  # exp(stat)
     factor: Any
-    numerator: Any  # of the slope, less the exponential of the similarity
+    numerator: Any  # numerator of the slope, without the exponential of the similarity
     out: Any
 
 
@@ -176,7 +176,7 @@ def pair_mean(
     if _needs_no_pairs(keys, stat, log_weight, hardness):
         return linear_mean(anchors, scale, intervals)
     others = launch.as_anchors(anchors, keys)
-    # A bound is given for unit rows alone: there |hardness s| is at most |hardness|.
+    # A bound is given for unit rows only, where |hardness s| is at most |hardness|.
     unit_bound = None if scale_bound is None else abs(hardness)
     online = log_weight is not None or not is_safe(others.shape[0], unit_bound, torch.float32)
     out = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
@@ -219,7 +219,7 @@ def statistics_kernel(
         if not ONLINE:
             stat_i = tl.exp2(stat_i)
             mass_or_numerator = -inner_scale(tl.load(coefficients.scale), coefficients.discount) * stat_i * factor
-    here = statistics + rows.to(tl.int64) * 4  # where the members of `Statistics` or `BoundedStatistics` lie
+    here = statistics + rows.to(tl.int64) * 4  # places of the members of `Statistics` or `BoundedStatistics`
     tl.store(here, stat_i, mask=there)
     tl.store(here + 1, factor, mask=there)
     tl.store(here + 2, mass_or_numerator, mask=there)
@@ -351,7 +351,7 @@ def pair_mean_backward(
         return linear_mean_backward(grad, out, mass, anchors, scale, intervals, needs_anchors, needs_scale)
     count = (anchors if keys is None else keys).shape[0]
     pull = None if detach_weights or hardness == 0 else -hardness
-    # Two factors 1 + exp(stat_i - (scale - discount) s), which one reciprocal serves, and a weight.
+    # Two factors 1 + exp(stat_i - (scale - discount) s) with one reciprocal, and a weight.
     bound = None if scale_bound is None else 2 * (scale_bound + abs(discount)) + abs(hardness)
     safe = is_safe(count, bound, torch.float32, twice=True, margin=math.log(max(count, 1)))
     online = log_weight is not None or pull is not None or needs_scale or not safe

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 OLDEST = (7, 5)
-OLDEST_TRITON = (3, 4)  # older compilers take no tuple of tensors as an argument
+OLDEST_TRITON = (3, 4)  # older compilers accept no tuple of tensors
 
 
 @triton.jit

@@ -18,12 +18,12 @@ from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.probe import interpreted
 from hpcloss.operators import NORM_EPS
 
-# Entries of a tile, and the warps that share it: 32 entries a thread, two tiles of which (gradient and row) and their
-# addresses fit the registers at any D, and leave room for two to four programs that wait for memory in turn.
+# Entries of a tile, and the warps that share it: 32 entries a thread. Two such tiles (gradient and row) and their
+# addresses fit in the registers at any D, with room for two to four programs that wait for memory in turn.
 TILE, NUM_WARPS = 8192, 8
-# Rows of a block: 16 fp16 pixels of a channel fill a 32-byte sector, more than 128 leave too few programs.
+# Rows of a block: 16 fp16 pixels of a channel fill a 32-byte sector, and more than 128 leave too few programs.
 FEWEST_ROWS, MOST_ROWS = 16, 128
-MAX_AXES = 4  # of a map, its batch among them, that cannot be joined
+MAX_AXES = 4  # axes of a map that cannot be joined, its batch included
 WIDEST = 16  # entries whose alignment the compiler can use
 
 SMALLEST_SQUARE = tl.constexpr(NORM_EPS**2)
@@ -67,10 +67,10 @@ def nearest_tf32(x):
     """fp32 numbers that a matrix unit does not cut: the low 13 bits are 0, after rounding to the nearest."""
     bits = x.to(tl.int32, bitcast=True)
     near = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, near, x)  # the bits of a NaN may all be ones, and would wrap around
+    return tl.where(x == x, near, x)  # the bits of a NaN may all be ones, which would overflow
 
 
-@triton.jit(do_not_specialize=["live", *PLACES, "num_rows"])  # live: the last of some tensor, aligned or not
+@triton.jit(do_not_specialize=["live", *PLACES, "num_rows"])  # live: the last element of a tensor, aligned or not
 def pack_kernel(
     features, order, live, data, inverse_norm,
     stride_0: tl.int64, size_1: tl.int32, stride_1: tl.int64, size_2: tl.int32, stride_2: tl.int64,
@@ -99,8 +99,8 @@ def pack_kernel(
         square = tl.sum(x * x, C)
         short = square <= SMALLEST_SQUARE
         inverse = tl.where(short, 0.0, tl.rsqrt(tl.where(short, 1.0, square)))
-        # An infinite row has no direction either, but it must show. NaN is written out because each launch compares the
-        # globals of a kernel with those it was compiled with, and NaN differs from itself.
+        # An infinite row has no direction either, but it must stay visible. NaN is a literal: each launch compares the
+        # globals of a kernel with those of its compilation, and NaN differs from itself.
         inverse = tl.where(square == INF, float("nan"), inverse)
         x *= tl.expand_dims(inverse, C)
         inverse *= shrink
@@ -159,7 +159,7 @@ def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
         return torch.float32
     if normalize:
         return torch.float16
-    # No bf16 in the matrix unit of Turing, nor right in the interpreter.
+    # Turing's matrix unit has no bf16, and the interpreter computes it wrongly.
     no_bf16 = interpreted() or configs.capability(features.device) < 80
     return torch.float32 if no_bf16 else torch.bfloat16
 
@@ -231,7 +231,7 @@ def _layout(shape: Sequence[int], stride: Sequence[int]) -> tuple[list[int], dic
     along the channels anyway; the compiler turns the tile in shared memory.
     """
     axes, step = _axes(shape, stride), stride[1]
-    # A constant, and no argument is specialised, as the divisibility of H * W must not compile a kernel anew.
+    # A constant, and no argument is specialised: the divisibility of H * W must not cause another compilation.
     together = math.gcd(WIDEST, *(pixel_step for _, pixel_step in axes)) if step == 1 else 0
     unit = max(together, 1)
     places = [axes[0][1] // unit]

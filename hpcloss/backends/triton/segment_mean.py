@@ -16,9 +16,9 @@ from torch import Tensor
 from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.tiles import INF, LOG2E, load_rows
 
-BLOCK = 64  # rows of a block sum, and block sums of a sum of those
-FEW = 512  # up to so many rows, or block sums, have no block sums
-ROWS, TILE = 64, 4096  # most rows, and numbers, of a tile
+BLOCK = 64  # rows of a block sum, and block sums of a sum of block sums
+FEW = 512  # no block sums for up to so many rows or block sums
+ROWS, TILE = 64, 4096  # largest number of rows and of elements of a tile
 
 
 class Sums(NamedTuple):

@@ -19,7 +19,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 FARTHEST = tl.constexpr(2**31 - 1)
-SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals looked at together
+SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals read together
 
 
 # ---------------------------------------------------------------------------------------------- groups of arguments
@@ -39,7 +39,7 @@ class Intervals(NamedTuple):
     own_end: Any
     other_start: Any = None
     other_end: Any = None
-    anchor_start: Any = None  # in self-contrast, where own and other rows are all keys: the anchors among them
+    anchor_start: Any = None  # the anchors in self-contrast, where all own and other rows are keys
     anchor_end: Any = None
 
 
@@ -49,9 +49,9 @@ class Coefficients(NamedTuple):
     key_bias: Any  # [M], added to exponents
     scale: Any  # one number
     hardness: Any = None  # a number; None: uniform weights
-    pull: Any = None  # -hardness where weights are differentiated
-    discount: Any = None  # a number: how much less the scale of a positive is
-    lift: Any = None  # one number, by which fp16 slopes are multiplied
+    pull: Any = None  # -hardness if weights are differentiated
+    discount: Any = None  # a number, subtracted from the scale of a positive
+    lift: Any = None  # one number, the factor of fp16 slopes
 
 
 # ---------------------------------------------------------------------------------------------------- intervals
@@ -91,7 +91,7 @@ class Spans(NamedTuple):
 @triton.jit
 def meeting(starts, ends, count, first, last):
     """Range of the intervals [starts, ends), in ascending order, that meet rows first:last."""
-    # Both bounds are counts of what lies before them. Each trip narrows them 256 times.
+    # Both bounds are counts of the intervals before them. Each trip narrows them 256 times.
     trips = 1
     if count > 2**8:
         trips = 2
@@ -103,7 +103,7 @@ def meeting(starts, ends, count, first, last):
     for trip in range(trips):
         step = 1 << (8 * (trips - 1 - trip))
         ahead = tl.arange(0, SCAN) * step + (step - 1)
-        # Of 2^24 intervals and more the farthest numbers wrap around and are negative.
+        # From 2^24 intervals on the farthest numbers overflow and are negative.
         of_end, of_start = low + ahead, high + ahead
         end = tl.load(ends + of_end, mask=(of_end >= 0) & (of_end < count), other=FARTHEST)
         start = tl.load(starts + of_start, mask=(of_start >= 0) & (of_start < count), other=FARTHEST)
@@ -118,7 +118,7 @@ def meeting_in_any_order(starts, ends, count, first, last):
 
     No loop may start at FARTHEST: a compiler that prefetches adds to it, and the sum overflows.
     """
-    # Scalars: with vectors carried through this loop the compiler no longer pipelines the one over tiles.
+    # Scalars: if this loop carries vectors, the compiler does not pipeline the loop over tiles.
     low, high = FARTHEST, 0
     for begin in range(0, count, LONG_SCAN):
         number = begin + tl.arange(0, LONG_SCAN)
@@ -192,7 +192,7 @@ def hull_of(positives, member):
     """The hull of the member rows' positives."""
     start, end, self_key = positives
     filled = member & (start < end)
-    # One reduction of all six: each has barriers of its own.
+    # One reduction of all six, because each reduction has its own barriers.
     outer_start, outer_end, inner_start, inner_end, self_start, self_end = tl.reduce(
         (
             tl.where(filled, start, FARTHEST), tl.where(filled, end, 0),

@@ -24,9 +24,9 @@ from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.probe import _touch
 from hpcloss.plan.partition import Pairs, partition
 
-IMAGES, PIXELS, CLASSES = 2, 120, 3  # several tiles each way, that end inside and outside of classes
+IMAGES, PIXELS, CLASSES = 2, 120, 3  # several tiles each way, which end inside and outside of classes
 SCALE = 10.0
-# Largest error beside the largest entry: some times what rounding makes of unit rows of 16 to 512 channels.
+# Largest error relative to the largest entry: a few times the rounding error of unit rows of 16 to 512 channels.
 TOLERANCE = {"half": 1e-2, "tf32": 1e-2, "ieee": 1e-4}
 FIX = "Triton needs a C compiler, the Python headers and a driver of its CUDA version"
 
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     """The results of a step."""
 
     rows: Tensor
-    sums: Tensor  # of the exponentials, relative to the largest possible one
+    sums: Tensor  # sums of exponentials relative to the largest possible one
     gradient: Tensor
 
 
@@ -55,7 +55,7 @@ def failure(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[st
 def _failure(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[str, bool]:
     try:
         _build(device)
-    except Exception as error:  # whatever compiler, headers or driver may raise: the reason is what matters
+    except Exception as error:  # compiler, headers and driver raise many types; only the reason matters
         return f"a kernel cannot be built here: {_said(error)} ({FIX})", _lasts(error)
     about = f"a small step in {str(dtype).removeprefix('torch.')} with {channels} channels"
     try:
@@ -67,7 +67,7 @@ def _failure(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[s
 
 def _build(device: torch.device) -> None:
     """The smallest kernel. If it fails, no other can be built."""
-    touched = torch.zeros(1, device=device)  # also what makes the device's context this thread's
+    touched = torch.zeros(1, device=device)  # also makes the device's context current in this thread
     launch.run(_touch, 1, touched, touched)
 
 
@@ -102,7 +102,7 @@ def _waiting(device: torch.device) -> Iterator[None]:
 
 def _features(channels: int) -> Tensor:
     """A map of different pixels, drawn without the generator of the training."""
-    generator = torch.Generator("cpu")  # of the same numbers, whenever it is made
+    generator = torch.Generator("cpu")  # the same numbers in every trial
     return torch.randn(IMAGES, channels, PIXELS, generator=generator, dtype=torch.float32, device="cpu")
 
 
