@@ -1,11 +1,11 @@
-"""Sampling: a few pixels of every interval of a partition, a few positives of every anchor, and a few regions.
+"""Sampling: pixels of every interval of a partition, positives of every anchor, and regions.
 
 This text is the definition. Every implementation (this one, C++, CUDA) gives the same integers, bit for bit.
-All arithmetic is on integers unless it says float32; `>>` is the arithmetic shift (floor), `x[a:b]` bits a to b - 1.
+Arithmetic is on integers unless the text says float32. `>>` is the arithmetic shift (floor), `x[a:b]` bits a to b - 1.
 
 **Random words.** `Philox4x32-10` (Salmon, Moraes, Dror, Shaw, SC 2011) maps a counter of four 32-bit words and a key of
-two to four words. The key is the low and the high word of the seed, an int64. The counter's last word is a *stream*,
-which keeps the uses of one seed apart.
+two words to four output words. The key is the low and the high word of the seed, an int64. The last word of the counter
+is a *stream*, which separates the uses of one seed.
 
     word of pixel p:                 output word p mod 4 of counter (b[0:32], b[32:64], 0, 0), b = p >> 2
     word of draw d for anchor row i: output word d mod 4 of counter (i[0:32], i[32:64], d >> 2, 1)
@@ -24,35 +24,36 @@ of a float32 with bits `b`: `~b` if the sign bit is set, else `b | 0x80000000`.
       q = C[7];  q = ((q * v) >> 32) + C[n] for n = 6 ... 0
       E = (e << 40) + ((v * q) >> 22)
 
-  q is a polynomial for -log2(1 - x) / x at x = v / 2^33 with 29 fraction bits; its coefficients C are in
-  `draw.py`. All products are below 2^62, and E is off by at most 2^-22 of itself and one unit: the small
-  values, which win, are as exact as the large ones. Then E is rounded to float32 (to nearest, ties to even), multiplied
-  by 2^-40 (exact) and divided by the float32 weight: one correctly rounded IEEE division, subnormal results kept.
-  An element whose weight is zero, negative or NaN is absent: it is never chosen and does not count. Elements of
-  infinite weight come first, by position.
-* hardest first: `image(0 - score)`, one float32 subtraction (so -0 and +0 tie); a NaN score has key 0xffffffff, the
+  q is a polynomial for -log2(1 - x) / x at x = v / 2^33 with 29 fraction bits. Its coefficients C are in `draw.py`.
+  All products are below 2^62. The error of E is at most 2^-22 of E plus one unit, so the small values, which win, are
+  as exact as the large ones. Then E is rounded to float32 (to nearest, ties to even), multiplied by 2^-40 (exact) and
+  divided by the float32 weight: one correctly rounded IEEE division that keeps subnormal results. An element with a
+  weight that is zero, negative or NaN is absent: it is never chosen and does not count. Elements of infinite weight
+  come first, by position.
+* hardest first: `image(0 - score)`, one float32 subtraction (so -0 and +0 tie). A NaN score has key 0xffffffff, the
   last.
 
 Weights and scores of another floating type are rounded to float32 first.
 
-**Sample.** Of an interval with n present elements, the min(k, n) with the smallest (key, position). They are listed by
-ascending position, interval after interval without gaps; new offsets say where each interval's begin.
+**Sample.** The sample of an interval with n present elements has the min(k, n) elements with the smallest (key,
+position). They are listed by ascending position, interval after interval without gaps. New offsets give the first
+element of each interval.
 
-**Hard and easy** (`tfzhou/ContrastiveSeg`). An interval has nh wrongly and ne rightly predicted elements. Of the wrong
-ones `h = min(nh, max(floor(k / 2), k - ne))` and of the right ones `min(ne, k - h)` are drawn, uniformly by the keys
-above, and listed together by ascending position.
+**Hard and easy** (`tfzhou/ContrastiveSeg`). An interval has nh wrongly and ne rightly predicted elements. The sample
+has `h = min(nh, max(floor(k / 2), k - ne))` wrong and `min(ne, k - h)` right elements, chosen by the uniform keys. They
+are listed together by ascending position.
 
 **Positives of an anchor.** Floyd's algorithm (Bentley and Floyd, CACM 1987). The candidates of anchor i are the rows of
 its interval without itself, numbered 0 ... n-1 in order, n <= 2^31; m = min(k, n). For d = 0 ... m-1 let j = n - m + d
-and `t = (w * (j + 1)) >> 32` with `w` the word of draw d; take t, or j if t was taken before. Listed ascending. (A
-value's probability is off by at most n / 2^32 of itself, the price of multiply-shift.)
+and `t = (w * (j + 1)) >> 32` with `w` the word of draw d. The positive is t, or j if t is in the sample already. The
+sample is listed in ascending order. (Multiply-shift gives a value's probability a relative error of at most n / 2^32.)
 
-**Regions.** Those that can be contrasted are one interval, in ascending order; they are drawn from it as pixels are,
-uniformly, with the number of a region in place of the pixel index.
+**Regions.** The regions that can be contrasted are one interval, in ascending order. They are sampled uniformly like
+pixels, with the number of the region in place of the pixel index.
 
-The native library (`native.py`) draws where it is there, elsewhere PyTorch (`draw.py`, `philox.py`).
-Everything here has static shapes and reads no device data on the host: it compiles with fullgraph=True and can be
-captured in a CUDA graph, where the seed, a device tensor, gives every replay a fresh sample if the graph advances it.
+The native library (`native.py`) samples if it is available, otherwise PyTorch (`draw.py`, `philox.py`). Shapes are
+static and no device data is read on the host, so the code compiles with fullgraph=True and can be captured in a CUDA
+graph. Every replay gives a new sample if the graph advances the seed, a device tensor.
 """
 
 from __future__ import annotations
