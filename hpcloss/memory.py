@@ -103,8 +103,8 @@ class EmbeddingQueue(nn.Module):
     ) -> None:
         """Write normalised embeddings over the oldest ones of their class.
 
-        They are written in order. Of more than K embeddings of a class the last K remain. Embeddings that are not
-        finite or have a norm of at most 1e-12 are skipped.
+        They are written in order. If a class has more than K of them, the last K remain. Embeddings that are not finite
+        or have a norm of at most 1e-12 are skipped.
 
         Args:
             embeddings: Vectors `[N, D]`, or a map `[B, D, *S]`.

@@ -98,7 +98,8 @@ class EntropyGuidedContrastLoss(Loss):
 
     The loss pulls uncertain pixels to certain ones of their class and pushes them away from certain ones of other
     classes. An anchor counts if it has a positive and a negative; `denominator="all"` needs no negative. If no anchor
-    counts, the loss is 0 with zero gradients. A negative or non-finite probability makes the loss NaN.
+    counts, the loss is 0 with zero gradients. A negative or non-finite probability of a pixel that takes part makes the
+    loss NaN.
 
     Source: Xie, Wu and Zhu, "EGCL-Net" (IET Image Processing 18(2), 2024). This is a reconstruction from the abstract;
     the paper's equations and code were not available. The abstract leaves open the threshold, the positives and the

@@ -87,8 +87,8 @@ class LocalContrastLoss(Loss):
     Args:
         temperature: τ. A positive number, or a tensor with one element (learnable).
         num_classes: Number of classes C. Labels outside [0, C) are ignored.
-        samples_per_class: Sample this many anchors per class and image, without replacement, with torch's generator.
-            None: all pixels.
+        samples_per_class: Sample at most this many anchors per class and image, without replacement, with torch's
+            generator. None: all pixels.
         background: Label of pixels that are neither anchors nor part of a mean. None: every class takes part.
         ignore_index: Label or labels of pixels that are neither anchors nor part of a mean. Default: -100, -1 and 255.
         normalize: Divide each embedding and mean by its L2 norm. Rows with a norm of at most 1e-12 become zero and get

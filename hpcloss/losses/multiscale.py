@@ -90,9 +90,9 @@ class MultiscaleContrastLoss(Loss):
         L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
     L_patch and L_pixel are means of L_i over the counted anchors. l_ij is the cosine of rows i and j, divided by the
-    temperature; a row is a pixel, or a patch with the mean embedding of its pixels. Of pixels, P(i), the positives of
-    anchor i, are the other pixels of the batch, in both branches, with its label, and N(i), the negatives, those with
-    another label. Of patches, P(i) and N(i) depend on `patch_positives`.
+    temperature; a row is a pixel, or a patch with the mean embedding of its pixels. At the pixel level P(i), the
+    positives of anchor i, are the other pixels of the batch, in both branches, with its label. N(i), the negatives, are
+    the pixels with another label. At the patch level `patch_positives` defines P(i) and N(i).
 
     The loss pulls an anchor to its positives and pushes it away from its negatives. An anchor counts if it has a
     positive and a negative. Every class has anchors, the background too. If no anchor counts, the loss is 0 with zero
@@ -108,8 +108,8 @@ class MultiscaleContrastLoss(Loss):
         temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
         patch_positives: "instance": the positive of a patch is the same patch in the other branch, and its negatives
             are the other patches of that image there; keys get no gradient. "majority": each patch has the most
-            frequent label of its pixels (of several the lowest), and all patches of the batch in both branches are
-            contrasted by it.
+            frequent label of its pixels (the lowest of equally frequent ones), and all patches of the batch in both
+            branches are contrasted by it.
         patch_weight: Weight of the patch level, at least 0.
         pixel_weight: Weight of the pixel level, at least 0.
         num_classes: Number of classes C, required with labels. Labels outside [0, C) are ignored.
