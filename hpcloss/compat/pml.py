@@ -186,8 +186,8 @@ class SupConLoss(PairLoss):
         L_i = log Σ_{k∈P(i)∪N(i)} e^{l_ik} - 1/|P(i)| Σ_{p∈P(i)} l_ip
 
     l_ij is the cosine of rows i and j, divided by the temperature. P(i) and N(i) are the positives and negatives of
-    anchor i, by label or by the given pairs. The loss is the mean over the anchors with L_i > 0. The call is that of
-    `PairLoss.forward`. It is 0 if the batch has no positive pair, no negative pair, or one of each.
+    anchor i, by label or by the given pairs. The loss is the mean over the anchors with L_i > 0. It is 0 if the batch
+    has no positive pair, no negative pair, or one of each. The call is that of `PairLoss.forward`.
 
     Source: Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), eq. 2. The value is that of the library.
 

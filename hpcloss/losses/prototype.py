@@ -220,22 +220,22 @@ class PrototypeAssignmentLoss(Loss):
     temperature. t_i is the teacher's embedding of the pixel, or its own. q, the assignment, is a constant in the
     gradient.
 
-    The loss pulls a pixel to its prototypes of its class and pushes it away from all others. Sinkhorn iterations give
-    all prototypes of a class equal shares of the pixels. A pixel counts if its class has a prototype. If none counts,
-    the loss is 0 with zero gradients. Features and prototypes are always normalised. A prototype with a norm of at most
-    1e-12 is absent, for example one that a `PrototypeBank` has not filled.
+    The loss pulls a pixel to the prototypes of its class that it is assigned to, and pushes it away from all others.
+    Sinkhorn iterations give all prototypes of a class equal shares of the pixels. A pixel counts if its class has a
+    prototype. If none counts, the loss is 0 with zero gradients. Features and prototypes are always normalised. A
+    prototype with a norm of at most 1e-12 is absent, for example one that a `PrototypeBank` has not filled.
 
     The assignment takes N C K numbers of memory, for N pixels and K prototypes per class.
 
     Source: He et al., PCCS (arXiv 2502.06650), the prototype-updating-prototype loss, and Zhou et al., "Rethinking
     semantic segmentation: a prototype view" (CVPR 2022). This is a reconstruction: the loss in PCCS's code has no
     gradient. Here the teacher gives the target and the student is classified. The assignment is soft; the Gumbel
-    softmax of Zhou et al. is left out.
+    softmax of the published code is left out.
 
     Args:
         temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
         iterations: Sinkhorn iterations.
-        epsilon: Temperature of the assignment, a scale of cosines. Smaller: closer to one prototype per pixel.
+        epsilon: Temperature of the assignment. It divides cosines. Smaller: closer to one prototype per pixel.
         ignore_index: Label or labels of pixels that take no part. Default: -100, -1 and 255. Labels outside [0, C) are
             ignored too.
         reduction: "mean" over counted pixels, "class" (mean of class means), "sum", or "none" (a map `[B, *S]`).
