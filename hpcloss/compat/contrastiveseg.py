@@ -26,7 +26,7 @@ class PixelContrastLoss(nn.Module):
 
         L = T / T_base · mean_i 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
-    l_ij = <x_i, x_j> / T is the logit of rows i and j, T the temperature and T_base the base temperature. Rows are not
+    l_ij = ⟨x_i, x_j⟩ / T is the logit of rows i and j, T the temperature and T_base the base temperature. Rows are not
     normalised. P(i) and N(i) are the other keys with the label of anchor i and with another label.
 
     Each class of each image gives the same number of pixels: max_samples divided by the number of these classes in the

@@ -19,7 +19,7 @@ class SupConLoss(nn.Module):
 
         L = T / T_base · 1/n Σ_i [ log Σ_{j≠i} e^{l_ij} - 1/|P(i)| Σ_{p∈P(i)} l_ip ]
 
-    i runs over all n anchors. l_ij = <x_i, x_j> / T is the logit of rows i and j; rows are not normalised. P(i), the
+    i runs over all n anchors. l_ij = ⟨x_i, x_j⟩ / T is the logit of rows i and j; rows are not normalised. P(i), the
     positives, are the other rows with the label of i. An anchor without a positive adds 0 and is counted.
 
     Source: Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), eq. 2. The value is that of the authors'

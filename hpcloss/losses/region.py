@@ -56,7 +56,7 @@ def region_phpc_loss(
     """The function of `RegionPHPCLoss`: the inputs of its `forward`, then its options.
 
     Args:
-        discount: β of `RegionPHPCLoss.published`: a positive stands as e^{l_ij - discount · s_ij} in its own
+        discount: β of `RegionPHPCLoss.published`: a positive counts as e^{l_ij - discount · s_ij} in its own
             denominator. Needs `denominator="own"`. 0: no discount.
     """
     labels, gather = labels_of_map(features, labels), has_peers(gather)

@@ -30,7 +30,7 @@ def one_positive(
 
         own_i = scale · s_ip,      lse_i = log Σ_{j∈N(i)} exp( factor · scale · s_ij )
 
-    p is the positive of anchor i, N(i) its negatives, s_ij = <anchor_i, key_j> the similarity. Both results are
+    p is the positive of anchor i, N(i) its negatives, s_ij = ⟨anchor_i, key_j⟩ the similarity. Both results are
     differentiable in rows and scale, once.
 
     Args:

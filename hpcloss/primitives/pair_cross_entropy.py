@@ -22,7 +22,7 @@ def pair_cross_entropy(
         loss_i = -Σ_{j∈P(i)} w_ij log p_ij,      p_ij = exp( scale · s_ij - lse_i )
         lse_i = log Σ_{j∈others(i)} exp( scale · s_ij ),      w_ij = softmax_{j∈P(i)}( -hardness · s_ij )
 
-    P(i) are the positives of anchor i, others(i) its positives and negatives. s_ij = <anchor_i, key_j> is the
+    P(i) are the positives of anchor i, others(i) its positives and negatives. s_ij = ⟨anchor_i, key_j⟩ is the
     similarity. The weights have no gradient. loss and lse are differentiable in rows and scale, once.
 
     The loss is exact near its minimum. There p and w cancel. So backward computes dS_ij = scale (p_ij - w_ij) grad_i

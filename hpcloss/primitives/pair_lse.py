@@ -23,7 +23,7 @@ def pair_lse(
 
         lse_i = log Σ_{j∈rule(i)} exp( scale · s_ij + bias_j )
 
-    s_ij = <anchor_i, key_j> is the similarity. The result is differentiable in rows and scale, once. Results over parts
+    s_ij = ⟨anchor_i, key_j⟩ is the similarity. The result is differentiable in rows and scale, once. Results over parts
     of the keys merge by `torch.logaddexp`.
 
     Args:

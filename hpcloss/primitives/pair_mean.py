@@ -33,7 +33,7 @@ def pair_mean(
         term "logit":  t_ij = scale · s_ij
         term "own":    t_ij = log( e^{(scale - discount) s_ij} + e^{stat_i} ) - scale · s_ij
 
-    P(i) are the positives of anchor i and s_ij = <anchor_i, key_j> is the similarity. With stat_i, the log-sum-exp of
+    P(i) are the positives of anchor i and s_ij = ⟨anchor_i, key_j⟩ is the similarity. With stat_i, the log-sum-exp of
     the negatives, "own" is the cross-entropy of a positive against its own denominator. The result is differentiable in
     rows, scale and stat, once.
 
