@@ -81,7 +81,7 @@ def pack(
         backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton".
 
     Returns:
-        `Rows` `[n, D]`.
+        The packed rows `[n, D]`.
 
     Raises:
         NotImplementedError: The backend cannot run the call.
