@@ -1,6 +1,6 @@
 """Exact contrastive losses for dense prediction in O(N D) memory."""
 
-# Star imports, so that the names of a loss stand in two lists and not in three: `__all__` of these modules.
+# Star imports keep the names of a loss in two lists instead of three: `__all__` of these modules.
 from hpcloss import functional, losses
 from hpcloss.backends import info
 from hpcloss.functional import *  # noqa: F403

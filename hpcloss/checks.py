@@ -1,7 +1,7 @@
-"""What callers may get wrong: single values, and shapes and dtypes of tensors. Errors name the argument and its value.
+"""Checks of arguments: single values, and shapes and dtypes of tensors. Errors name the argument and its value.
 
-Values of tensors are looked at only where that does not wait for a device, or where a caller asks for it. Labels are
-checked in `hpcloss.plan.labels`, the options of the losses in `hpcloss.losses.options`.
+Values of tensors are checked only where the check does not wait for a device, or where the caller asks for it.
+`hpcloss.plan.labels` checks labels, and `hpcloss.losses.options` the options of the losses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Rule = Callable[[str, Any], Any]
 
 
 def number(name: str, value: Any) -> float:
-    """A real number. Not a bool, and not a string as configuration files bring them."""
+    """A real number. Neither a bool, nor a string as in configuration files."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     try:
@@ -35,7 +35,7 @@ def number(name: str, value: Any) -> float:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """True or False, Python's or NumPy's."""
+    """True or False, of Python or NumPy."""
     if not _is_bool(value):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
@@ -46,7 +46,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def number_that(holds: Callable[[float], bool], words: str) -> Rule:
-    """The rule of numbers for which `holds` is true; words: the range, for the message."""
+    """The rule of numbers for which `holds` is true. words: the range, for the message."""
 
     def rule(name: str, value: Any) -> float:
         """A number of the range that its message names."""
@@ -85,7 +85,7 @@ def or_none(other: Rule) -> Rule:
 
 
 def integers(name: str, value: Any) -> tuple[int, ...]:
-    """One integer, or several, as a tuple; of 64 bits."""
+    """One or several 64-bit integers, as a tuple."""
     found = _integers_of(name, value)
     if not all([-(2**63) <= one < 2**63 for one in found]):
         raise ValueError(f"{name} must fit in int64, got {value!r}")
@@ -93,7 +93,7 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _integers_of(name: str, value: Any) -> tuple[int, ...]:
-    # Plain integers first: older torch cannot trace the rest.
+    # Plain integers first, because older torch cannot trace the rest.
     if _is_integer(value):
         return (value,)
     if isinstance(value, (tuple, list)) and all([_is_integer(one) for one in value]):
@@ -115,14 +115,14 @@ def _is_integer(value: Any) -> bool:
 
 
 def _index(value: Any) -> int:
-    """`operator.index`, for which a bool is an integer; TypeError here."""
+    """`operator.index`, with TypeError for a bool."""
     if isinstance(value, bool):
         raise TypeError
     return operator.index(value)
 
 
 def count(name: str, value: Any) -> int:
-    """A number of things: an integer of at least 1, below 2^31."""
+    """An integer of at least 1 and below 2^31."""
     if not _is_integer(value):
         try:
             value = _index(value)
@@ -134,7 +134,7 @@ def count(name: str, value: Any) -> int:
 
 
 def check_sizes(name: str, size: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Cell sizes as a tuple, empty for None. Raises for what is no size."""
+    """Cell sizes as a tuple, empty for None. Raises TypeError or ValueError for invalid sizes."""
     sizes = () if size is None else integers(name, size)
     if any([value < 1 for value in sizes]):
         raise ValueError(f"{name} must be at least 1 on every axis, got {size!r}")
@@ -151,7 +151,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_length: bool = False) -> None:
-    """Raise TypeError or ValueError unless `vectors` are floating [N, D] and fit the argument `like`, if given."""
+    """Raise TypeError or ValueError unless `vectors` are floating `[N, D]` and fit the argument `like`, if given."""
     if not isinstance(vectors, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(vectors).__name__}{_elsewhere(name, None)}")
     if not vectors.is_floating_point():
@@ -167,7 +167,7 @@ def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_l
         raise ValueError(f"{name} must be on {like.device}, got {vectors.device}")
 
 
-# The class for a call in the shape of another library: by argument and number of dimensions, None for no tensor.
+# The class for a call with another library's arguments: by argument and number of dimensions (None: no tensor).
 _ELSEWHERE = {
     ("embeddings", 3): "views [N, views, D] are taken by hpcloss.compat.supcontrast.SupConLoss",
     ("keys", None): "the pairs of a miner are taken by hpcloss.compat.pml.SupConLoss",
@@ -205,10 +205,14 @@ def check_same_maps(name: str, features: Tensor, like_name: str, like: Tensor) -
 
 
 def check_used(order: Tensor | None = None, live: Tensor | None = None, **inputs: Tensor | float | None) -> None:
-    """Raise ValueError for inf and NaN in what a loss reads of its inputs. Waits for the device, ends a compiled graph.
+    """Raise ValueError for inf and NaN in the values that a loss reads.
 
-    inputs: [B, D, *S] or [N, D], of which the first `live` pixels or rows of `order` are read, by default all; without
-    `order` any tensor.
+    This synchronises with the device and ends a compiled graph.
+
+    Args:
+        order: Pixels or rows that are read, in this order. None: all values of the inputs.
+        live: Number of leading elements of `order` that are read. None: all.
+        **inputs: `[B, D, *S]` or `[N, D]` by name; without `order` tensors of any shape.
     """
     for name, values in inputs.items():
         if not isinstance(values, Tensor):

@@ -1,11 +1,10 @@
-"""The functions of the losses under one name. Each stands in `hpcloss.losses`, beside its module.
+"""The functions of the losses. Each is defined in `hpcloss.losses`, beside its module.
 
-A function checks its options once, says which pairs count, packs, composes the primitives and reduces. The modules hold
-hyper-parameters and call these; `hpcloss.reference` writes the same losses out densely.
+A function checks its options, sorts the pairs that count, packs the features, composes the primitives and reduces. A
+module holds options and calls its function. `hpcloss.reference` has the same losses in dense form.
 
-Common to all: `ignore_index` removes rows as anchors and as keys; an anchor that cannot be contrasted adds nothing
-and is not counted; without any counted anchor the loss is 0, joined to the graph. Results are fp32, or float64
-for float64 inputs.
+`ignore_index` removes rows as anchors and as keys. An anchor that does not count adds nothing to the loss. If no anchor
+counts, the loss is 0 with zero gradients. Results are fp32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands between a network and a contrastive loss: a projection head, and a tap for an inner layer's features."""
+"""A projection head, and a tap for the features of an inner layer of a network."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ _POINTWISE: dict[int, type[nn.Module]] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv
 
 
 class ProjectionHead(nn.Module):
-    """Two pointwise layers from features to embeddings: z = W2 relu(W1 x + b1) + b2, at every pixel alone.
+    """Two pointwise layers from features to embeddings.
 
-    The contrastive loss is taken on z and the head thrown away after training: what the loss makes invariant is then
-    lost in z and not in x (Chen et al., SimCLR, ICML 2020). The output is not normalised, because the losses
-    normalise (in one pass with their gather, and at full precision). There is no batch normalisation, so a pixel's
-    embedding depends on that pixel alone, at any batch size, in training and evaluation alike; the papers that use one
-    put `nn.BatchNorm2d` between the first two layers, which is a three-line `nn.Sequential` for who wants it.
+        z = W₂ relu( W₁ x + b₁ ) + b₂      at every pixel
+
+    The contrastive loss is computed on z. Discard the head after training: information that the loss removes is then
+    missing in z and still in x (Chen et al., SimCLR, ICML 2020). The output is not normalised, because the losses
+    normalise. There is no batch normalisation: the embedding of a pixel depends on that pixel alone, in training and in
+    evaluation.
 
     Args:
-        in_channels: channels C of the features.
-        dim: length D of an embedding.
-        hidden: channels of the inner layer; default `in_channels`.
-        spatial_dims: 0 for vectors, else the number of spatial axes (1, 2, 3).
-
-    Shapes: x [B, C, *spatial] -> [B, D, *spatial]; with spatial_dims = 0, [..., C] -> [..., D].
+        in_channels: Channels C of the features.
+        dim: Channels D of an embedding.
+        hidden: Channels of the inner layer. None: `in_channels`.
+        spatial_dims: Number of spatial axes: 1, 2 or 3; 0 for vectors.
 
     Raises:
-        ValueError: a size below 1, spatial_dims not among 0, 1, 2, 3, or features of other than so many axes.
+        ValueError: A size is below 1, or `spatial_dims` is not 0, 1, 2 or 3.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> head = hpcloss.ProjectionHead(in_channels=32, dim=64)
+        >>> head(torch.randn(2, 32, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(self, in_channels: int, dim: int = 128, hidden: int | None = None, spatial_dims: int = 2) -> None:
@@ -47,7 +52,18 @@ class ProjectionHead(nn.Module):
         self.layers = nn.Sequential(layer(in_channels, hidden, *size), nn.ReLU(), layer(hidden, dim, *size))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Convolutions would take features of one axis less for one image without a batch axis.
+        # A convolution takes features with one axis less as one image without a batch axis.
+        """Compute the embeddings.
+
+        Args:
+            x: `[B, C, *S]`, or `[..., C]` with `spatial_dims=0`.
+
+        Returns:
+            `[B, D, *S]`, or `[..., D]`.
+
+        Raises:
+            ValueError: x has another number of axes.
+        """
         if self.spatial_dims and x.dim() != self.spatial_dims + 2:
             axes = ", ".join("DHW"[-self.spatial_dims :])
             raise ValueError(f"spatial_dims={self.spatial_dims} needs features [B, C, {axes}], got {tuple(x.shape)}")
@@ -55,34 +71,34 @@ class ProjectionHead(nn.Module):
 
 
 class FeatureTap(nn.Module):
-    """A network that also returns what one of its layers computed: `output, features = tapped(x)`.
+    """A network that also returns the output of one of its layers.
 
-        tapped = FeatureTap(network, "decoder.up3")
-        logits, features = tapped(images)
-        loss = cross_entropy(logits, labels) + criterion(head(features), labels)
+    `output, features = tapped(x)`. The features are joined to the graph and keep the layer's dtype (half precision
+    under autocast).
 
-    `features` is whatever the layer returned in this very call, joined to the graph (not detached, in the layer's
-    dtype: half precision under autocast). If the layer runs several times in a call (shared weights), the last run
-    counts; if the next layer works in place (`nn.ReLU(inplace=True)`), the features are what it made of them. Names
-    are those of `network.named_modules()`.
-
-    * The network is kept as `tapped.model`, the same object: it can be called, trained and saved as before, its
-      `state_dict` is unchanged, and `tapped.model.load_state_dict(checkpoint)` loads its checkpoints. The tap has no
-      parameters: keys of `tapped.state_dict()` are the network's behind "model.".
-    * Distributed: `DistributedDataParallel(FeatureTap(network, name))`, so that the features are part of the output
-      that DDP sees. `nn.DataParallel` and `torch.compile(..., fullgraph=True)` wrap it in the same way; copies and
-      pickles work. Nothing is kept between calls.
-    * Under reentrant activation checkpointing (`use_reentrant=True`) an inner layer's features have no gradient;
-      use the non-reentrant kind, or tap a layer that is not inside the checkpoint.
-    * Two threads must not call one tap at the same time (replicas of `nn.DataParallel` are separate, and safe).
+    * The network is `tapped.model`, the same object, and can be used and saved as before. The tap has no parameters;
+      keys of `tapped.state_dict()` begin with "model.".
+    * If the layer runs several times in a call, the last output is returned. If the next layer works in place, the
+      features are its result.
+    * Wrap the tap, not the network: `DistributedDataParallel(FeatureTap(...))`, `nn.DataParallel` and `torch.compile`
+      see the features as an output. Copies and pickles work.
+    * Reentrant activation checkpointing (`use_reentrant=True`) gives inner features no gradient. Use the other kind.
+    * Two threads must not call one tap at the same time. Replicas of `nn.DataParallel` are separate.
 
     Args:
-        model: any network. Arguments of a call are handed on to it.
-        layer: dotted name of one of its layers.
+        model: Any network.
+        layer: Name of the layer, as in `model.named_modules()`, for example "decoder.up3".
 
     Raises:
-        TypeError: the layer is no name. ValueError: the model has no such layer; the message names those it has.
-        RuntimeError, in a call: the layer did not run.
+        TypeError: `layer` is not a string.
+        ValueError: The model has no such layer. The message names its layers.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+        >>> logits, features = hpcloss.FeatureTap(network, "1")(torch.randn(2, 1, 16, 16))
+        >>> logits.shape, features.shape
+        (torch.Size([2, 4, 14, 14]), torch.Size([2, 8, 14, 14]))
     """
 
     def __init__(self, model: nn.Module, layer: str) -> None:
@@ -94,8 +110,8 @@ class FeatureTap(nn.Module):
             raise ValueError(_no_such_layer(layer, [name for name in modules if name]))
         self.model = model
         self.layer = layer
-        # The features pass through an attribute of the layer itself: a replica's layer is another object than the
-        # original's, so each call finds its own. One attribute per tap, as a layer may be tapped twice.
+        # The features pass through an attribute of the layer itself. A replica has its own layer, so each call finds
+        # its own features. There is one attribute per tap, because a layer may be tapped twice.
         number = 0
         while hasattr(modules[layer], f"_tapped_output_{number}"):
             number += 1
@@ -104,9 +120,21 @@ class FeatureTap(nn.Module):
         modules[layer].register_forward_hook(partial(_keep_output, self._slot))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Call the network.
+
+        Args:
+            *args: Arguments of the network.
+            **kwargs: Keyword arguments of the network.
+
+        Returns:
+            The output of the network, and the output of the layer in this call.
+
+        Raises:
+            RuntimeError: The layer did not run.
+        """
         layer = self.model.get_submodule(self.layer)
-        # Only between these two lines does the hook keep anything: calls of the bare model, and layers run again in
-        # the backward pass by activation checkpointing, leave no tensor behind.
+        # The hook keeps a tensor between these two lines only. Calls of the bare model, and layers that activation
+        # checkpointing runs again in backward, leave no tensor behind.
         setattr(layer, self._slot, ())
         try:
             output = self.model(*args, **kwargs)
@@ -122,9 +150,9 @@ class FeatureTap(nn.Module):
 
 
 def _keep_output(slot: str, layer: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook. A function of the module, not a closure, so that the network can be pickled."""
+    """Forward hook. A function of the module, because a closure would not pickle."""
     if getattr(layer, slot) is not None:
-        setattr(layer, slot, (output,))  # in a tuple: a bare Parameter or module would be registered
+        setattr(layer, slot, (output,))  # a tuple, because a bare Parameter or module would be registered
 
 
 def _no_such_layer(layer: str, names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Embeddings of past batches as further keys: a ring of the newest of each class."""
+"""A memory of past embeddings as further keys: a ring of the newest of each class."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from hpcloss.plan.regions import Grid, region_shape
 from hpcloss.primitives.rows import Rows, pack
 from hpcloss.primitives.segment_mean import segment_mean
 
-NO_GROUP = torch.iinfo(torch.int64).min + 2  # of an embedding that belongs to none
+NO_GROUP = torch.iinfo(torch.int64).min + 2  # the group of an embedding without a group
 
 
 class Bank(NamedTuple):
-    """An `EmbeddingQueue` as further keys of N anchors.
+    """An `EmbeddingQueue` as further keys of N anchors, K slots per class.
 
-    keys: the slots [C * K, D]. log_bias [C * K]: of the keys in a log-sum-exp, -inf for a slot that holds nothing.
-    pairs: the anchors against the slots; positives are filled slots alone. positives, negatives [N]: their numbers.
+    Attributes:
+        keys: The slots `[C * K, D]`.
+        log_bias: Bias of the keys in a log-sum-exp `[C * K]`: 0, or -inf for an empty slot.
+        pairs: The anchors against the slots. Positives are filled slots.
+        positives: Number of positives of each anchor `[N]`.
+        negatives: Number of negatives of each anchor `[N]`.
     """
 
     keys: Rows
@@ -32,29 +36,42 @@ class Bank(NamedTuple):
 
 
 class EmbeddingQueue(nn.Module):
-    r"""The newest `size` embeddings of each class, as keys without gradient for `PixelContrastLoss` and `IHPCLoss`.
+    """A memory of the newest embeddings of each class, as keys without gradient.
 
-        loss = contrast(features, labels, predictions, queue)
-        loss.backward()
-        queue.enqueue(features, labels, samples_per_class=10)       # or queue.enqueue_means(features, labels)
+    `PixelContrastLoss` and `IHPCLoss` take it as their `queue`. Enqueue after backward: the loss reads the slots in
+    place, and the backward pass of `PixelContrastLoss` raises RuntimeError if they have changed. Embeddings are unit
+    rows. Empty slots are no keys.
 
-    Enqueue after backward: `PixelContrastLoss` reads the slots in place, without a copy, and its backward raises
-    RuntimeError where they have changed since. Class c is the interval [c * size, (c + 1) * size) of the slots; nothing
-    is sorted.
+    The buffers are part of `state_dict`. `queue.half()` halves the memory; half-precision features on a GPU then need
+    no conversion. Each process of a distributed run keeps its own queue: do not wrap it in `DistributedDataParallel`.
 
-    The memory of Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021), without the
-    defects of the published code: slots wrap around, pixels are those of their class, empty slots are no keys.
-
-    Buffers, in `state_dict`: embeddings [C, size, dim], fp32, unit rows in the slots that hold something; filled [C],
-    how many do; next [C], the slot written next; groups [C, size], with `groups=True` alone. `queue.half()` takes half
-    the memory and needs no conversion for half-precision features on a GPU. Each process of a distributed run keeps its
-    own: leave the queue out of what is wrapped.
+    Source: Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021), the memory. Three
+    defects of the authors' code are left out: slots here wrap around, pixels are stored under their own class, and
+    empty slots are no keys.
 
     Args:
-        num_classes: C. size: embeddings per class. dim: channels D.
-        groups: also keep the group of each embedding, for `IHPCLoss`.
+        num_classes: Number of classes C.
+        size: Embeddings per class K.
+        dim: Channels D.
+        groups: Also keep an integer group of each embedding, for `IHPCLoss`.
 
-    Raises ValueError for shapes, TypeError for dtypes; never for data.
+    Attributes:
+        embeddings: The slots `[C, K, D]`, fp32. Empty slots are zero.
+        filled: Number of filled slots of each class `[C]`.
+        next: Slot of each class that is written next `[C]`.
+        groups: Group of each slot `[C, K]`, or None.
+
+    Raises:
+        ValueError: A number is below 1, or a shape or device does not fit. Never for values of embeddings.
+        TypeError: A dtype or the type of an option is invalid.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> features, labels = torch.randn(2, 16, 32, 32), torch.randint(4, (2, 32, 32))
+        >>> queue = hpcloss.EmbeddingQueue(num_classes=4, size=100, dim=16)
+        >>> queue.enqueue(features, labels, samples_per_class=10)
+        >>> queue.filled
+        tensor([10, 10, 10, 10])
     """
 
     embeddings: Tensor
@@ -84,12 +101,21 @@ class EmbeddingQueue(nn.Module):
         *,
         groups: Tensor | None = None,
     ) -> None:
-        """Write normalised embeddings over the oldest of their class, in order; of more than `size` the last remain.
+        """Write normalised embeddings over the oldest ones of their class.
 
-        embeddings [N, D] with labels [N], or a map [B, D, *S] with labels [B, *S] of any resolution. Labels outside
-        [0, num_classes) are skipped, and so are rows that are not finite or have no direction (norm up to 1e-12).
-        A queue of one class needs no labels. groups [N]: integers, where the queue keeps them; by default of no group.
-        samples_per_class: of each class draw at most this many, uniformly; None: take all (a map is gathered whole).
+        They are written in order. If a class has more than K of them, the last K remain. Embeddings that are not finite
+        or have a norm of at most 1e-12 are skipped.
+
+        Args:
+            embeddings: Vectors `[N, D]`, or a map `[B, D, *S]`.
+            labels: `[N]`, or `[B, *S]` of any resolution. Labels outside [0, C) are skipped. Optional for a queue of
+                one class.
+            samples_per_class: Sample at most this many embeddings per class, with torch's generator. None: all.
+            groups: Group of each vector `[N]`, integers, for a queue that keeps groups. None: no group.
+
+        Raises:
+            ValueError: A shape or device does not fit, labels are missing, or groups are given to a queue without them.
+            TypeError: A dtype or the type of an option is invalid.
         """
         if labels is None:
             if self.num_classes > 1:
@@ -117,9 +143,13 @@ class EmbeddingQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue_means(self, features: Tensor, labels: Tensor) -> None:
-        """Enqueue one embedding for each class of each image: the normalised mean of its unit rows (segment memory).
+        """Write one embedding per class and image: the normalised mean of its unit rows (segment memory).
 
-        features [B, D, *S]; labels [B, *S], as for `enqueue`. A segment with a pixel that is not finite is skipped.
+        A segment with a pixel that is not finite is skipped.
+
+        Args:
+            features: `[B, D, *S]`.
+            labels: `[B, *S]` of any resolution. Labels outside [0, C) are skipped.
         """
         labels = labels_of_map(features, labels)
         self._check("features", features)
@@ -129,26 +159,34 @@ class EmbeddingQueue(nn.Module):
         images = Grid(labels.shape[0], spatial, region_shape(None, spatial), per_image=True)
         plan = class_sort(labels, images, num_classes=self.num_classes)
         rows = pack(features, plan.order, plan.live(), normalize=True)
-        # The mean of a class that an image does not show is a zero row, which is skipped.
+        # A class that is not in an image has a zero mean, which is skipped.
         means = segment_mean(rows, plan.offsets)
         self.enqueue(means, torch.arange(self.num_classes, device=means.device).repeat(labels.shape[0]))
 
     def keys(self, anchors: Rows) -> Rows:
-        """The slots as keys [C * size, D] of these anchors, without gradient; a view of the buffer of one dtype."""
+        """The slots as keys `[C * K, D]` of these anchors, without gradient. With the queue's own dtype it is a view.
+
+        Args:
+            anchors: Packed anchors, which give the dtype and the backend.
+        """
         data = self.embeddings.view(-1, self.dim).to(anchors.data.dtype)
         companion = torch.zeros((), dtype=anchors.companion.dtype, device=data.device).expand(data.shape)
         return Rows(data, companion, anchors.backend)
 
     def bank(self, anchors: Rows, pairs: Pairs, classes: Tensor, ignore_index: tuple[int, ...] = ()) -> Bank:
-        """The slots as keys of the anchors of `pairs`, whose rows have `classes` [N]; ignored classes have none.
+        """The slots as keys of given anchors.
 
-        Of `pairs` only the anchors matter: every region meets all slots.
+        Args:
+            anchors: Packed anchors `[N, D]`.
+            pairs: Pairs whose anchors are taken. Their regions all meet all slots.
+            classes: Class of each row `[N]`.
+            ignore_index: Classes whose slots are no keys.
         """
         number = torch.arange(self.num_classes, device=self.filled.device)
         held = torch.where(is_ignored(number, ignore_index), 0, self.filled)
         slot = torch.arange(self.size, device=held.device)
         log_bias = torch.where(slot < held[:, None], 0.0, -torch.inf).reshape(-1).to(anchors.companion.dtype)
-        classes = classes.clamp(0, self.num_classes - 1)  # dead rows have any label
+        classes = classes.clamp(0, self.num_classes - 1)  # dead rows may have any label
         first = classes * self.size
         against = pairs.replace(
             pos_start=first.to(pairs.order.dtype),
@@ -162,8 +200,12 @@ class EmbeddingQueue(nn.Module):
         return Bank(self.keys(anchors), log_bias, against, positives, (others - empty).clamp(min=0))
 
     def guard(self, loss: Tensor) -> Tensor:
-        """The same loss. Its backward pass raises RuntimeError if the queue has changed since forward."""
-        # A compiled graph is told by autograd itself, in its own words.
+        """Return the loss unchanged. Its backward pass raises RuntimeError if the queue has changed since.
+
+        Args:
+            loss: Any tensor that was computed from the slots.
+        """
+        # In a compiled graph autograd itself raises.
         if torch.compiler.is_compiling() or not loss.requires_grad:
             return loss
         return _Unchanged.apply(loss, self.embeddings)
@@ -179,8 +221,10 @@ class EmbeddingQueue(nn.Module):
             raise ValueError(f"{name} must be on {self.embeddings.device}, as the queue, got {vectors.device}")
 
     def _write(self, rows: Tensor, offsets: Tensor, groups: Tensor | None) -> None:
-        """Write unit rows [n, D] and their groups [n], those of class c from offsets[c] to offsets[c + 1]; other rows
-        are zero or not finite."""
+        """Write unit rows [n, D] and their groups [n].
+
+        Rows offsets[c] to offsets[c + 1] are those of class c. Rows that are zero or not finite are skipped.
+        """
         number = torch.arange(rows.shape[0], device=rows.device)
         classes = torch.searchsorted(offsets[1:], number, right=True).clamp_(max=self.num_classes - 1)
         sound = rows.float().square().sum(1) > 0.5  # neither the zero row nor NaN
@@ -189,7 +233,7 @@ class EmbeddingQueue(nn.Module):
         place = before[:-1] - before[offsets[:-1]][classes]  # among the sound rows of its class
         kept = sound & (place >= (arrived - self.size)[classes])
         slots = classes * self.size + (self.next[classes] + place) % self.size
-        # Shapes are static: a row that is not kept repeats what a kept one writes or, without any, what stands there.
+        # Shapes are static: a row that is not kept repeats the write of a kept row, or without any the old value.
         # Equal values may be written in any order.
         one = kept.int().argmax(0, keepdim=True)
         targets = torch.where(kept, slots, slots[one])

@@ -1,6 +1,6 @@
-"""How operators are registered with torch: a schema of plain tensors, a Python body and a fake.
+"""Registration of operators with torch: a schema of plain tensors, a Python body and a fake.
 
-Autograd is the work of their callers (`hpcloss.primitives`).
+Their callers (`hpcloss.primitives`) do autograd.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-# A row at most this long has no direction: it becomes the zero row and gets no gradient.
-# (Dividing by a floor instead would give such a row a gradient 1e12 times too large.)
+# A row at most this long has no direction: it becomes zero and gets no gradient. Division by a floor would give such
+# a row a gradient that is 1e12 times too large.
 NORM_EPS = 1e-12
 
 
@@ -25,10 +25,10 @@ def statistics_dtype(rows: torch.dtype) -> torch.dtype:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, differentiably, where it is of a Python subclass such as MONAI's MetaTensor.
+    """The tensor as a plain tensor, differentiably, if its class is a Python subclass such as MONAI's MetaTensor.
 
-    Their methods take other arguments than torch's and carry meta data along. Subclasses that hold no data of their own
-    (`__torch_dispatch__`: fake and distributed tensors) are left alone.
+    Methods of such classes take other arguments than torch's and carry metadata. Subclasses without data of their own
+    (`__torch_dispatch__`: fake and distributed tensors) are returned as they are.
     """
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return tensor
@@ -37,7 +37,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def load(backend: str) -> ModuleType:
-    """The package of a backend, imported when it is first asked for."""
+    """The package of a backend, imported in the first call."""
     return importlib.import_module(f"hpcloss.backends.{backend}")
 
 
@@ -49,8 +49,8 @@ def is_traced() -> bool:
 class Operators:
     """The operators by name: `ops.pack(...)`.
 
-    A call goes through `torch.ops.hpcloss` where a graph is traced or another mode watches. Else it is the body itself,
-    as the way through torch takes longer than the work on a few rows.
+    A call goes through `torch.ops.hpcloss` if a graph is traced or another mode watches. Otherwise it calls the body,
+    because torch's dispatch takes longer than the work on a few rows.
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -61,12 +61,12 @@ ops = Operators()
 
 
 def register(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define `torch.ops.hpcloss.<name>`. The body runs with autocast off, as it chooses its own precision."""
+    """Define `torch.ops.hpcloss.<name>`. The body runs without autocast, because it chooses its own precision."""
     _define(name, schema, fake, lambda args: (body, args))
 
 
 def register_on_backends(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Define `torch.ops.hpcloss.<name>`, which the backend computes that the last argument names.
+    """Define `torch.ops.hpcloss.<name>`, which the backend in the last argument computes.
 
     The body is the backend's function of the same name. It takes the arguments before the last one.
     """
@@ -79,7 +79,7 @@ def _define(
     fake: Callable[..., Any],
     chosen: Callable[[Sequence[Any]], tuple[Callable[..., Any], Sequence[Any]]],
 ) -> None:
-    """Define an operator and its entry in `ops`. chosen: what serves a call, and what it takes of the arguments."""
+    """Define an operator and its entry in `ops`. chosen: the body of a call, and the arguments that it takes."""
 
     def run_without_autocast(*args: Any) -> Any:
         given = [plain(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
@@ -96,7 +96,7 @@ def _define(
             if type(arg) is torch.Tensor:
                 device = device or arg.device.type
             elif isinstance(arg, torch.Tensor):
-                return operator(*args)  # of a subclass, which torch may have to dispatch
+                return operator(*args)  # torch may have to dispatch a subclass
         if device in ("", "meta") or torch.is_autocast_enabled(device):
             return operator(*args)
         body, taken = chosen(args)
@@ -117,9 +117,9 @@ def _is_dispatched(kind: type) -> bool:
 def differentiable_once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., Any]:
     """Decorate the backward of an autograd function that has no derivative of its own.
 
-    With `create_graph=True` its results carry an error instead of passing for constants. They hang on all that they
-    depend on, saved tensors too (which `torch.autograd.function.once_differentiable` leaves out): a second derivative
-    by whatever input leads there.
+    With `create_graph=True` its results carry an error, so they do not pass for constants. They depend on everything
+    that backward read, saved tensors too (`torch.autograd.function.once_differentiable` leaves those out), so a second
+    derivative by any input reaches the error.
     """
 
     @functools.wraps(backward)
@@ -138,7 +138,7 @@ def differentiable_once(backward: Callable[..., tuple[torch.Tensor | None, ...]]
 
 
 class _ReadOnce:
-    """A context whose saved tensors are fetched once: activation checkpoints give them no second time."""
+    """A context whose saved tensors are fetched once, because activation checkpoints return them only once."""
 
     def __init__(self, ctx: Any):
         self.ctx, self.saved_tensors = ctx, ctx.saved_tensors

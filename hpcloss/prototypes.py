@@ -1,4 +1,4 @@
-"""Prototypes: means of classes and layers of images, their bank over a training, and balanced assignments to them."""
+"""Prototypes: class and layer means of images, a bank of them, and balanced assignments."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ ABSENT = -1  # label of a prototype without pixels
 
 
 class LayerPrototypes(NamedTuple):
-    """Prototype b * C * L + c * L + l is that of image b, class c and layer l; M = B C L of them, whatever is there.
+    """Prototypes of all images, classes and layers, M = B C L of them.
 
-    prototypes [M, D]   mean features, fp32 (float64); zero without pixels.
-    labels [M]          class, or `ABSENT` without pixels.
-    probs [M, C']       mean probabilities, zero without pixels; None if none were given.
+    The prototype of image b, class c and layer l is number (b * C + c) * L + l, whether it has pixels or not.
+
+    Attributes:
+        prototypes: Mean features `[M, D]`, fp32 (float64 for float64 features). Zero without pixels.
+        labels: Class of each prototype `[M]`; -1 without pixels.
+        probs: Mean probabilities `[M, C']`, zero without pixels. None if none were given.
     """
 
     prototypes: Tensor
@@ -43,13 +46,38 @@ def layer_prototypes(
     ignore_index: int | Sequence[int] = IGNORED,
     backend: str = "auto",
 ) -> LayerPrototypes:
-    """Mean feature of every layer of every class of every image, such as pixels equally far from the class's edge.
+    """Mean features of every layer of every class of every image.
 
-    features [B, D, *S]; labels, layers [B, *S] or [B, 1, *S], integers, resized by nearest neighbour; probs
-    [B, C', *S]. Pixels whose label is outside [0, num_classes) or in `ignore_index`, or whose layer is outside
-    [0, num_layers), take no part. Differentiable with respect to features and probs.
+    A layer is a set of pixels, for example those at one distance from the edge of their class. The result is
+    differentiable with respect to `features` and `probs`.
 
-    Raises ValueError for shapes and numbers, TypeError for dtypes.
+    Args:
+        features: `[B, D, *S]`, any float dtype.
+        layers: Layer of each pixel, shaped like `labels`, integers. Values outside [0, num_layers): the pixel takes no
+            part.
+        labels: `[B, *S]` or `[B, 1, *S]`, integers or whole-number floats. Another resolution is resized by nearest
+            neighbour.
+        num_classes: Number of classes C. Labels outside [0, C) take no part.
+        num_layers: Number of layers L.
+        probs: Class probabilities `[B, C', *S]`, to be averaged too.
+        ignore_index: Label or labels of pixels that take no part. Default: -100, -1 and 255.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton".
+
+    Returns:
+        `LayerPrototypes`, a named tuple of `prototypes` `[B C L, D]`, `labels` `[B C L]` and `probs` `[B C L, C']` or
+            None. A prototype without pixels is zero and has label -1.
+
+    Raises:
+        ValueError: A shape or a number is invalid.
+        TypeError: A dtype is invalid.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> features = torch.tensor([1.0, 3.0, 5.0]).reshape(1, 1, 1, 3)
+        >>> labels, layers = torch.tensor([[[0, 0, 1]]]), torch.zeros(1, 1, 3, dtype=torch.int64)
+        >>> prototypes, classes, _ = hpcloss.layer_prototypes(features, layers, labels, num_classes=2, num_layers=1)
+        >>> prototypes.tolist(), classes.tolist()
+        ([[2.0], [5.0]], [0, 1])
     """
     num_classes, num_layers = count("num_classes", num_classes), count("num_layers", num_layers)
     ignored = integers("ignore_index", ignore_index)
@@ -78,15 +106,32 @@ def layer_prototypes(
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 4, epsilon: float = 0.05) -> Tensor:
-    """Assignment of rows to columns that uses all columns alike: Q [..., N, K], each row of it sums to 1.
+    """Assignment of rows to columns that uses all columns alike.
 
-        Q = diag(u) exp(scores / epsilon) diag(v),   u and v by turns so that columns hold equal shares and rows 1
+        Q = diag(u) exp( scores / epsilon ) diag(v)
 
-    Cuturi, "Sinkhorn distances" (NeurIPS 2013); Asano et al., "Self-labelling" (ICLR 2020). In logarithms, so finite at
-    any epsilon; a constant to the gradient.
+    u and v are computed in turn: v gives all columns equal shares, then u makes each row sum to 1. The computation uses
+    logarithms, so it is finite for any epsilon. The result has no gradient.
 
-    scores [..., N, K]; a column of -inf is not there. mask [..., N]: rows where it is False take no part and are 0.
-    Raises ValueError unless iterations is at least 1 and epsilon positive.
+    Source: Cuturi, "Sinkhorn distances" (NeurIPS 2013); Asano et al., "Self-labelling" (ICLR 2020).
+
+    Args:
+        scores: `[..., N, K]`, for example cosines. A column of -inf is absent.
+        mask: `[..., N]`, bool. Rows with False take no part and are 0. None: all rows take part.
+        iterations: Iterations, at least 1.
+        epsilon: Temperature of the assignment, positive. Smaller: closer to one column per row.
+
+    Returns:
+        Q, `[..., N, K]`, fp32 (float64 for float64 scores).
+
+    Raises:
+        ValueError: `iterations` is below 1 or `epsilon` is not positive.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> scores = torch.tensor([[1.0, 0.0], [0.9, 0.0]])  # both rows prefer column 0
+        >>> hpcloss.sinkhorn(scores, iterations=50).argmax(1)
+        tensor([0, 1])
     """
     iterations = count("iterations", iterations)
     positive("epsilon", epsilon)
@@ -96,20 +141,41 @@ def sinkhorn(scores: Tensor, mask: Tensor | None = None, *, iterations: int = 4,
     for _ in range(iterations):
         for axis in (-2, -1):
             total = torch.logsumexp(log_q, axis, keepdim=True)
-            log_q = log_q - torch.where(total == -torch.inf, 0.0, total)  # nothing in it: nothing to share
+            log_q = log_q - torch.where(total == -torch.inf, 0.0, total)  # an empty row or column stays empty
     return log_q.exp()
 
 
 class PrototypeBank(nn.Module):
-    """Unit prototypes of every class that follow the embeddings of a training: P = momentum P + (1 - momentum) mean.
+    """Unit prototypes of every class that follow the embeddings of a training.
 
-    Of a class with several prototypes each embedding moves those that `sinkhorn` assigns it to, as in Zhou et al.,
-    "Rethinking semantic segmentation: a prototype view" (CVPR 2022); a prototype takes the first mean it sees as it is.
+        p ← normalise( momentum · p + (1 - momentum) · m )
 
-    prototypes [C, K, D], fp32: zero where `filled` [C, K] is False. Both are buffers and part of `state_dict`; each
-    process of a distributed run keeps its own.
+    m is the normalised mean of the embeddings that are assigned to prototype p. In a class with several prototypes
+    `sinkhorn` assigns them. As long as one of these prototypes is empty, the embeddings of the class go to them in
+    turn. The first m of a prototype becomes the prototype. Each process of a distributed run keeps its own bank.
 
-    Args: num_classes C, dim D, per_class K; momentum in [0, 1). ValueError for other values.
+    Source: Zhou et al., "Rethinking semantic segmentation: a prototype view" (CVPR 2022).
+
+    Args:
+        num_classes: Number of classes C.
+        dim: Channels D.
+        momentum: Share of the old prototype in an update, in [0, 1).
+        per_class: Prototypes per class K.
+
+    Attributes:
+        prototypes: `[C, K, D]`, fp32, part of `state_dict`. Zero where not filled.
+        filled: Whether the prototype has had an embedding `[C, K]`, bool, part of `state_dict`.
+
+    Raises:
+        ValueError: A number is out of its range.
+        TypeError: A number has another type.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> bank = hpcloss.PrototypeBank(num_classes=2, dim=2)
+        >>> bank.update(torch.tensor([[3.0, 0.0], [2.0, 0.0]]), torch.tensor([1, 1]))
+        >>> bank.prototypes.tolist()
+        [[[0.0, 0.0]], [[1.0, 0.0]]]
     """
 
     prototypes: Tensor
@@ -125,10 +191,18 @@ class PrototypeBank(nn.Module):
 
     @torch.no_grad()
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Move the prototypes of the classes of embeddings [N, D] with labels [N]; labels outside [0, C) are ignored.
+        """Move the prototypes towards the embeddings of their class.
 
-        A class without embeddings stays as it is. Rows that are not finite are left out: a step that overflowed in
-        half precision is skipped by its scaler and must not stay here.
+        A class without embeddings does not change. Embeddings that are not finite are skipped: they come from steps
+        that overflow in half precision.
+
+        Args:
+            embeddings: `[N, D]`.
+            labels: `[N]`, integers or whole-number floats. Labels outside [0, C) are ignored.
+
+        Raises:
+            ValueError: A shape does not fit.
+            TypeError: A dtype is invalid.
         """
         num_classes, per_class, dim = self.prototypes.shape
         check_vectors("embeddings", embeddings)
@@ -136,7 +210,7 @@ class PrototypeBank(nn.Module):
             raise ValueError(f"embeddings must have shape [N, {dim}], got {tuple(embeddings.shape)}")
         labels = labels_of_vectors("labels", embeddings, labels)
         sound = embeddings.isfinite().all(1)
-        # Rows that the dtype of the bank cannot hold, it can once they are of unit length.
+        # Rows may exceed the bank's dtype before they have unit length.
         dtype = torch.promote_types(self.prototypes.dtype, statistics_dtype(embeddings.dtype))
         held, rows = self.prototypes.to(dtype), unit(torch.where(sound[:, None], embeddings, 0.0).to(dtype))
         classes = torch.arange(num_classes, device=labels.device)
@@ -144,13 +218,13 @@ class PrototypeBank(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             scores = torch.einsum("nd,ckd->cnk", rows, held)
             share = sinkhorn(scores, member)
-            # Prototypes that are not there yet resemble nothing: a class starts with its rows dealt in turn.
+            # Empty prototypes have no direction: until all are filled, the rows of a class are dealt in turn.
             turn = (member.cumsum(1) - 1)[..., None] % per_class == torch.arange(per_class, device=labels.device)
             dealt = (turn & member[..., None]).to(dtype)
             share = torch.where(self.filled.all(1)[:, None, None], share, dealt)
             mean = unit(torch.einsum("cnk,nd->ckd", share, rows))
         seen = (mean != 0).any(-1)
-        # One that is still zero takes the direction of its first mean.
+        # A prototype that is still zero takes the direction of its first mean.
         moved = unit(self.momentum * held + (1 - self.momentum) * mean)
         self.prototypes.copy_(torch.where(seen[..., None], moved, held))
         self.filled.logical_or_(seen)
@@ -161,7 +235,7 @@ class PrototypeBank(nn.Module):
 
 
 def unit(rows: Tensor, axis: int = -1) -> Tensor:
-    """Vectors along an axis divided by their norm; those of norm up to `NORM_EPS` become zero and get no gradient."""
+    """Vectors along an axis, divided by their norm. A norm of at most `NORM_EPS` gives zero without gradient."""
     norm = torch.linalg.vector_norm(rows, dim=axis, keepdim=True, dtype=torch.float64)
     short = norm <= NORM_EPS
     return torch.where(short, 0.0, rows / torch.where(short, 1.0, norm).to(rows.dtype))

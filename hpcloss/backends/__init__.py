@@ -1,8 +1,8 @@
-"""Where the primitives run: the only place that knows how.
+"""The choice of the backend that runs the primitives.
 
 A backend is a package here with the same functions: `rows_dtype`, `pack`, `pair_lse`, `pair_lse_both`,
 `pair_cross_entropy`, `pair_mean` and their `_backward`, and `segment_mean`; those of PyTorch also have `one_positive`.
-Nothing of Triton is imported before a call needs it.
+Triton is not imported before a call needs it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from hpcloss.plan import native
 from hpcloss.plan.sorting import INT32_MAX
 
 AUTO = ("triton", "pytorch")  # fastest first
-MAX_CHANNELS = 512  # of a row of the Triton kernels
+MAX_CHANNELS = 512  # channels of a row in the Triton kernels
 NOT_INSTALLED = "Triton is not installed (pip install triton)"
-WIDTHS = (16, 32, 64, 128, 256)  # and MAX_CHANNELS: of their trials
+WIDTHS = (16, 32, 64, 128, 256)  # channels in trials, besides MAX_CHANNELS
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
-    """Name of the backend that runs a call on `tensor` [., D, ...]. An explicit request never falls back.
+    """Name of the backend that runs a call on `tensor` [., D, ...]. A named backend never falls back.
 
-    "pytorch" stands for the dense backend or the tiles, as suits each call (`hpcloss.backends.pytorch`).
+    "pytorch" is the dense backend or the tiles, chosen for each call (`hpcloss.backends.pytorch`).
     """
     if backend == "pytorch" or (backend == "auto" and tensor.device.type == "cpu"):
         return "pytorch"
@@ -54,7 +54,7 @@ def resolve(backend: str, tensor: Tensor) -> str:
 def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[str]:
     """Reasons why a backend cannot run a call on `tensor` [., D, ...].
 
-    falls_back: another backend takes the call if this one cannot. On a GPU that is told, once.
+    falls_back: another backend takes the call if this one cannot. On a GPU a warning says so, once.
     """
     if name in ("dense", "blockwise", "pytorch"):
         return ["device 'mps' has no float64"] if tensor.device.type == "mps" else []
@@ -66,12 +66,12 @@ def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[
         reasons.append(f"at most {MAX_CHANNELS} channels fit its tiles, got {tensor.shape[1]}")
     if tensor.numel() // max(tensor.shape[1], 1) > INT32_MAX:
         reasons.append("row numbers beyond 2^31")
-    # A call that no kernel takes is no reason to build some.
+    # No kernel is built for a call that no kernel can run.
     return reasons or list(_triton_failing(*place, tensor.dtype, _width(tensor.shape[1]), falls_back))
 
 
 def _width(channels: int) -> int:
-    """Channels of a trial: those of the call, or the next of a few; a number also where the compiler has a symbol."""
+    """Channels of a trial: the next of a few widths. It is a number, also where the compiler has a symbol."""
     for width in WIDTHS:
         if channels <= width:
             return width
@@ -79,9 +79,9 @@ def _width(channels: int) -> int:
 
 
 def _triton_missing(device: str, index: int | None, falls_back: bool) -> tuple[str, ...]:
-    """What keeps Triton's kernels from a device, as far as it is known without building one."""
+    """Reasons against Triton's kernels on a device that are known without building one."""
     reason = _triton_refusal(device, index)
-    # Elsewhere there is no Triton, and nothing to tell.
+    # Other systems have no Triton, so there is nothing to say.
     if reason and falls_back and (reason != NOT_INSTALLED or platform.system() == "Linux"):
         _tell(device, index, reason)
     return (reason,) if reason else ()
@@ -93,26 +93,27 @@ def _triton_refusal(device: str, index: int | None) -> str:
         return NOT_INSTALLED
     try:
         return load("triton.probe").why_not(device, index) or ""
-    except Exception as error:  # of a package that is broken, or of a version that its neighbours do not suit
+    except Exception as error:  # a broken package, or versions that do not match
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
 
 
-_found: dict[tuple[str, int | None, torch.dtype], str] = {}  # what trials found, "" where all is well
+_found: dict[tuple[str, int | None, torch.dtype], str] = {}  # results of trials; "": no failure
 _trying = threading.RLock()
 
 
 def _triton_failing(
     device: str, index: int | None, dtype: torch.dtype, channels: int, falls_back: bool
 ) -> tuple[str, ...]:
-    """Why Triton's kernels cannot be trusted on a device in a dtype: what a trial of them found, one in a process.
+    """Reasons against Triton's kernels on a device in a dtype, found by a trial. There is one trial in a process.
 
-    While a CUDA graph is captured there is no trial, as the host must not wait then. `auto` takes the PyTorch tiles,
-    which the graph keeps; an explicit request runs untried. This is not remembered, nor that memory was short: the
-    next call asks again. Under `torch.compile` the answer is asked while tracing, and the compiled code keeps it.
+    There is no trial while a CUDA graph is captured, because the host must not wait then. `auto` takes the PyTorch
+    tiles, and the graph keeps them; a named backend runs untried. This answer is not remembered, and neither is a lack
+    of memory: the next call asks again. Under `torch.compile` the question is asked while tracing, and the compiled
+    code keeps the answer.
     """
     reason, lasts = _found.get((device, index, dtype)), True
     if reason is None:
-        with _trying:  # a second thread waits for what the first one finds
+        with _trying:  # a second thread waits for the first one's result
             reason, lasts = _trial(device, index, dtype, channels, falls_back)
     if reason and falls_back:
         _tell(device, index, reason, lasts)
@@ -120,7 +121,7 @@ def _triton_failing(
 
 
 def _trial(device: str, index: int | None, dtype: torch.dtype, channels: int, falls_back: bool) -> tuple[str, bool]:
-    """The reason against the kernels, and whether it lasts; then it is remembered."""
+    """The reason against the kernels, and whether it lasts. A lasting reason is remembered."""
     key = device, index, dtype
     if key in _found:
         return _found[key], True
@@ -144,7 +145,7 @@ _told: set[tuple[str, int | None, str]] = set()
 
 
 def _tell(device: str, index: int | None, reason: str, lasts: bool = True) -> None:
-    """Say once what keeps a GPU from the kernels; of reasons that pass, the first."""
+    """Warn once why a GPU runs without the kernels. Of reasons that do not last, only the first is told."""
     key = device, index, reason if lasts else "for now"
     with _trying:
         if device != "cuda" or key in _told:
@@ -155,19 +156,30 @@ def _tell(device: str, index: int | None, reason: str, lasts: bool = True) -> No
 
 
 def forget() -> None:
-    """Ask again what can run on each device, as in a new process."""
+    """Forget what can run on each device, as in a new process."""
     _triton_refusal.cache_clear()
     _found.clear()
     _told.clear()
 
 
-# What `torch.compiler.assume_constant_result` sets; calling it would import the compiler, and Triton, at once.
+# As `torch.compiler.assume_constant_result` does. A call of it would import the compiler and Triton at once.
 _triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _triton_failing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def info() -> str:
-    """What this installation found, and why the rest is not there: `print(hpcloss.info())`."""
+    """Describe this installation: the imported copy, the backends, the native library, and why a part is missing.
+
+    Returns:
+        Several lines of text, for `print(hpcloss.info())`.
+
+    Examples:
+        >>> import hpcloss
+        >>> print(hpcloss.info())  # doctest: +ELLIPSIS
+        hpcloss: imported from ...
+        backend dense: available
+        ...
+    """
     cuda = torch.cuda.is_available()
     lines = [
         f"hpcloss: imported from {_PACKAGE}{_installation()}",
@@ -190,7 +202,7 @@ def info() -> str:
 
 
 def _installation() -> str:
-    """What to say of the installation: nothing where it is the package that was imported."""
+    """A note on the installation; empty if the installed package is the imported one."""
     found = [(one.version, _folder(one)) for one in importlib.metadata.distributions(name="hpcloss")]
     if not found:
         return ", which is not installed"
@@ -199,7 +211,7 @@ def _installation() -> str:
 
 
 def _folder(distribution: importlib.metadata.Distribution) -> Path:
-    """Where the package of a distribution is: of an editable one in its checkout."""
+    """The folder of a distribution's package. An editable one is in its checkout."""
     source = json.loads(distribution.read_text("direct_url.json") or "{}")
     if source.get("dir_info", {}).get("editable"):
         return Path(url2pathname(urlsplit(source["url"]).path), "hpcloss").resolve()

@@ -1,4 +1,4 @@
-"""What the PyTorch backends share: rows in the dtype of the arithmetic, and an operator's gradients."""
+"""Arithmetic of the PyTorch backends: rows in the dtype of the computation, and an operator's gradients."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ LN2 = math.log(2)
 
 
 def accumulation(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows in the dtype of the arithmetic: fp32, or float64 for float64 rows."""
+    """Rows in the dtype of the computation: fp32, or float64 for float64 rows."""
     dtype = statistics_dtype(anchors.dtype)
     return cast(anchors, dtype), None if keys is None else cast(keys, dtype)
 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values in a dtype. `to` takes microseconds also where there is nothing to do."""
+    """The values in a dtype. `to` takes microseconds even if the dtype is right already."""
     return values if values.dtype == dtype else values.to(dtype)
 
 
 def gradients(
     anchors: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None, d_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An operator's results; what was not asked for is an empty tensor of its own."""
+    """An operator's results. A gradient that is not needed is an empty tensor of its own."""
     return (
         anchors.new_empty(0) if d_anchors is None else d_anchors,
         anchors.new_empty(0) if d_keys is None else d_keys,
@@ -52,7 +52,7 @@ def gradients_of_logits(
     d_scale = anchors.new_zeros(())
     if d_anchors is not None:
         if needs_scale:
-            # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
+            # Logits depend on the scale as on the anchors' length. In self-contrast d holds both sides of each pair.
             d_scale = (anchors * d_anchors).sum() / (2 if keys is None else 1)
         d_anchors *= scale
     if keys is not None and d_keys is not None:
@@ -61,5 +61,5 @@ def gradients_of_logits(
 
 
 def finite_mass(mass: Tensor) -> Tensor:
-    """With -inf replaced by inf, so that exp(. - mass) is 0 for an empty set."""
+    """The mass with inf in place of -inf, so that exp(. - mass) is 0 for an empty set."""
     return torch.where(mass == -INF, INF, mass)

@@ -6,16 +6,17 @@ import math
 
 import torch
 
-# A sum of exp(scale * s) over all keys needs no shift while its logarithm is sure to stay between these bounds.
+# A sum of exp(scale * s) over all keys needs no shift if its logarithm certainly stays between these bounds.
 SAFE_EXPONENT = {torch.float32: 87.0, torch.float64: 700.0}
 
 
 def is_safe(
     count: int, scale_bound: float | None, dtype: torch.dtype, *, twice: bool = False, margin: float = 0.0
 ) -> bool:
-    """Whether exp(scale s) may be summed over `count` keys without a shift; `twice`: multiplied by such a sum as well.
+    """Whether exp(scale s) can be summed over `count` keys without a shift.
 
-    dtype: that of the sum. margin: what the exponent may hold besides scale s.
+    twice: the exponential is also multiplied by such a sum. dtype: dtype of the sum. margin: largest size of other
+    terms in the exponent.
     """
     if scale_bound is None:
         return False

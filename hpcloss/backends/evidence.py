@@ -1,4 +1,4 @@
-"""What has been seen of the Triton kernels on each compute capability. `tests/compiled/test_evidence.py` compares."""
+"""The evidence for the Triton kernels on each compute capability. `tests/compiled/test_evidence.py` compares it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ AMD = "kernels on AMD devices: compiled for gfx90a and gfx942; never run"
 
 
 def of(capability: int, part: str, is_known: bool) -> str:
-    """One line for people; `part` names the tile shapes that the capability takes, is_known if they are made for it."""
+    """One line of text. `part` names the tile shapes of the capability; is_known: they are made for it."""
     if not any(capability in seen for seen in SEEN.values()):
         shapes = f"tile shapes of {part!r}" if is_known else "smallest tile shapes"
         return f"kernels on sm_{capability}: {shapes}, compiled for none"

@@ -1,6 +1,6 @@
-"""The native library's functions of floats (`csrc/`): CPU tensors in fp32, contiguous where nothing else is said.
+"""The native library's functions of floats (`csrc/`): CPU tensors in fp32, contiguous unless stated otherwise.
 
-They give what the PyTorch code beside them gives, but for rounding. The library checks what it is given.
+They give the results of the PyTorch code beside them, up to rounding. The library checks its arguments.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Rows(ctypes.Structure):
     ]
 
 
-# What each function takes. Told of it, ctypes takes plain integers for pointers.
+# The argument types of each function. With them ctypes accepts plain integers as pointers.
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _ARGUMENTS = {
     "add_transpose": (_P, _L, _P, _P, _I),
@@ -78,7 +78,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def _told(found: ctypes.CDLL) -> ctypes.CDLL:
-    """A library, after it was told what its functions take."""
+    """A library with the argument types of its functions set."""
     for name, arguments in _ARGUMENTS.items():
         getattr(found, f"hpcloss_{name}").argtypes = arguments
     return found

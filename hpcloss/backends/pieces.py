@@ -1,9 +1,9 @@
-"""Contrast of anchors with other keys, of any size: the gradients in the forward pass, in pieces of bounded memory.
+"""Contrast of anchors with other keys, of any size: gradients in the forward pass, in pieces of bounded memory.
 
-Where anchors and keys are different rows, nothing of S serves twice. A piece holds the similarities of some anchors and
-all keys. Their denominators are complete, so their slopes are too, and both gradients are made at once: three products
-instead of the four of a backward pass that makes S again. Losses that weigh all alike, as those of a mean or a sum do,
-only multiply the gradients later. For others backward makes them again, with its weights. CPU, fp32.
+A piece holds the similarities of some anchors and all keys. The denominators of these anchors are complete, so their
+slopes and both gradients are computed at once. That takes three matrix products; a backward pass that computes S again
+takes four. Backward only multiplies the gradients if all anchors weigh alike, as in a mean or a sum. Otherwise it
+computes them again with its weights. CPU, fp32.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def pair_contrast(
     needs_scale: bool,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `pair_contrast` of the dense backend, but for what is kept: the gradients of anchors and keys, as far as they
-    are needed, for slopes that are not weighted."""
+    """As `pair_contrast` of the dense backend. It keeps the needed gradients of anchors and keys, for equal weights."""
     at, options = Intervals(*intervals), Options(denominator, hardness, discount, detach_weights, multiplicity)
     keys, by_scale = cast(keys, anchors.dtype), anchors.new_zeros(anchors.shape[0] if needs_scale else 0)
     found = anchors.new_zeros(kept)
@@ -68,7 +67,7 @@ def pair_contrast_backward(
     if d_anchors is not None:
         d_anchors = d_anchors * factor[:, None]
     if d_keys is not None:
-        if bool((factor == factor[:1]).all()):  # as of a mean or a sum
+        if bool((factor == factor[:1]).all()):  # as in a mean or a sum
             d_keys = d_keys * factor[:1]
         else:
             options = Options(denominator, hardness, discount, detach_weights, multiplicity)
@@ -82,7 +81,7 @@ def pair_contrast_backward(
 def _parts(
     kept: Tensor, anchors: Tensor, keys: Tensor, needs_anchors: bool, needs_keys: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients in a vector that holds those which are needed."""
+    """The gradients as views of a vector that holds the needed ones."""
     end = anchors.numel() if needs_anchors else 0
     return kept[:end].view_as(anchors) if needs_anchors else None, kept[end:].view_as(keys) if needs_keys else None
 
@@ -96,7 +95,7 @@ def _add_gradients(
     d_anchors: Tensor | None,
     d_keys: Tensor | None,
 ) -> None:
-    """Find the losses, and write the anchors' gradients and add the keys', for slopes times a factor [N] or 1."""
+    """Compute the losses, write the anchors' gradients and add the keys', for slopes times a factor [N] or 1."""
     for region in regions_of(at):
         own_keys = slice(region.key_start, region.key_end)
         count = max(1, MOST // region.shape()[1])

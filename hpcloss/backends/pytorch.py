@@ -1,6 +1,6 @@
-"""What serves where Triton does not: the dense backend or the tiles, by the size of each call.
+"""The choice between the dense backend and the tiles, by the size of each call.
 
-Rows are packed once, before anybody knows how many keys they will meet. So `auto` decides here, call by call.
+Rows are packed once, before the number of their keys is known. So the choice is made here, call by call.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = [
     "segment_mean",
 ]
 
-# Pairs of the largest region up to which the dense backend takes no more time than the tiles. Its time over theirs, of
-# rows in one region in fp32, and in float64 where that differs (`python benchmarks/choice.py`, CPU, one thread):
+# Pairs of the largest region up to which the dense backend is not slower than the tiles. Its time over theirs, for
+# rows of one region in fp32, and in float64 where that differs (`python benchmarks/choice.py`, CPU, one thread):
 #
 #                       128   256   384   512   724  1,024 rows
 # contrast             0.36  0.40  0.43  0.60  0.75   0.84       float64: 0.67 at 384, 0.88 at 512, 1.80 at 724
@@ -34,14 +34,14 @@ __all__ = [
 # pair_cross_entropy   0.66  0.72  0.74  0.92  1.12   1.60
 # pair_mean            0.83  0.94  0.96  1.72  2.77   5.83
 DENSE_UP_TO = {"contrast": 1 << 20, "one_positive": 1 << 19}
-DENSE_OTHERS = 1 << 17  # other primitives; a contrast without the library's C++, too
-DENSE_ELSEWHERE = 1 << 20  # not measured: on other devices the tiles are one tile then, with the same mask
+DENSE_OTHERS = 1 << 17  # other primitives, and a contrast without the C++ library
+DENSE_ELSEWHERE = 1 << 20  # not measured; on other devices such a call is one tile with the same mask
 
 
 def choose(primitive: str, anchors: Tensor, keys: Tensor | None, at: Intervals) -> str:
-    """The backend of a call: "dense", or beyond its size "pieces", where these serve, else "blockwise"."""
+    """The backend of a call: "dense"; beyond its size "pieces", if it can run; otherwise "blockwise"."""
     if torch.compiler.is_compiling():
-        return "blockwise"  # else compiled code would be for sizes below the limit alone, or above it
+        return "blockwise"  # otherwise compiled code would hold only below or above the limit
     whole_rows = primitive == "contrast" and is_native(anchors)
     limit = DENSE_ELSEWHERE
     if anchors.device.type == "cpu":
@@ -52,9 +52,9 @@ def choose(primitive: str, anchors: Tensor, keys: Tensor | None, at: Intervals) 
 
 
 def kept_slopes(at: Intervals, num_keys: int) -> int:
-    """The number of slopes that the dense backend keeps for backward: of all regions, or none.
+    """The number of slopes that the dense backend keeps for backward: all, or none.
 
-    While a graph is traced, no sizes of regions are known but that of one region.
+    While a graph is traced, the sizes of regions are unknown unless there is one region.
     """
     if at.key_end.numel() == 1:
         return at.pos_start.numel() * num_keys
@@ -75,12 +75,12 @@ def check_dense(at: Intervals, num_keys: int) -> None:
 
 
 def _pairs(at: Intervals, num_keys: int) -> int:
-    """Pairs that the dense backend holds at once: of the largest region where sizes can be read, else of all rows."""
+    """Pairs that the dense backend holds at once: of the largest region if sizes can be read, otherwise of all rows."""
     all_pairs = at.pos_start.numel() * num_keys
     return largest_region(at) if at.key_end.numel() > 1 and _is_read(at) else all_pairs
 
 
 def _is_read(at: Intervals) -> bool:
-    """Whether the host reads the bounds of regions: on the CPU, of tensors that hold values. Fake ones hold none."""
+    """Whether the host reads the bounds of regions: on the CPU, of tensors that hold values. Fake tensors hold none."""
     bound = at.pos_start
     return bound.device.type == "cpu" and not torch.compiler.is_compiling() and type(bound) is Tensor

@@ -1,4 +1,4 @@
-"""What the losses of this package share: no attribute of the library's class is set here in silence."""
+"""Base class and checks of the losses under other libraries' signatures."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from hpcloss.losses.options import temperature as rule_of_temperature
 
 
 class PeerLoss(nn.Module):
-    """A loss under another library's signature."""
+    """A loss under another library's signature.
 
-    lacks: tuple[str, ...] = ()  # attributes of the library's class that nothing here reads
+    Setting an attribute of the library's class that has no effect here raises AttributeError.
+    """
+
+    lacks: tuple[str, ...] = ()  # attributes of the library's class that have no effect here
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.lacks:
@@ -28,5 +31,5 @@ def check_vector_options(temperature: float | Tensor, reduction: str = "mean") -
 
 
 def times(loss: Tensor, factor: float | Tensor) -> Tensor:
-    """loss * factor, of the loss's dtype and shape."""
+    """loss * factor, with the dtype and shape of the loss."""
     return loss * (factor.to(loss).reshape(()) if isinstance(factor, Tensor) else factor)

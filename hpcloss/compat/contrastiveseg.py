@@ -18,27 +18,47 @@ from hpcloss.primitives.contrast import contrast
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 
-MOST_CLASSES = 1 << 16  # where nobody says how many there are
+MOST_CLASSES = 1 << 16  # without num_classes
 
 
 class PixelContrastLoss(nn.Module):
-    r"""Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021), as ContrastiveSeg
-    calls it.
+    """ContrastiveSeg's contrast of sampled pixels, with the signature of its `PixelContrastLoss`.
 
         L = T / T_base · mean_i 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
-    l_ij = <x_i, x_j> / T; rows are taken as they are, not normalised. Of each class of each image the same number of
-    pixels is drawn, max_samples / number of such classes in the batch, at most max_views; half of them wrongly
-    predicted ones, as far as there are any. An anchor counts if it has a positive and a negative.
+    l_ij = ⟨x_i, x_j⟩ / T is the logit of rows i and j, T the temperature and T_base the base temperature. Rows are not
+    normalised. P(i) and N(i) are the other keys with the label of anchor i and with another label.
+
+    Each class of each image gives the same number of pixels: max_samples divided by the number of these classes in the
+    batch, at most max_views. Half of them are wrongly predicted, if there are enough. An anchor counts if it has a
+    positive and a negative.
+
+    Source: Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021). Three defects of
+    the authors' code are left out (`docs/differences.md`): it drops classes with few pixels, it mixes up the keys of a
+    memory, and an anchor without a positive makes its loss NaN.
 
     Args:
-        configer: has `get` and `exists`, as theirs; what it says of `contrast` (temperature, base_temperature,
-            max_samples, max_views), of the ignored label and of the number of classes holds in place of what follows.
-            It is asked here alone: later the attributes of these names hold.
-        ignore_label: label of pixels that take no part; other negative labels take none either.
-        num_classes: None to look for the largest label in each call, which waits for the device.
-        legacy_sampling: leave out, as they do, classes of at most max_views pixels in an image; else those of fewer
-            pixels than are drawn are taken whole.
+        configer: Object with the authors' `get` and `exists`. It replaces the options below that it knows: those of
+            "contrast", the ignored label and the number of classes. It is read here once.
+        temperature: T. A positive number, or a tensor with one element.
+        base_temperature: T_base.
+        max_samples: Pixels of a batch.
+        max_views: Most pixels of a class in an image.
+        ignore_label: Label of pixels that take no part. Other negative labels take no part either.
+        num_classes: Number of classes C; labels from C on take no part. None: the largest label plus 1, which
+            synchronises with the device in each call.
+        legacy_sampling: Leave out classes of at most `max_views` pixels in an image, as the authors' code does.
+
+    Raises:
+        ValueError: An option or a shape is invalid, or a label is too large to be a class.
+        TypeError: The type of an option is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.compat.contrastiveseg import PixelContrastLoss
+        >>> features, labels = torch.randn(2, 16, 32, 32), torch.randint(4, (2, 32, 32))
+        >>> PixelContrastLoss(num_classes=4)(features, labels).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -80,10 +100,16 @@ class PixelContrastLoss(nn.Module):
         predict: Tensor | None = None,
         queue: Tensor | None = None,
     ) -> Tensor:
-        """feats [B, D, *S]; labels [B, *S] and predict [B, *S], predicted classes, of any resolution.
+        """Compute the loss of a feature map.
 
-        queue [C, K, D]: embeddings of past pixels of each class, which are then the only keys, without gradient.
-        Without labels: 0, joined to the graph.
+        Args:
+            feats: `[B, D, *S]`, any float dtype.
+            labels: `[B, *S]` of any resolution. None: the loss is 0 with zero gradients.
+            predict: Predicted classes `[B, *S]` of any resolution. Pixels with another prediction than label are hard.
+            queue: Embeddings of past pixels of each class `[C, K, D]`, without gradient. They are then the only keys.
+
+        Returns:
+            The loss, 0-dim, in fp32 (float64 for float64 features).
         """
         check_vector_options(self.temperature)  # a script may have set another
         if labels is None:
@@ -110,7 +136,7 @@ class PixelContrastLoss(nn.Module):
                 raise ValueError(f"queue must have shape [C, K, {feats.shape[1]}], got {tuple(queue.shape)}")
             key_classes = torch.arange(len(queue), device=feats.device).repeat_interleave(queue.shape[1])
             pairs, key_order = partition_against(classes, key_classes, ignore_index=(-1,))
-        # All that is drawn stands in front, and it is no more than this.
+        # The sampled pixels come first, and there are at most so many.
         pairs = pairs.head(max(self.max_samples, len(labels) * num_classes))
         rows = pack(feats, pixels[pairs.order], pairs.live(), normalize=False)
         if queue is not None and key_order is not None:
@@ -120,7 +146,7 @@ class PixelContrastLoss(nn.Module):
         return times(reduce(loss, counted, "mean"), self.temperature / self.base_temperature)
 
     def _draw(self, labels: Tensor, wrong: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """Pixels [K], flat indices, and the class of each, -1 for one that was not drawn after all."""
+        """Sampled pixels [K] as flat indices, and the class of each, -1 for one that was not sampled in the end."""
         max_samples, max_views = count("max_samples", self.max_samples), count("max_views", self.max_views)
         flat, spatial = labels.reshape(-1), tuple(labels.shape[1:])
         if flat.numel() == 0:
@@ -132,10 +158,10 @@ class PixelContrastLoss(nn.Module):
         present = hard + easy > (max_views if self.legacy_sampling else 0)
         each = (max_samples // present.sum().clamp(min=1)).clamp(1, max_views)
         each = torch.where(present, torch.minimum(hard + easy, each), 0)
-        # Half of them hard, and more of one kind where the other has too few.
+        # Half of them are hard, or more of one kind if the other has too few.
         from_hard = torch.minimum(hard, torch.maximum(each // 2, each - easy))
         wanted = torch.stack([from_hard, each - from_hard], 1).reshape(-1)
-        # How many are wanted depends on the data, so as many as may be are drawn and the rest is left out by lot.
+        # The wanted number depends on the data. So the largest possible one is sampled, and a random rest left out.
         sampled = rows.sampled(max_views)
         drawn, ends = sampled.order, sampled.offsets
         place = torch.arange(drawn.numel(), device=drawn.device)

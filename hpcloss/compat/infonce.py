@@ -14,11 +14,31 @@ from hpcloss.operators import NORM_EPS, plain, statistics_dtype
 
 
 class InfoNCE(nn.Module):
-    """van den Oord et al., "Representation learning with contrastive predictive coding" (2018), of cosines.
+    """InfoNCE with the signature of info-nce-pytorch's `InfoNCE`.
+
+        L_i = -log( e^{q_i·k_i/τ} / ( e^{q_i·k_i/τ} + Σ_m e^{q_i·n_m/τ} ) )
+
+    q_i is query i, k_i its positive key, n_m a negative key and τ the temperature; all rows have unit length. Without
+    negative keys the positive keys of the other queries are the negatives.
+
+    Source: van den Oord et al., "Representation learning with contrastive predictive coding" (2018), eq. 4, with
+    cosines.
 
     Args:
-        temperature: positive number, or a 0-dim tensor. reduction: "mean", "sum" or "none" ([N]).
-        negative_mode: "unpaired" (all queries share the negative keys) or "paired" (each query has its own).
+        temperature: τ. A positive number, or a tensor with one element.
+        reduction: "mean", "sum", or "none" (`[N]`).
+        negative_mode: "unpaired": all queries share the negative keys. "paired": each query has its own.
+
+    Raises:
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.compat.infonce import InfoNCE
+        >>> query = positive_key = torch.eye(3)
+        >>> round(InfoNCE(temperature=1.0)(query, positive_key).item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     def __init__(self, temperature: float | Tensor = 0.1, reduction: str = "mean", negative_mode: str = "unpaired"):
@@ -29,7 +49,16 @@ class InfoNCE(nn.Module):
         self.negative_mode = negative_mode
 
     def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
-        """As `info_nce`."""
+        """Compute the loss of queries and their positive keys.
+
+        Args:
+            query: `[N, D]`.
+            positive_key: `[N, D]`. Row i is the positive key of query i.
+            negative_keys: `[M, D]` if unpaired, `[N, M, D]` if paired. None: the positive keys of the other queries.
+
+        Returns:
+            The loss in fp32 (float64 for float64 queries): 0-dim, or `[N]` for `reduction="none"`.
+        """
         return info_nce(query, positive_key, negative_keys, self.temperature, self.reduction, self.negative_mode)
 
 
@@ -41,10 +70,22 @@ def info_nce(
     reduction: str = "mean",
     negative_mode: str = "unpaired",
 ) -> Tensor:
-    """Cross-entropy of each query [N, D] choosing its positive key [N, D] among that and its negative keys.
+    """info-nce-pytorch's `info_nce`, the function of `InfoNCE`: the inputs of its `forward`, then its options.
 
-    negative_keys: [M, D] if unpaired, [N, M, D] if paired; None: the positive keys of the other queries.
-    ValueError for other shapes and options.
+    Args:
+        query: `[N, D]`.
+        positive_key: `[N, D]`. Row i is the positive key of query i.
+        negative_keys: `[M, D]` if unpaired, `[N, M, D]` if paired. None: the positive keys of the other queries.
+        temperature: A positive number, or a tensor with one element.
+        reduction: "mean", "sum", or "none" (`[N]`).
+        negative_mode: "unpaired": all queries share the negative keys. "paired": each query has its own.
+
+    Returns:
+        The loss in fp32 (float64 for float64 queries): 0-dim, or `[N]` for `reduction="none"`.
+
+    Raises:
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
     """
     _check_options(temperature, reduction, negative_mode)
     if negative_keys is None or negative_mode == "unpaired":
@@ -56,8 +97,8 @@ def info_nce(
         )
     check_vectors("query", query)
     check_vectors("positive_key", positive_key, like=query, same_length=True)
-    # One row against keys that no other row meets is no matrix to stream: logits are the D-th part of the keys. And no
-    # matmul: its backward pass, where that runs under autocast, would be one of half precision.
+    # There is no matrix to stream: each row has its own keys, and logits take 1/D of their memory. No matmul either:
+    # its backward pass would run in half precision under autocast.
     query, positive_key, negative_keys = (plain(x) for x in (query, positive_key, negative_keys))
     with torch.autocast(query.device.type, enabled=False):
         dtype = statistics_dtype(query.dtype)
@@ -73,7 +114,7 @@ def info_nce(
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows [N, D] of length 1; one without a direction becomes zero and gets no gradient, as in `pack`."""
+    """Rows [N, D] of length 1. A row without a direction becomes zero and gets no gradient, as in `pack`."""
     norm = x.norm(dim=1, keepdim=True)
     return torch.where(norm > NORM_EPS, x / norm.clamp(min=NORM_EPS), 0.0)
 

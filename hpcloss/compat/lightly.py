@@ -20,19 +20,39 @@ from hpcloss.operators import statistics_dtype
 
 
 class NTXentLoss(PeerLoss):
-    """NT-Xent of Chen et al. (ICML 2020); with a bank the contrast of He et al. (MoCo, CVPR 2020), as lightly calls it.
+    """NT-Xent with the signature of lightly's `NTXentLoss`, memory bank included.
 
-    The bank starts with random unit rows; its rows are negatives alone, are read before they are written, and are
-    written only if `out0` requires a gradient, in training and in evaluation. It moves to the device of the embeddings.
+        without a bank:  L_i = -log( e^{l_i+} / Σ_{j≠i} e^{l_ij} )
+        with a bank:     L_i = -log( e^{l_i+} / ( e^{l_i+} + Σ_b e^{l_ib} ) )
+
+    l_i+ is the cosine of row i and the other view of its image, divided by the temperature. Without a bank i and j run
+    over the rows of both views. With a bank i runs over the rows of `out0` and b over the rows of the bank.
+
+    The bank starts with random unit rows. A call reads it first and then writes `out1` to it, if `out0` requires a
+    gradient, in training and in evaluation. The bank moves to the device of the embeddings.
+
+    Source: Chen et al. (ICML 2020), eq. 1; with a bank He et al., MoCo (CVPR 2020), eq. 1.
 
     Args:
-        temperature: number of at least 1e-8, or a 0-dim tensor.
-        memory_bank_size: (rows, D) of the bank; 0 for none. A number of rows alone, as lightly took it up to 1.5, gives
-            a warning: D is that of the first batch, or of the `state_dict` that is loaded before it.
-        gather_distributed: the loss of the whole batch that several processes hold. Without a bank the rows of all are
-            keys; a bank has the rows of all written into it.
+        temperature: A number of at least 1e-8, or a tensor with one element.
+        memory_bank_size: (rows, D) of the bank; 0: no bank. A number of rows alone gives a warning: D is then taken
+            from the first batch, or from a `state_dict` that is loaded before it.
+        gather_distributed: On several processes, the loss of the whole batch. Without a bank the rows of all ranks are
+            keys. A bank gets the rows of all ranks.
 
-    Attribute memory_bank: the bank, None, or the number of its rows as long as D is not known.
+    Attributes:
+        memory_bank: An `EmbeddingQueue`, None, or the number of rows while D is not known.
+
+    Raises:
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.compat.lightly import NTXentLoss
+        >>> out0 = out1 = torch.eye(2)
+        >>> round(NTXentLoss(temperature=1.0)(out0, out1).item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     lacks = ("cross_entropy", "eps")
@@ -68,7 +88,15 @@ class NTXentLoss(PeerLoss):
             self.memory_bank = _random_bank(*size)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """out0, out1 [N, D]: row i of both shows image i. With a bank, rows of out0 alone are anchors."""
+        """Compute the loss of two views.
+
+        Args:
+            out0: `[N, D]`. Row i shows image i.
+            out1: `[N, D]`. Row i shows image i too.
+
+        Returns:
+            The loss, 0-dim, in fp32 (float64 for float64 embeddings or a float64 bank).
+        """
         if self.memory_bank is None:
             return ntxent_loss(out0, out1, self.temperature, gather=self.gather_distributed)
         check_vectors("out0", out0)
@@ -88,7 +116,7 @@ class NTXentLoss(PeerLoss):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "memory_bank" and isinstance(value, EmbeddingQueue):
-            # Every row is a negative; one that holds nothing would be one of cosine 0.
+            # Every row is a negative. An empty one would have cosine 0.
             if int(value.filled[0]) < value.size:
                 raise ValueError(f"memory_bank must be full, got {int(value.filled[0])} rows of {value.size}")
         elif name == "memory_bank" and value is not None and not isinstance(value, int):
@@ -96,7 +124,7 @@ class NTXentLoss(PeerLoss):
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Children are loaded after this: one that waits for its first batch is made for what was saved.
+        # Children are loaded after this. A bank that waits for its first batch is built for the saved one.
         saved = state_dict.get(f"{prefix}memory_bank.embeddings")
         if isinstance(self.memory_bank, int) and saved is not None:
             self.memory_bank = _random_bank(self.memory_bank, saved.shape[-1]).to(saved)

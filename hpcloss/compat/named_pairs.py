@@ -1,7 +1,7 @@
 """Losses of pairs that a caller names by their indices, as miners do.
 
-Few pairs are computed one by one. Where they are many, each takes part in a product of whole matrices, with its weight:
-one product costs less than rows fetched again for each pair.
+Few pairs are computed one by one. Many pairs take part in a product of whole matrices, each with its weight: one
+product costs less than gathering the rows of each pair.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from hpcloss.primitives.autograd import inputs, needs, of_inputs
 from hpcloss.primitives.rows import Rows
 from hpcloss.primitives.scale import Scale
 
-CHUNK = 1 << 20  # numbers of a matrix that are in memory at once
+CHUNK = 1 << 20  # elements of a matrix that are in memory at once
 LOG2E = 1 / math.log(2)
-FEW = 64  # pairs are few where there are more than this many times as many in the matrix
+FEW = 64  # pairs are few if the matrix has more than this many times as many
 
 
 class Sides(NamedTuple):
-    """What is compared: anchors [N, D], keys [M, D] or None for the anchors, and the scale of similarities."""
+    """Anchors `[N, D]`, keys `[M, D]` (None: the anchors), and the scale of similarities."""
 
     rows: Rows
     keys: Rows | None
     scale: Scale
 
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """What the autograd functions take first."""
+        """The first inputs of the autograd functions."""
         return inputs(self.rows, self.keys, self.scale)
 
     def shape(self) -> tuple[int, int]:
-        """That of the matrix of all pairs."""
+        """The shape of the matrix of all pairs."""
         return len(self.rows.data), len((self.keys or self.rows).data)
 
 
 class Named(NamedTuple):
-    """Pairs (anchors[k], keys[k]), [K] indices each."""
+    """Pairs (anchors[k], keys[k]), K indices each."""
 
     anchors: Tensor
     keys: Tensor
 
 
 def are_many(sides: Sides, *named: Named) -> bool:
-    """Whether the pairs are worth a matrix. Its entries of a byte are at most 4 times the memory of their indices."""
+    """Whether a matrix pays for the pairs. Its one-byte entries take at most 4 times the memory of the indices."""
     anchors, keys = sides.shape()
     return FEW * sum(len(pairs.keys) for pairs in named) > anchors * keys
 
@@ -58,9 +58,9 @@ def are_many(sides: Sides, *named: Named) -> bool:
 
 
 def supcon(sides: Sides, positive: Named, negative: Named) -> Tensor:
-    """lse of an anchor's pairs less the mean of its positives [N]; 0 without a positive.
+    """lse of an anchor's pairs less the mean of its positives `[N]`; 0 without a positive.
 
-    A pair that is named twice counts once. It is a positive if it is named as one.
+    A pair that is named twice counts once. A pair that is named as both is a positive.
     """
     if not are_many(sides, positive, negative):
         return _supcon_of_few(sides, positive, negative)
@@ -71,7 +71,7 @@ def supcon(sides: Sides, positive: Named, negative: Named) -> Tensor:
 
 
 def ntxent(sides: Sides, positive: Named, negative: Named) -> Tensor:
-    """log(1 + e^(lse of the anchor's negatives - logit)) of each positive [P], in the order of their names."""
+    """log(1 + e^(lse of the anchor's negatives - logit)) of each positive `[P]`, in the given order."""
     if are_many(sides, negative):
         times, (own,) = _times(sides, negative), _logits(sides, positive)
         stat = _OfMatrix.apply(*sides.inputs(), times, times, "lse")
@@ -82,7 +82,7 @@ def ntxent(sides: Sides, positive: Named, negative: Named) -> Tensor:
 
 
 def ntxent_sum(sides: Sides, positive: Named, negative: Named) -> Tensor:
-    """The sum of `ntxent`, where a pair counts as often as it is named."""
+    """The sum of `ntxent`, in which a pair counts as often as it is named."""
     if not are_many(sides, positive, negative):
         return ntxent(sides, positive, negative).sum()
     return _OfMatrix.apply(*sides.inputs(), _times(sides, negative), _times(sides, positive), "ntxent").sum()
@@ -100,8 +100,8 @@ def _times(sides: Sides, named: Named) -> Tensor:
 class _OfMatrix(torch.autograd.Function):
     """Losses [N] of the anchors by a rule from the logits [N, M] and two matrices of the pairs.
 
-    The logits exist for as many anchors at a time as fit into CHUNK. The slopes of the losses are made with them and
-    kept where that is all; else backward computes both anew.
+    The logits of as many anchors as fit into CHUNK are in memory at once. If that is all anchors, the slopes are
+    computed with them and kept. Otherwise backward computes both again.
     """
 
     @staticmethod
@@ -150,7 +150,7 @@ class _OfMatrix(torch.autograd.Function):
 
 
 class _Piece(NamedTuple):
-    """Some anchors with their losses; if asked for d loss / d logit of each pair, and d loss / d scale."""
+    """Some anchors with their losses and, if needed, d loss / d logit of each pair and d loss / d scale."""
 
     part: slice
     losses: Tensor
@@ -184,11 +184,11 @@ def _pieces(
 def _supcon_rule(
     logits: Tensor, absent: Tensor, own: Tensor, slopes: bool, relative: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log Z - mean of the positives' logits; Z, the sum of all pairs, and the logits are relative to the largest.
+    """log Z - mean of the positives' logits. Z, the sum over all pairs, and the logits are relative to the largest.
 
     With p_k = u_k / Z a slope is p_k - 1 / P for each of P positives. Z - P is summed by itself, as the sum of u - 1
-    over the positives and of u over the others: where a single positive is the largest, the loss log(1 + (Z - P)) and
-    its slopes are exact however small they are.
+    over the positives and of u over the others. So if a single positive is the largest, the loss log(1 + (Z - P)) and
+    its slopes are exact, however small they are.
     """
     logits.masked_fill_(absent, _lowest(logits))
     above = logits.sub_(_largest(logits))
@@ -210,10 +210,13 @@ def _supcon_rule(
 def _ntxent_rule(
     logits: Tensor, negatives: Tensor, positives: Tensor, slopes: bool, relative: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sum of softplus(lse of the negatives - logit) over the positives; the matrices say how often each pair counts."""
+    """Sum of softplus(lse of the negatives - logit) over the positives.
+
+    The matrices give how often each pair counts.
+    """
     terms, total, top, stat = _of_negatives(logits, negatives)
     kept = logits - top if relative else None
-    # What no positive compares is above all: its term is 0, also where its logit is NaN.
+    # The logit of a pair that is no positive becomes inf, so its term is 0 even if it was NaN.
     gap = torch.sub(stat, logits.masked_fill_(positives == 0, math.inf), out=logits)
     losses = softplus(gap).mul_(positives).sum(1)
     if not slopes:
@@ -226,7 +229,7 @@ def _ntxent_rule(
 def _lse_rule(
     logits: Tensor, negatives: Tensor, _: Tensor, slopes: bool, relative: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-sum-exp of the negatives; the slopes of a row have the sum 1, so the logits stay what they are."""
+    """Log-sum-exp of the negatives. The slopes of a row have the sum 1, so the logits stay absolute."""
     terms, total, _, stat = _of_negatives(logits, negatives)
     if not slopes:
         return stat[:, 0], None, None
@@ -234,7 +237,7 @@ def _lse_rule(
 
 
 def _of_negatives(logits: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Terms [n, M] of the sum relative to the largest, and of each row [n, 1] sum, largest and log-sum-exp."""
+    """Terms [n, M] of the sum relative to the largest; the sum, the largest and the log-sum-exp of each row [n, 1]."""
     terms = torch.where(times > 0, logits, _lowest(logits))
     top = _largest(terms)
     terms = _exp_(terms.sub_(top)).mul_(times)
@@ -250,17 +253,17 @@ RULES: dict[str, Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]] = {
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """e^x in place. torch.exp takes 12 to 36 times as long where the result underflows, torch.exp2 as long as ever."""
+    """e^x in place, in constant time. torch.exp takes 12 to 36 times as long for results that underflow."""
     return x.mul_(LOG2E).exp2_()
 
 
 def _lowest(logits: Tensor) -> float:
-    """Below every logit, and still finite when a logit is subtracted."""
+    """A number below every logit that stays finite when a logit is subtracted."""
     return torch.finfo(logits.dtype).min / 4
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """The largest of each row [n, 1]; 0 where all are the lowest."""
+    """The largest of each row [n, 1]; 0 if all are the lowest."""
     top = logits.amax(1, keepdim=True)
     return top.masked_fill_(top == _lowest(logits), 0.0)
 
@@ -272,10 +275,10 @@ def _supcon_of_few(sides: Sides, positive: Named, negative: Named) -> Tensor:
     num_anchors, num_keys = sides.shape()
     anchors, keys = [torch.cat(both) for both in zip(positive, negative)]
     logits = torch.cat(_logits(sides, positive, negative))
-    # The first of equal pairs counts, which is a positive if one of them is.
+    # The first of equal pairs counts. It is a positive if one of them is.
     pair, order = torch.sort(anchors * num_keys + keys, stable=True)
     first, anchors, logits = changes(pair), anchors[order], logits[order]
-    # Relative to the largest logit of an anchor, so that the loss is no difference of two large numbers.
+    # Relative to the largest logit of an anchor: the loss is then no difference of large numbers.
     logits = logits - _segment_max(logits, anchors, num_anchors)[anchors]
     lse = _segment_lse(torch.where(first, logits, -math.inf), anchors, num_anchors)
     positives = first & (order < len(positive.keys))
@@ -286,20 +289,20 @@ def _supcon_of_few(sides: Sides, positive: Named, negative: Named) -> Tensor:
 
 
 def _logits(sides: Sides, *named: Named) -> list[Tensor]:
-    """Those of the pairs of each, made together."""
+    """The logits of the pairs of each argument, computed together."""
     anchors, keys = [torch.cat(indices) for indices in zip(*named)]
     return list(_PairLogits.apply(*sides.inputs(), anchors, keys).split([len(pairs.keys) for pairs in named]))
 
 
 def _segment_lse(logits: Tensor, segment: Tensor, count: int) -> Tensor:
-    """Log-sum-exp of the logits [K] of each of `count` segments; -inf, without gradient, for an empty one."""
+    """Log-sum-exp of the logits [K] of each of `count` segments; -inf without gradient for an empty segment."""
     top = _segment_max(logits, segment, count)
     total = torch.zeros_like(top).index_add(0, segment, (logits - top[segment]).exp())
     return torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, -math.inf)
 
 
 def _segment_max(logits: Tensor, segment: Tensor, count: int) -> Tensor:
-    """The largest of the logits [K] of each of `count` segments, without gradient; 0 where all are -inf."""
+    """The largest of the logits [K] of each of `count` segments, without gradient; 0 if all are -inf."""
     top = logits.new_full((count,), -math.inf).scatter_reduce(0, segment, logits.detach(), "amax")
     return torch.where(top == -math.inf, 0.0, top)
 

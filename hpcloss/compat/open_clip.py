@@ -13,11 +13,34 @@ from hpcloss.operators import statistics_dtype
 
 
 class ClipLoss(PeerLoss):
-    """Radford et al., "Learning transferable visual models from natural language supervision" (2021), fig. 3.
+    """Symmetric InfoNCE of images and texts, with the signature of open_clip's `ClipLoss`.
 
-    Args: open_clip's. world_size other than 1: images and texts of every process, with exact gradients under
-    DistributedDataParallel, whatever the first three say; ValueError in a call where there are not as many processes,
-    or where `rank` is not that of the process.
+        L = 1/(2N) Σ_i [ -log( e^{s x_i·y_i} / Σ_j e^{s x_i·y_j} ) - log( e^{s x_i·y_i} / Σ_j e^{s x_j·y_i} ) ]
+
+    x_i and y_i are the features of image i and of its text, taken as they are. s is `logit_scale`.
+
+    Source: Radford et al., "Learning transferable visual models from natural language supervision" (2021), fig. 3. On
+    several processes the gradient is that of the whole batch, whatever the first three options are; in open_clip only
+    `gather_with_grad` gives it.
+
+    Args:
+        local_loss: No effect.
+        gather_with_grad: No effect.
+        cache_labels: No effect.
+        rank: Rank of this process, if `world_size` is above 1.
+        world_size: 1: the images and texts of this process. Otherwise the number of processes, whose images and texts
+            are all used.
+
+    Raises:
+        ValueError: In a call, `world_size` or `rank` is not that of the default process group, or a shape is invalid.
+        TypeError: In a call, a dtype is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.compat.open_clip import ClipLoss
+        >>> images = texts = torch.eye(3)
+        >>> round(ClipLoss()(images, texts, logit_scale=1.0).item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     lacks = ("labels", "prev_num_logits")
@@ -45,10 +68,17 @@ class ClipLoss(PeerLoss):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features, text_features [N, D], taken as they are; logit_scale multiplies their products.
+        """Compute the loss of images and texts.
 
-        A logit_bias moves all logits of a softmax alike: no change of the loss, a zero gradient. With output_dict the
-        loss is the entry "contrastive_loss".
+        Args:
+            image_features: `[N, D]`, taken as they are.
+            text_features: `[N, D]`, taken as they are. Row i belongs to image i.
+            logit_scale: Factor of the inner products.
+            logit_bias: No effect on the loss, as it moves all logits of a softmax alike. Its gradient is zero.
+            output_dict: Return the loss as the entry "contrastive_loss" of a dict.
+
+        Returns:
+            The loss, 0-dim, in fp32 (float64 for float64 features), or a dict with it.
         """
         dtype, device = statistics_dtype(image_features.dtype), image_features.device
         scale = torch.as_tensor(logit_scale, dtype=dtype, device=device)

@@ -24,16 +24,21 @@ from hpcloss.primitives.scale import Scale
 
 
 class PairLoss(PeerLoss):
-    """What both losses share: options, and which pairs count.
+    """Base class of `SupConLoss` and `NTXentLoss`: the options, and the pairs that count.
 
     Args:
-        temperature: positive number, or a 0-dim tensor.
-        distance: None, or the library's CosineSimilarity or DotProductSimilarity; NotImplementedError for others. What
-            a script sets on it later holds from the next call on.
-        reducer: None (the default of the loss), or a reducer of the library, which is copied as there.
-        embedding_regularizer, embedding_reg_weight: adds `embedding_regularizer(embeddings) * embedding_reg_weight`.
-        collect_stats: without effect there and here, as these losses have no statistics; those of the distance and of
-            the reducer are collected if they say so.
+        temperature: A positive number, or a tensor with one element.
+        distance: The library's CosineSimilarity or DotProductSimilarity. None: cosine. Attributes that are set on it
+            later take effect in the next call.
+        reducer: A reducer of the library, copied as there. None: the default of the loss.
+        embedding_regularizer: A regularizer of the library, added to the loss.
+        embedding_reg_weight: Weight of the regularizer.
+        collect_stats: No effect, as in the library. The distance and the reducer have their own.
+
+    Raises:
+        NotImplementedError: The distance is another one, or has another p, power or sign.
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
     """
 
     lacks = ("loss_method",)
@@ -62,7 +67,7 @@ class PairLoss(PeerLoss):
 
     @property
     def normalize(self) -> bool:
-        """Whether the rows become unit rows, as the distance says at this moment."""
+        """Whether rows are divided by their L2 norm, as the distance says at this moment."""
         return _normalizes(self.distance)
 
     def forward(
@@ -73,11 +78,19 @@ class PairLoss(PeerLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """embeddings [N, D] with labels [N]; or indices_tuple, pairs (anchors, positives, anchors, negatives) or
-        triplets (anchors, positives, negatives) as miners give them.
+        """Compute the loss of labelled embeddings, or of given pairs.
 
-        Positives and negatives are rows of ref_emb [M, D] with ref_labels [M], by default of the embeddings. A row is
-        not its own key then, nor where ref_labels are the object `labels` or not given.
+        Args:
+            embeddings: Anchors `[N, D]`, any float dtype.
+            labels: `[N]`. Optional with `indices_tuple`, which then decides.
+            indices_tuple: Pairs (anchors, positives, anchors, negatives) or triplets (anchors, positives, negatives),
+                as miners return them. Positives and negatives index `ref_emb`, or the embeddings.
+            ref_emb: Keys `[M, D]`. None: the embeddings are the keys, and no row is its own key.
+            ref_labels: Labels of the keys `[M]`. None, or the object `labels`: the keys have the labels of the
+                embeddings, and no row meets the key of its number.
+
+        Returns:
+            The loss in fp32 (float64 for float64 embeddings), as the reducer returns it.
         """
         check_vector_options(self.temperature)  # a script may have set another
         check_vectors("embeddings", embeddings)
@@ -112,7 +125,7 @@ class PairLoss(PeerLoss):
         return loss
 
     def _collect(self, embeddings: Tensor, keys: Tensor) -> None:
-        """The statistics that the distance keeps of the norms."""
+        """Update the statistics of the distance."""
         self.distance.reset_stats()
         unit, unit_keys = [self.distance.maybe_normalize(x) for x in (embeddings, keys)]
         self.distance.set_default_stats(embeddings, keys, unit, unit_keys)
@@ -120,7 +133,7 @@ class PairLoss(PeerLoss):
     def _sorted(
         self, embeddings: Tensor, labels: Any, ref_emb: Tensor | None, ref_labels: Any
     ) -> tuple[Rows, Rows | None, Pairs]:
-        """The rows by label, the keys if they are others, and which pairs count."""
+        """The rows by label, the keys if they are other vectors, and the pairs that count."""
         given, labels = labels, labels_of_vectors("labels", embeddings, torch.as_tensor(labels))
         if ref_emb is None:
             pairs = partition(labels)
@@ -138,7 +151,7 @@ class PairLoss(PeerLoss):
     def _named(
         self, embeddings: Tensor, indices: Sequence[Tensor], ref_emb: Tensor | None
     ) -> tuple[Sides, Named, Named]:
-        """What is compared, the positive pairs and the negative ones."""
+        """The anchors and keys, the positive pairs and the negative pairs."""
         if len(indices) not in (3, 4):
             raise ValueError(f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(indices)}")
         of_positive, positive, *rest = [plain(index).to(embeddings.device).long() for index in indices]
@@ -151,7 +164,7 @@ class PairLoss(PeerLoss):
         return sides, Named(of_positive, positive), Named(of_negative, negative)
 
     def _pack(self, vectors: Tensor, order: Tensor, anchors: Rows | None = None) -> Rows:
-        """Packed vectors; with anchors, as their keys, which may be of another dtype."""
+        """Packed vectors. With `anchors` they are packed as their keys, which may have another dtype."""
         rows = pack(vectors, order, normalize=self.normalize, permutation=True)
         return rows if anchors is None else Rows(rows.data, rows.companion, anchors.backend)
 
@@ -168,12 +181,32 @@ class PairLoss(PeerLoss):
 
 
 class SupConLoss(PairLoss):
-    r"""Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), as pytorch-metric-learning calls it.
+    """Supervised contrast with the signature of pytorch-metric-learning's `SupConLoss`.
 
-        L_i = log Σ_{k∈P(i)∪N(i)} e^{l_ik} - 1/|P(i)| Σ_{p∈P(i)} l_ip,      mean over the anchors with L_i > 0
+        L_i = log Σ_{k∈P(i)∪N(i)} e^{l_ik} - 1/|P(i)| Σ_{p∈P(i)} l_ip
 
-    l: cosine / temperature. 0 where the batch has no positive pair or no negative one, or one of each at most. The
-    arguments are those of `PairLoss`; a reducer is called with the losses of anchors.
+    l_ij is the cosine of rows i and j, divided by the temperature. P(i) and N(i) are the positives and negatives of
+    anchor i, by label or by the given pairs. The loss is the mean over the anchors with L_i > 0. It is 0 if the batch
+    has no positive pair, no negative pair, or one of each. The call is that of `PairLoss.forward`.
+
+    Source: Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), eq. 2. The value is that of the library.
+
+    Args:
+        temperature: A positive number, or a tensor with one element.
+        **options: distance, reducer, embedding_regularizer, embedding_reg_weight and collect_stats, as in `PairLoss`. A
+            reducer gets the loss of each anchor.
+
+    Raises:
+        NotImplementedError: The distance is not supported.
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.compat.pml import SupConLoss
+        >>> embeddings, labels = torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1])
+        >>> round(SupConLoss(temperature=1.0)(embeddings, labels).item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     kind = "element"
@@ -197,13 +230,33 @@ class SupConLoss(PairLoss):
 
 
 class NTXentLoss(PairLoss):
-    r"""Chen et al. (ICML 2020) for any number of positives, as pytorch-metric-learning calls it.
+    """NT-Xent for any number of positives, with the signature of pytorch-metric-learning's `NTXentLoss`.
 
-        L = 1/pairs Σ_i Σ_{p∈P(i)} [ log( e^{l_ip} + Σ_{n∈N(i)} e^{l_in} ) - l_ip ]
+        L = 1/n Σ_i Σ_{p∈P(i)} [ log( e^{l_ip} + Σ_{n∈N(i)} e^{l_in} ) - l_ip ]
 
-    l: cosine / temperature. 0 where the batch has no positive pair or no negative one, or one of each at most. The
-    arguments are those of `PairLoss`; a reducer other than MeanReducer needs the loss of each pair, which exists for
-    an indices_tuple alone (NotImplementedError for labels).
+    l_ij is the cosine of rows i and j, divided by the temperature. P(i) and N(i) are the positives and negatives of
+    anchor i, by label or by the given pairs; n in front is the number of positive pairs. The loss is 0 if the batch has
+    no positive pair, no negative pair, or one of each. The call is that of `PairLoss.forward`.
+
+    Source: Chen et al., "A simple framework for contrastive learning of visual representations" (ICML 2020), eq. 1. The
+    value is that of the library, without its smallest number inside the logarithm (`docs/differences.md`).
+
+    Args:
+        temperature: A positive number, or a tensor with one element.
+        **options: distance, reducer, embedding_regularizer, embedding_reg_weight and collect_stats, as in `PairLoss`. A
+            reducer other than MeanReducer gets the loss of each positive pair, and needs an `indices_tuple`.
+
+    Raises:
+        NotImplementedError: The distance is not supported, or the reducer needs an `indices_tuple`.
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.compat.pml import NTXentLoss
+        >>> embeddings, labels = torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1])
+        >>> round(NTXentLoss(temperature=1.0)(embeddings, labels).item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     kind = "pos_pair"
@@ -233,13 +286,13 @@ class NTXentLoss(PairLoss):
         return loss if active else _nothing(loss), None
 
     def _needs_each(self) -> bool:
-        """Whether the reducer takes the losses of the pairs one by one; their mean is made without them."""
+        """Whether the reducer needs the loss of each pair. A mean is computed without them."""
         name = type(self.reducer).__name__
         return self.reducer is not None and (name != "MeanReducer" or self.reducer.collect_stats)
 
 
 def _normalizes(distance: Any) -> bool:
-    """Whether a distance of the library, known by its name, takes cosines or products of the rows as they are."""
+    """Whether a distance of the library, known by its name, normalises the rows."""
     name = type(distance).__name__
     if distance is None:
         return True
@@ -253,10 +306,10 @@ def _normalizes(distance: Any) -> bool:
 
 
 def _is_contrast(positives: Any, negatives: Any) -> Any:
-    """Whether these numbers of pairs make a loss; one pair of each kind does not."""
+    """Whether these numbers of pairs make a loss. One pair of each kind does not."""
     return (positives > 0) & (negatives > 0) & ((positives > 1) | (negatives > 1))
 
 
 def _nothing(losses: Tensor) -> Tensor:
-    """Zeros that are joined to the graph, whatever the losses are."""
+    """Zeros, joined to the graph, in the shape of the losses."""
     return losses.masked_fill(torch.ones_like(losses, dtype=torch.bool), 0.0)

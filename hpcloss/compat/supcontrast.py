@@ -15,15 +15,31 @@ from hpcloss.primitives.scale import Scale
 
 
 class SupConLoss(nn.Module):
-    r"""Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), L_out, as SupContrast calls it.
+    """Supervised contrast with the signature of SupContrast's `SupConLoss`.
 
-        L = T / T_base · 1/n Σ_i -1/|P(i)| Σ_{p∈P(i)} [ l_ip - log Σ_{j≠i} e^{l_ij} ],      l = <x_i, x_j> / T
+        L = T / T_base · 1/n Σ_i [ log Σ_{j≠i} e^{l_ij} - 1/|P(i)| Σ_{p∈P(i)} l_ip ]
 
-    over all n anchors: one without a positive adds 0 and is counted. Rows are taken as they are, not normalised.
+    i runs over all n anchors. l_ij = ⟨x_i, x_j⟩ / T is the logit of rows i and j; rows are not normalised. P(i), the
+    positives, are the other rows with the label of i. An anchor without a positive adds 0 and is counted.
+
+    Source: Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), eq. 2. The value is that of the authors'
+    code; the loss stays finite where that code underflows (`docs/differences.md`).
 
     Args:
-        temperature: T, positive number or 0-dim tensor. base_temperature: T_base.
-        contrast_mode: "all" (every view is an anchor) or "one" (the first view alone; all are keys).
+        temperature: T. A positive number, or a tensor with one element.
+        contrast_mode: "all": every view is an anchor. "one": the first view alone; all views are keys.
+        base_temperature: T_base.
+
+    Raises:
+        ValueError: An option or a shape is invalid, or both labels and a mask are given.
+        TypeError: A dtype or the type of an option is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.compat.supcontrast import SupConLoss
+        >>> features = torch.eye(2)[:, None].expand(2, 2, 2)  # two equal views of two images
+        >>> round(SupConLoss(temperature=1.0, base_temperature=1.0)(features).item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     def __init__(self, temperature: float | Tensor = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07):
@@ -34,8 +50,18 @@ class SupConLoss(nn.Module):
         self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """features [N, views, ...]; labels [N], or mask [N, N] whose entry (i, j) is how much image j is a positive of
-        i, symmetric or not; with neither, the views of an image are each other's positives (SimCLR)."""
+        """Compute the loss of several views of images.
+
+        Without labels and mask the other views of an image are its positives (SimCLR).
+
+        Args:
+            features: `[N, views, ...]`.
+            labels: Label of each image `[N]`.
+            mask: `[N, N]`. Entry (i, j) is the weight of image j as a positive of image i, symmetric or not.
+
+        Returns:
+            The loss, 0-dim, in fp32 (float64 for float64 features).
+        """
         check_vector_options(self.temperature)  # a script may have set another
         if features.dim() < 3:
             raise ValueError(f"features must have shape [N, views, ...], got {tuple(features.shape)}")
@@ -60,7 +86,7 @@ class SupConLoss(nn.Module):
         return times(anchors.sum() / max(anchors.numel(), 1), self.temperature / self.base_temperature)
 
     def _masked(self, rows: Tensor, mask: Tensor, images: int, views: int) -> Tensor:
-        """Loss of each row: the sum over positives is linear, so that it needs the mask of images alone."""
+        """Loss of each row. The sum over positives is linear in the mask, so the mask of images is enough."""
         if mask.shape != (images, images):
             raise ValueError(f"mask must have shape {(images, images)}, got {tuple(mask.shape)}")
         pairs = partition(torch.zeros(len(rows), dtype=torch.int64, device=rows.device))  # leaves the order as it is

@@ -1,6 +1,6 @@
-"""The losses, one file per family: the function (a recipe) and its module (hyper-parameters) side by side.
+"""The losses, one file per family: the function and its module side by side.
 
-This names the modules; `hpcloss.functional` names the functions.
+This package exports the modules. `hpcloss.functional` exports the functions.
 """
 
 from hpcloss.losses.entropy import EntropyGuidedContrastLoss

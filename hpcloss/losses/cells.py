@@ -1,8 +1,8 @@
-"""Two granularities: the pixels of a region against one small cell of it at a time.
+"""Contrast at two sizes: with the pixels of a region, and with one small cell of it at a time.
 
-Tang et al. ("Hard positives oriented contrastive learning", ISBI 2023) contrast large regions and, beside them, small
-ones. Here each anchor of a region meets every small cell of its region alone, with each key counted as often as the
-region has cells, and the mean over the cells that hold a pair for it is added to its loss.
+Tang et al. ("Hard positives oriented contrastive learning", ISBI 2023) contrast large regions and small ones. Here each
+anchor of a region also meets every small cell of its region, one at a time. Each key of a cell counts as often as the
+region has cells. The mean over the cells in which the anchor counts is added to its loss.
 """
 
 from __future__ import annotations
@@ -34,11 +34,20 @@ def contrast_with_cells(
     normalize: bool,
     pooled: bool,
 ) -> Tensor:
-    """Mean over the small cells of its region of each anchor's contrast against that cell alone [N].
+    """Mean over the small cells of its region of each anchor's contrast with that cell `[N]`.
 
-    recipe: `contrast` of these rows, to be called with pairs, keys and their multiplicity. labels [pixels]. region_ids
-    [R]: the number in the grid of each region of `pairs`; None: regions are the grid's. pooled: cells reach across
-    ranks, as regions do.
+    Args:
+        recipe: `contrast` of these rows, a function of pairs, keys and multiplicity.
+        rows: Packed anchors `[N, D]`.
+        pairs: The pairs of the regions.
+        features: The feature map.
+        labels: Label of each pixel, flat.
+        regions: The grid of regions.
+        cells: The grid of small cells.
+        region_ids: Number in the grid of each region of `pairs` `[R]`. None: the regions are those of the grid.
+        background: As in the loss.
+        normalize: As in the loss.
+        pooled: Cells reach across ranks, as regions do.
     """
     cell_of_pixel, num_cells = cells.ids(features.device), cells.num_regions()
     alive = torch.arange(pairs.order.numel(), device=features.device) < pairs.live()
@@ -48,7 +57,7 @@ def contrast_with_cells(
         key_rows = everyone.keys(rows, keys.order)
         pairs, labels = pairs.replace(order=everyone.own), everyone.labels
     else:
-        # Only pixels that are rows take part: the others (ignored, not sampled, region not chosen) get no cell.
+        # Only packed pixels take part. Others (ignored, not sampled, region not chosen) get no cell.
         pixels = torch.where(alive, pairs.order.long(), labels.numel())
         taken = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=features.device).scatter_(0, pixels, True)[:-1]
         keys = partition(labels, torch.where(taken, cell_of_pixel, num_cells), num_cells, background=background)
@@ -66,10 +75,15 @@ def contrast_with_cells(
 
 
 def cells_of_regions(region_ids: Tensor, regions: Grid, cells: Grid) -> list[Tensor]:
-    """For each small cell of a region, in row-major order: its number in the grid of small cells, for each region [R].
+    """The small cells of each region: their numbers in the grid of small cells, one tensor `[R]` per cell.
 
-    Both grids are of one map, and the cells' size divides the regions'. region_ids [R]: numbers in the grid of regions.
-    A region at the far edge has fewer cells; the missing ones get the number of small cells.
+    Both grids are of one map, and the cells' size divides the regions'. Cells are in row-major order. A region at the
+    border has fewer cells: a missing cell gets the number of small cells.
+
+    Args:
+        region_ids: Numbers in the grid of regions `[R]`.
+        regions: The grid of regions.
+        cells: The grid of small cells.
     """
     large, small = grid_shape(regions.spatial, regions.size), grid_shape(cells.spatial, cells.size)
     num_cells = math.prod(small) * (cells.batch if cells.per_image else 1)
@@ -88,10 +102,14 @@ def cells_of_regions(region_ids: Tensor, regions: Grid, cells: Grid) -> list[Ten
 
 
 def against_cells(pairs: Pairs, cells: Pairs, cell_of_region: Tensor, labels: Tensor, background: int | None) -> Pairs:
-    """The anchors of `pairs` against one small cell of each region: keys in the order of `cells`.
+    """The anchors of `pairs` against one small cell of each region. Keys have the order of `cells`.
 
-    pairs, cells: partitions of the same pixels, by region and by small cell. cell_of_region [R]: the cell that the
-    anchors of each region meet; the number of cells stands for "none". labels [pixels].
+    Args:
+        pairs: The partition of the pixels by region.
+        cells: The partition of the same pixels by small cell.
+        cell_of_region: The cell of the anchors of each region `[R]`. The number of cells: none.
+        labels: Label of each pixel.
+        background: As in the loss.
     """
     dtype, device = pairs.order.dtype, pairs.order.device
     labels = labels.reshape(-1).long()

@@ -1,4 +1,4 @@
-"""Contrast of uncertain pixels with certain ones: entropy-guided."""
+"""Contrast of uncertain pixels with certain ones (entropy-guided)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def entropy_guided_contrast_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of high-entropy pixels with low-entropy ones; equations and arguments in `EntropyGuidedContrastLoss`."""
+    """The function of `EntropyGuidedContrastLoss`: the inputs of its `forward`, then its options."""
     check_probs(features, probs)
     probs, known, gather = plain(probs), labels is not None, has_peers(gather)
     labels = labels_of_map(features, labels if labels is not None else probs.argmax(1))
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     num_classes = probs.shape[1]
     check_classes_and_ignored(num_classes, ignored)
     high, visible = _is_high(probs, ~is_ignored(labels, ignored, num_classes), known, threshold)
@@ -67,9 +67,9 @@ def entropy_guided_contrast_loss(
         return reduce(loss * visible.to(loss.dtype), counted, reduction, order, labels, gather=gather)
 
     keys = rows.detach() if detach_keys else rows.view()
-    # Every pair of a class and a side of the threshold as one class of a single region.
+    # Each pair of a class and a side of the threshold is one class of a single region.
     joint = by_entropy.replace(num_classes=2 * num_classes)
-    segment = by_entropy.segment_of_row() if gather else None  # 2 C for the dead
+    segment = by_entropy.segment_of_row() if gather else None  # 2 C for dead rows
     if entropy_classes and segment is not None:
         return reduced(*gather_keys(keys, joint.pairs(), segment))
     if entropy_classes:
@@ -86,41 +86,59 @@ def entropy_guided_contrast_loss(
 
 
 class EntropyGuidedContrastLoss(Loss):
-    r"""Pulls pixels of high entropy to those of low entropy of their class, away from those of other classes.
+    """Contrast of pixels with a high prediction entropy with pixels of a low one.
 
-        H_i = -Σ_c p_ic log p_ic,   high where above the threshold
         L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
+        H_i = -Σ_c p_ic log p_ic
 
-    p is the prediction, averaged over branches; l_ij = cosine / temperature. Anchors are the high-entropy pixels,
-    P(i) and N(i) the low-entropy pixels of the whole batch with i's label and with another one.
+    p_i is the predicted distribution of pixel i and H_i its entropy, high above a threshold. l_ij is the cosine of
+    pixels i and j, divided by the temperature. Anchors are the high-entropy pixels. P(i), the positives of anchor i,
+    are the low-entropy pixels of the whole batch with its label. N(i), the negatives, are the low-entropy pixels with
+    another label.
 
-    Source: Xie, Wu and Zhu, "EGCL-Net" (IET Image Processing 18(2), 2024). A reconstruction: only the abstract was
-    available. What it leaves open is an option: where the entropy is cut (`threshold`), what a positive is
-    (`entropy_classes`) and the form (`denominator`, `temperature`, `symmetric`, `detach_keys`).
+    The loss pulls uncertain pixels to certain ones of their class and pushes them away from certain ones of other
+    classes. An anchor counts if it has a positive and a negative; `denominator="all"` needs no negative. If no anchor
+    counts, the loss is 0 with zero gradients. A negative or non-finite probability of a pixel that takes part makes the
+    loss NaN.
+
+    Source: Xie, Wu and Zhu, "EGCL-Net" (IET Image Processing 18(2), 2024). This is a reconstruction from the abstract;
+    the paper's equations and code were not available. The abstract leaves open the threshold, the positives and the
+    form: each is an option.
 
     Args:
-        temperature: positive number, or a 0-dim tensor (learnable).
-        threshold: "mean", the mean of H over the pixels of the same image that take part; or a share of ln C, the
-            largest entropy there is, in [0, 1].
-        entropy_classes: contrast entropy itself: positives are of one label and of one side of the threshold, every
-            pixel is an anchor and every other one a key.
-        denominator: "own" (above) or "all" (log Σ_{k∈P(i)∪N(i)} e^{l_ik}, SupCon).
-        symmetric: the mean of L and of the same with high and low exchanged.
-        detach_keys: gradients reach anchors alone, so that certain pixels are not pulled to uncertain ones.
-        samples_per_class: draw at most this many high-entropy and as many low-entropy pixels per class.
-        ignore_index: label or labels of pixels that take no part; labels outside [0, C) take none either.
-        normalize: L2-normalise features; rows of norm up to 1e-12 become zero and get no gradient. False: the inner
-            product takes the place of the cosine.
-        reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 where
-            not counted).
-        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        threshold: "mean": the mean entropy of the pixels of the same image that take part. Or a number in `[0, 1]`, the
+            share of the largest entropy ln C.
+        entropy_classes: Contrast entropy too. Every pixel is an anchor and a key. Positives have the same label and the
+            same side of the threshold.
+        denominator: "own": as in the equation. "all": log Σ_{k∈P(i)∪N(i)} e^{l_ik} (SupCon).
+        symmetric: Mean of this loss and the loss with high and low entropy exchanged. Invalid with `entropy_classes`.
+        detach_keys: Keys get no gradient, so certain pixels are not pulled to uncertain ones.
+        samples_per_class: Sample at most this many high-entropy and as many low-entropy pixels per class. None: all.
+        ignore_index: Label or labels of pixels that are neither anchors nor keys. Default: -100, -1 and 255. Labels
+            outside [0, C) are ignored too.
+        normalize: Divide each embedding by its L2 norm. Embeddings with a norm of at most 1e-12 become zero and get no
+            gradient. False: l_ij is the inner product over the temperature.
+        reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map `[B, *S]` with 0
+            where no anchor counts).
+        gather: On several processes, contrast with the pixels of all ranks (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
 
-    Every class has anchors, the background as well. An anchor counts if it has a positive and (except for "all") a
-    negative. No counted anchor: 0, joined to the graph. Probabilities of a pixel that takes part which are negative or
-    not finite make the loss NaN. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
-    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> features = torch.randn(2, 16, 32, 32, requires_grad=True)
+        >>> probs = torch.randn(2, 4, 32, 32).softmax(1)  # the labels are its argmax
+        >>> loss = hpcloss.EntropyGuidedContrastLoss(samples_per_class=64)(features, probs)
+        >>> loss.backward()
+        >>> features.grad.shape
+        torch.Size([2, 16, 32, 32])
     """
 
     def __init__(
@@ -149,16 +167,29 @@ class EntropyGuidedContrastLoss(Loss):
         )  # fmt: skip
 
     def forward(self, features: Tensor, probs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """features [B, D, *S]; probs [B, C, *S], not differentiated; labels [B, *S] or [B, 1, *S], resized by nearest
-        neighbour; by default the most probable class."""
+        """Compute the loss of a feature map.
+
+        Args:
+            features: `[B, D, *S]`, any float dtype and strides; S has one or more axes.
+            probs: Class probabilities `[B, C, *S]`, averaged over branches if there are several. They get no gradient.
+            labels: `[B, *S]` or `[B, 1, *S]`, integers or whole-number floats. Another resolution is resized by nearest
+                neighbour. None: the most probable class.
+
+        Returns:
+            The loss in fp32 (float64 for float64 features): 0-dim, or `[B, *S]` for `reduction="none"`.
+        """
         return unchecked(entropy_guided_contrast_loss)(features, probs, labels, **self.options)
 
 
 def _is_high(probs: Tensor, valid: Tensor, known: bool, threshold: float | str) -> tuple[Tensor, Tensor]:
-    """Pixels of high entropy [B, *S]: above the mean of their image's valid pixels, or above a share of ln C.
+    """Whether each pixel has high entropy [B, *S], and a factor of the loss [].
 
-    Also a factor of the loss [], which is NaN if an entropy is. Comparisons with NaN are False: without it such a pixel
-    would pass for a certain one, and its image too. known: labels are given, so that only valid pixels matter.
+    The factor is NaN if an entropy is not finite, else 1. A comparison with NaN is False: without the factor such a
+    pixel would pass for a certain one.
+
+    Args:
+        valid: Pixels that take part. Their mean entropy per image is the threshold "mean".
+        known: Labels are given, so an entropy that is not finite matters only in valid pixels.
     """
     entropy = torch.special.entr(probs.detach().to(statistics_dtype(probs.dtype))).sum(1)
     unknown = ~entropy.isfinite() & (valid if known else True)

@@ -1,4 +1,4 @@
-"""Image-level contrast: hard-positive (IHPC)."""
+"""Contrast of images: hard-positive (IHPC)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hpcloss.primitives.pair_mean import pair_mean
 from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 
-# The group of a row of the bank that does not exist yet.
+# The group of an empty slot of the bank.
 UNFILLED = torch.iinfo(torch.int64).min + 1
 
 
@@ -46,11 +46,15 @@ def ihpc_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Image-level hard-positive contrast of two views; equations and arguments in `IHPCLoss`.
+    """The function of `IHPCLoss`: views and groups, then its options.
 
-    beta: the published form instead of the reweighted one; hardness then has no part. bank [M, D]: further negatives,
-    not differentiated;
-    bank_groups [M]: their groups, of which those equal to `UNFILLED` mark rows that do not exist yet.
+    Args:
+        view1: `[N, D]`.
+        view2: `[N, D]`.
+        groups: `[N]`, as in `IHPCLoss.forward`.
+        beta: β of `IHPCLoss.published`; `hardness` then has no effect. None: the weighted form.
+        bank: Further negatives `[M, D]`, without gradient.
+        bank_groups: Their groups `[M]`. A row with the smallest int64 plus 1 as its group is absent.
     """
     check_vectors("view1", view1)
     if check_finite:
@@ -74,10 +78,10 @@ def ihpc_loss(
         bank_rows = pack(bank.detach(), order, filled, normalize=normalize, backend=rows.backend)
         negative = merge(negative, pair_lse(rows, pairs, "negatives", scale, keys=bank_rows))
         plans = [by_group.intervals, pairs.intervals]
-    counted = None  # without groups and bank either every image has a negative or none
+    counted = None  # without groups and bank all rows count, or none has a negative
     if plans:
         counted = functools.reduce(Tensor.add_, [plan.counts()[1] for plan in plans]) > 0
-    # 0 without a negative: the log-sum-exp of none is -inf.
+    # 0 without a negative: the log-sum-exp of an empty set is -inf.
     loss = softplus(negative - (positive if beta is None else (1 - beta) * positive))
     if beta is None and hardness:
         weights = softmax(positive.detach() * (-hardness / scale.value.detach()), counted, gather)
@@ -90,9 +94,10 @@ def ihpc_loss(
 def _against_bank(
     groups: Tensor | None, view1: Tensor, bank: Tensor, bank_groups: Tensor | None
 ) -> tuple[Pairs, Tensor]:
-    """The rows of both views against the bank, of which no image of the batch is a part unless there are groups.
+    """The rows of both views against the bank.
 
-    Anchors in the order of `two_views`: both partitions sort the same groups stably.
+    Without groups no image of the batch is in the bank. Anchors have the order of `two_views`: both sort the same
+    groups stably.
     """
     if bank_groups is None:
         bank_groups = torch.full_like(bank[:, 0], NO_GROUP, dtype=torch.int64)
@@ -103,24 +108,44 @@ def _against_bank(
 
 
 class IHPCLoss(Loss):
-    r"""Contrast of two views of images in which images whose views disagree weigh more.
+    """Hard-positive contrast of two views of images (IHPC).
 
         L = Σ_i v_i [ log( e^{l_i+} + Σ_{n∈N(i)} e^{l_in} ) - l_i+ ],      v = softmax_i( -hardness · s_i+ )
 
-    over the 2N rows of both views; s_i+ is the cosine of row i and its other view, l = s / temperature, N(i) the rows
-    of other images. The weights v are constants to the gradient; hardness 0 is NT-Xent.
+    i runs over the 2N rows of both views. s_i+ is the cosine of row i and the other view of its image, and l_i+ = s_i+
+    / temperature; l_in is the logit of rows i and n. N(i), the negatives, are the rows of other images, without those
+    of i's group, and the embeddings of a queue. The weights v are constants in the gradient.
 
-    Source: the image-level stage of Tang et al. (ISBI 2023; Pattern Recognition 2024). As for `RegionPHPCLoss`, the
-    weighting is our reading of their abstract and figure; the form of their code is `IHPCLoss.published`.
+    The loss pulls the two views of an image together, and dissimilar views most. It pushes the rows of other images
+    away. A row counts if it has a negative. With hardness 0 and no groups the loss is `NTXentLoss`.
+
+    Source: Tang et al., "Hard positives oriented contrastive learning" (ISBI 2023; Pattern Recognition 2024), the image
+    level. Their printed equation was not available to us: the weights are our reading of the abstract and the figure.
+    The form of the authors' code is `IHPCLoss.published`.
 
     Args:
-        temperature: positive number, or a 0-dim tensor (learnable).
-        hardness: 0 weighs all images alike; larger weighs images with dissimilar views more.
-        normalize: L2-normalise the rows.
-        reduction: "mean", "sum" or "none" ([2N], view1 first; the mean of them is the loss).
-        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        hardness: Exponent of the weights. 0: all rows have the same weight. Positive: images with dissimilar views
+            weigh more.
+        normalize: Divide each row by its L2 norm. False: s is the inner product.
+        reduction: "mean" over counted rows under the weights v, "sum" (n times that, with n counted rows), or "none"
+            (`[2N]`, the rows of `view1` first; their mean over the counted rows is the loss).
+        gather: On several processes, contrast with the rows of all ranks (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
+
+    Raises:
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> view1 = view2 = torch.eye(2)
+        >>> loss = hpcloss.IHPCLoss(temperature=1.0, hardness=1.0)(view1, view2)
+        >>> round(loss.item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     beta: float | None  # of the published form, else None
@@ -150,11 +175,23 @@ class IHPCLoss(Loss):
 
     @classmethod
     def published(cls, beta: float = 0.1, **options: Any) -> IHPCLoss:
-        """The form of the authors' code (recovered from their compiled files): the positive's logit is damped by 1 - β.
+        """The form of the authors' code, which damps the logit of the positive.
 
-            L_i = log( e^{(1-β) l_i+} + Σ_{n∈N(i)} e^{l_in} ) - (1-β) l_i+,      unweighted mean
+            L_i = log( e^{(1-β) l_i+} + Σ_{n∈N(i)} e^{l_in} ) - (1-β) l_i+
 
-        Options are the constructor's without hardness, which has no part in it. ValueError unless 0 <= beta < 1.
+        The loss is the mean of L_i without weights. Source: recovered from the compiled files of Tang et al. (ISBI
+        2023).
+
+        Args:
+            beta: β in the equation, in [0, 1).
+            **options: Options of `IHPCLoss` but `hardness`.
+
+        Returns:
+            The loss module.
+
+        Raises:
+            ValueError: beta is outside [0, 1).
+            TypeError: beta is not a number, or `hardness` is given.
         """
         below_one("beta", beta)
         if "hardness" in options:
@@ -166,18 +203,19 @@ class IHPCLoss(Loss):
     def forward(
         self, view1: Tensor, view2: Tensor, groups: Tensor | None = None, queue: EmbeddingQueue | None = None
     ) -> Tensor:
-        """view1, view2 [N, D]: row i of both shows image i.
+        """Compute the loss of two views.
 
-        groups [N]: pairs of one group but different images are neither positive nor negative (slices of one plane of
-        different patients look alike: as negatives they would be false).
+        Args:
+            view1: `[N, D]`, any float dtype. Row i shows image i.
+            view2: `[N, D]`. Row i shows image i too.
+            groups: `[N]`, integers. Different images of one group are neither positives nor negatives, for example
+                slices of one plane of different patients. None: every image has its own group.
+            queue: An `EmbeddingQueue` of one class, as further negatives without gradient. With `groups` it must keep
+                groups. The loss reads the queue and does not write to it: call `queue.enqueue(view2, groups=groups)`
+                after backward.
 
-        queue: embeddings of past batches as further negatives, without gradient; of one class, and with groups the
-        queue must keep those of its embeddings. The loss reads it and never writes it:
-
-            queue = EmbeddingQueue(1, size=4096, dim=128, groups=True)
-            loss = contrast(view1, view2, groups, queue)
-            loss.backward()
-            queue.enqueue(view2, groups=groups)
+        Returns:
+            The loss in fp32 (float64 for float64 views): 0-dim, or `[2N]` for `reduction="none"`.
         """
         loss = unchecked(ihpc_loss)
         if queue is None:
@@ -186,7 +224,7 @@ class IHPCLoss(Loss):
         return loss(view1, view2, groups, **self.options, bank=bank, bank_groups=bank_groups)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Leaves out the memory bank that older versions of this loss kept, and says so."""
+        """Ignore the memory bank that older versions of this loss kept, with a warning."""
         found = [name for name in (f"{prefix}bank", f"{prefix}bank_groups", f"{prefix}bank_next") if name in state_dict]
         for name in found:
             del state_dict[name]
@@ -200,7 +238,7 @@ class IHPCLoss(Loss):
 
 
 def _rows_of(queue: EmbeddingQueue, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The slots of a queue [K, D] and their groups [K], `UNFILLED` for a slot that holds nothing."""
+    """The slots of a queue [K, D] and their groups [K], `UNFILLED` for an empty slot."""
     if not isinstance(queue, EmbeddingQueue):
         raise TypeError(f"queue must be an EmbeddingQueue, got {type(queue).__name__}")
     if queue.num_classes != 1:

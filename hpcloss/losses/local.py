@@ -1,4 +1,4 @@
-"""Local contrast: sampled pixels against the class means of their image and of a partner (Chaitanya et al.)."""
+"""Local contrast: sampled pixels against class means of their image and of a partner (Chaitanya et al.)."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def local_contrast_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of pixels with class means of their image and its partner; see `LocalContrastLoss`."""
+    """The function of `LocalContrastLoss`: the inputs of its `forward`, then its options."""
     labels = labels_of_map(features, labels)
     if partner is not None:
         partner = labels_of_vectors("partner", features, partner)
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     spatial = tuple(labels.shape[1:])
-    # Background pixels are neither anchors nor part of a key: to this loss they are ignored.
+    # Background pixels are neither anchors nor part of a mean, so they are ignored.
     away = ignored if background is None else (*ignored, background)
     images = Grid(labels.shape[0], spatial, region_shape(None, spatial), per_image=True)
     pixels = class_sort(labels, images, ignore_index=away, num_classes=num_classes)
@@ -67,34 +67,53 @@ def local_contrast_loss(
 
 
 class LocalContrastLoss(Loss):
-    r"""Pixels contrasted with the class means of their image and, with partners, of a second one.
+    """Contrast of sampled pixels with the class means of their image and of a partner image.
 
-        L_i = log Σ_{m∈K(i)} e^{cos(z_i, m) / temperature} - mean_{m∈K(i) of i's class} cos(z_i, m) / temperature
+        L_i = log Σ_{m∈K(i)} e^{cos(z_i, m) / τ} - mean_{m∈K(i) of i's class} cos(z_i, m) / τ
 
-    K(i): the mean embedding of every foreground class that is present in i's image (intra), and those of the image's
-    partner (inter). Means are taken over all pixels of the class in the image, before normalising, and differentiated.
+    z_i is the embedding of pixel i and τ the temperature. K(i), the keys, are the mean embeddings of the classes in i's
+    image and, with a partner, of the classes in the partner image. A mean is taken over all pixels of the class in the
+    image, before normalisation. It is differentiated.
+
+    The loss pulls a pixel to the mean of its class and pushes it away from the means of other classes. Every anchor
+    counts. An anchor has loss 0 if the mean of its class is the only key. If there is no anchor, the loss is 0 with
+    zero gradients.
 
     Source: Chaitanya et al., "Local contrastive loss with pseudo-label based self-training for semi-supervised medical
-    image segmentation" (MedIA 2023). The mean over anchors is half of their loss of an image pair in the inter form,
-    where they add both positives' terms, and weighs all pairs alike: their code divides the running sum at every pair,
-    which leaves almost all weight on the last one.
+    image segmentation" (MedIA 2023). The mean over anchors is half of the paper's loss of an image pair in the inter
+    form, where it adds the terms of both positives. All pairs weigh alike; the authors' code divides a running sum at
+    every pair, which leaves nearly all weight on the last pair.
 
     Args:
-        temperature: positive number, or a 0-dim tensor (learnable).
-        num_classes: labels outside [0, num_classes) are ignored.
-        samples_per_class: anchors drawn per class and image, without replacement; None: all pixels.
-        background: label that is neither anchor nor key; None: every class takes part.
-        ignore_index: label or labels of pixels that take no part.
-        normalize: L2-normalise features and means; rows of norm up to 1e-12 become zero and get no gradient. False: the
-            inner product takes the place of the cosine.
-        reduction: "mean" over anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 elsewhere).
-        gather: reduce over the anchors of every rank of a distributed run; see `hpcloss.distributed`.
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        temperature: τ. A positive number, or a tensor with one element (learnable).
+        num_classes: Number of classes C. Labels outside [0, C) are ignored.
+        samples_per_class: Sample at most this many anchors per class and image, without replacement, with torch's
+            generator. None: all pixels.
+        background: Label of pixels that are neither anchors nor part of a mean. None: every class takes part.
+        ignore_index: Label or labels of pixels that are neither anchors nor part of a mean. Default: -100, -1 and 255.
+        normalize: Divide each embedding and mean by its L2 norm. Rows with a norm of at most 1e-12 become zero and get
+            no gradient. False: take inner products instead of cosines.
+        reduction: "mean" over anchors, "class" (mean of class means), "sum", or "none" (a map `[B, *S]` with 0
+            elsewhere).
+        gather: On several processes, reduce over the anchors of all ranks. Keys stay those of the rank
+            (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
 
-    Every anchor counts, its own class mean being positive; the only class of an image without partner has loss 0. No
-    anchor: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
-    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> features = torch.randn(2, 16, 32, 32, requires_grad=True)
+        >>> labels = torch.randint(4, (2, 32, 32))
+        >>> loss = hpcloss.LocalContrastLoss(num_classes=4)(features, labels, partner=torch.tensor([1, 0]))
+        >>> loss.backward()
+        >>> features.grad.shape
+        torch.Size([2, 16, 32, 32])
     """
 
     def __init__(
@@ -119,10 +138,17 @@ class LocalContrastLoss(Loss):
         )  # fmt: skip
 
     def forward(self, features: Tensor, labels: Tensor, partner: Tensor | None = None) -> Tensor:
-        """features [B, D, *S], any float dtype and strides; labels [B, *S] or [B, 1, *S], resized by nearest neighbour.
+        """Compute the loss of a feature map.
 
-        partner [B]: image partner[i] of the batch is the second one of image i. An image that is its own partner, or
-        whose partner is no image of the batch (-1), has its own means alone.
+        Args:
+            features: `[B, D, *S]`, any float dtype and strides; S has one or more axes.
+            labels: `[B, *S]` or `[B, 1, *S]`, integers or whole-number floats. Another resolution is resized by nearest
+                neighbour.
+            partner: `[B]`, integers. Image `partner[i]` of the batch is the partner of image i. Values outside [0, B),
+                or i itself: image i has no partner. None: no image has one.
+
+        Returns:
+            The loss in fp32 (float64 for float64 features): 0-dim, or `[B, *S]` for `reduction="none"`.
         """
         return unchecked(local_contrast_loss)(features, labels, partner, **self.options)
 
@@ -130,9 +156,13 @@ class LocalContrastLoss(Loss):
 def _keys(
     means: Tensor, present: Tensor, partner: Tensor | None, normalize: bool, backend: str
 ) -> tuple[Rows, ClassRows]:
-    """The keys of every image, and where those of each image and class are.
+    """The keys of every image, and the rows of each image and class among them.
 
-    means [B, C, D], present [B, C]. No two images share a key: the means of a partner are copied to who meets them.
+    Images share no key: the means of a partner are copied.
+
+    Args:
+        means: [B, C, D].
+        present: Whether the class is in the image [B, C].
     """
     images, num_classes, dim = means.shape
     own = torch.arange(images, device=means.device)
@@ -141,7 +171,7 @@ def _keys(
     if partner is not None:
         met = (partner >= 0) & (partner < images) & (partner != own)
         partner = torch.where(met, partner, own)
-        # An embedding: other gathers add up their gradients in no particular order.
+        # An embedding, because the gradients of other gathers add up in no fixed order.
         theirs = torch.nn.functional.embedding(partner, means.flatten(1)).view(images, 1, num_classes, dim)
         keys = torch.cat([keys, theirs], 1)
         labels = torch.cat([labels, torch.where(met[:, None, None], labels[partner], -1)], 1)

@@ -1,4 +1,4 @@
-"""What the loss modules share: they hold hyper-parameters and nothing else."""
+"""The base class of the loss modules. They hold options and nothing else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from hpcloss.losses.options import check_each, check_together
 
 
 class Loss(nn.Module):
-    """Keeps hyper-parameters as attributes of the same names; `options` hands them to the function of the loss.
+    """Base class of the loss modules. It keeps options as attributes; `options` hands them to the function of the loss.
 
-    Each is checked when it is set, and all together when they are used: two that depend on each other can be set one
-    after the other. So forward calls the unchecked function.
+    An option is checked when it is set. Options that depend on each other are checked when they are used, so they can
+    be set one after the other. `forward` then calls the unchecked function.
+
+    Args:
+        function: The function of the loss.
+        **options: Its options. A tensor becomes a buffer; a parameter stays one.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
@@ -28,7 +32,7 @@ class Loss(nn.Module):
                 self.register_buffer(name, value)
             else:
                 super().__setattr__(name, value)
-        self._names = tuple(options)  # from here on setting one of them checks it
+        self._names = tuple(options)  # from here on __setattr__ checks these names
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_names", ()):
@@ -37,7 +41,7 @@ class Loss(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The hyper-parameters, as the function of the loss takes them. ValueError where they exclude each other."""
+        """The options as the function of the loss takes them. ValueError if they exclude each other."""
         options = self._options()
         check_together(self._function, options)
         return options

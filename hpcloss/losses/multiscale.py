@@ -41,7 +41,7 @@ def multiscale_contrast_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Patch-level and pixel-level contrast of two branches; equations and arguments in `MultiscaleContrastLoss`."""
+    """The function of `MultiscaleContrastLoss`: the inputs of its `forward`, then its options."""
     check_same_maps("features2", features2, "features1", features1)
     classes, pixels = _classes(features1, labels, patch_positives, num_classes)
     ignored = cast(tuple[int, ...], ignore_index) if labels is not None else ()
@@ -84,37 +84,56 @@ def multiscale_contrast_loss(
 
 
 class MultiscaleContrastLoss(Loss):
-    r"""Contrast of two branches' feature maps: of patches, at one or several sizes, and of pixels.
+    """Contrast of two branches' feature maps, of patches and of pixels.
 
-        loss = patch_weight · mean over sizes of L_patch + pixel_weight · L_pixel,   each a mean over its anchors of
+        loss = patch_weight · mean over patch sizes of L_patch + pixel_weight · L_pixel
         L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
-    l_ij = cosine / temperature. The embedding of a patch is the mean of its pixels. At pixel level P(i) and N(i) are
-    the other pixels of the batch, in both branches, with i's label and with another one.
+    L_patch and L_pixel are means of L_i over the counted anchors. l_ij is the cosine of rows i and j, divided by the
+    temperature; a row is a pixel, or a patch with the mean embedding of its pixels. At the pixel level P(i), the
+    positives of anchor i, are the other pixels of the batch, in both branches, with its label. N(i), the negatives, are
+    the pixels with another label. At the patch level `patch_positives` defines P(i) and N(i).
 
-    Source: Wu et al., multiscale contrastive learning and cross-supervision (EMBC 2023). A reconstruction: only the
-    abstract was available. The patches follow Zhao et al., "CLCC" (ISBI 2022), whose code divides by the L1 norm where
-    cosines are meant and contrasts one branch alone; here it is the L2 norm and both branches.
+    The loss pulls an anchor to its positives and pushes it away from its negatives. An anchor counts if it has a
+    positive and a negative. Every class has anchors, the background too. If no anchor counts, the loss is 0 with zero
+    gradients.
+
+    Source: Wu et al., multiscale contrastive learning and cross-supervision (EMBC 2023). This is a reconstruction from
+    the abstract. The patches follow Zhao et al., "CLCC" (ISBI 2022), whose code divides by the L1 norm and contrasts
+    one branch; here it is the L2 norm and both branches.
 
     Args:
-        patch_size: pixels of the feature map per patch and axis, or several such sizes; remainders are smaller patches.
-        temperature: positive number, or a 0-dim tensor (learnable).
-        patch_positives: "instance": a patch's positive is the same patch in the other branch, its negatives are the
-            other patches of that image there, keys without gradient. "majority": patches have the commonest label of
-            their pixels (the lowest of several), and all patches of the batch, in both branches, are contrasted by it.
-        patch_weight, pixel_weight: weights of the two levels.
-        num_classes: needed with labels; labels outside [0, num_classes) are ignored.
-        samples_per_class: draw at most this many pixels per class for the pixel level; None: all.
-        ignore_index: label or labels of pixels that take no part, in patches neither.
-        normalize: L2-normalise pixels and patches; rows of norm up to 1e-12 become zero and get no gradient. False: the
-            inner product takes the place of the cosine.
-        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        patch_size: Side of a patch in pixels of the feature map, or several sizes. Patches at the border may be
+            smaller.
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        patch_positives: "instance": the positive of a patch is the same patch in the other branch, and its negatives
+            are the other patches of that image there; keys get no gradient. "majority": each patch has the most
+            frequent label of its pixels (the lowest of equally frequent ones), and all patches of the batch in both
+            branches are contrasted by it.
+        patch_weight: Weight of the patch level, at least 0.
+        pixel_weight: Weight of the pixel level, at least 0.
+        num_classes: Number of classes C, required with labels. Labels outside [0, C) are ignored.
+        samples_per_class: Sample at most this many pixels per class for the pixel level. None: all pixels.
+        ignore_index: Label or labels of pixels that take no part, in patches either. Default: -100, -1 and 255.
+        normalize: Divide each pixel and patch embedding by its L2 norm. Rows with a norm of at most 1e-12 become zero
+            and get no gradient. False: l_ij is the inner product over the temperature.
+        gather: On several processes, contrast with the rows of all ranks (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
 
-    Every class has anchors, the background as well. An anchor counts if it has a positive and a negative. No counted
-    anchor: 0, joined to the graph. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes,
-    NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> branch1, branch2 = torch.randn(2, 2, 16, 32, 32, requires_grad=True)
+        >>> labels = torch.randint(4, (2, 32, 32))
+        >>> contrast = hpcloss.MultiscaleContrastLoss(patch_size=(4, 8), num_classes=4)
+        >>> contrast(branch1, branch2, labels).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -141,15 +160,24 @@ class MultiscaleContrastLoss(Loss):
         )  # fmt: skip
 
     def forward(self, features1: Tensor, features2: Tensor, labels: Tensor | None = None) -> Tensor:
-        """features1, features2 [B, D, *S], the two branches; labels [B, *S] or [B, 1, *S], of the images or agreed on
-        by the branches, resized by nearest neighbour. Without labels there is the patch level alone."""
+        """Compute the loss of two feature maps.
+
+        Args:
+            features1: Feature map of the first branch `[B, D, *S]`, any float dtype; S has one or more axes.
+            features2: Feature map of the second branch, with the shape and dtype of the first.
+            labels: `[B, *S]` or `[B, 1, *S]`, integers or whole-number floats, of the images or agreed on by the
+                branches. Another resolution is resized by nearest neighbour. None: the patch level alone.
+
+        Returns:
+            The loss, 0-dim, in fp32 (float64 for float64 features).
+        """
         return unchecked(multiscale_contrast_loss)(features1, features2, labels, **self.options)
 
 
 def _classes(
     features: Tensor, labels: Tensor | None, patch_positives: str, num_classes: int | None
 ) -> tuple[int, Tensor]:
-    """The number of classes and the label of each pixel; without labels all pixels are of one class."""
+    """The number of classes and the label of each pixel. Without labels all pixels are of one class."""
     if labels is None:
         if patch_positives == "majority":
             raise ValueError("patch_positives='majority' needs labels, got None")
@@ -162,7 +190,7 @@ def _classes(
 def _patches(
     features: Tensor, labels: Tensor, size: int, num_classes: int, ignored: tuple[int, ...], backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Mean feature of the pixels of each patch [P, D] that take part, image by image, and how many of each class."""
+    """Mean feature [P, D] of each patch, image by image, and its number of pixels of each class [P, C]."""
     dims = features.dim() - 2
     grid = Grid(features.shape[0], tuple(features.shape[2:]), (size,) * dims, True)
     plan = class_sort(labels, grid, ignore_index=ignored, num_classes=num_classes)
@@ -172,7 +200,7 @@ def _patches(
 
 
 def _same_patch(present: Tensor, images: int) -> Pairs:
-    """Each patch of one branch with the patches of its image in the other; its positive is the patch itself."""
+    """Patches of one branch against those of their image in the other branch. The positive is the same patch."""
     number = torch.arange(present.numel(), device=present.device)
     image = number // max(present.numel() // images, 1)
     rows = class_sort(torch.where(present, 0, -1), image, images, num_classes=1)

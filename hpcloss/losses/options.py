@@ -1,7 +1,7 @@
 """The options of the losses: one rule for each name, and rules of several together.
 
-Options are checked once: when a module is built or one of its attributes is set, or when a function is called. What a
-rule returns is what the loss computes with: integers as ints, one ignored label as a tuple of one.
+Options are checked once: when a module is built or an attribute is set, or when a function is called. A rule returns
+the value that the loss uses: integers as ints, one ignored label as a tuple of one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def temperature(name: str, value: Any) -> Any:
-    """A positive number, or a tensor of one number, whose value is not looked at."""
+    """A positive number, or a tensor with one element, whose value is not checked."""
     if not isinstance(value, Tensor):
         return positive(name, value)
     if value.numel() != 1:
@@ -61,7 +61,7 @@ def _one_label(name: str, value: Any) -> int:
 
 def _sizes(name: str, value: Any) -> Any:
     check_sizes(name, value)
-    return value  # one number or one per axis: only the features tell how many axes there are
+    return value  # one number or one per axis; the number of axes is known from the features
 
 
 def _some_sizes(name: str, value: Any) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ def _some_sizes(name: str, value: Any) -> tuple[int, ...]:
 
 
 of_pairs = one_of("mean", "sum", "none")
-# By name. `OF_ONE_LOSS` says where a loss differs. A parameter without a rule is an input; its loss checks it.
+# Rules by name. `OF_ONE_LOSS` has the exceptions. A parameter without a rule is an input, which its loss checks.
 RULES: dict[str, Rule] = {
     "background": or_none(_one_label),
     "backend": backend_name,
@@ -126,9 +126,18 @@ OF_ONE_LOSS: dict[str, dict[str, Rule]] = {
 
 
 def check_each(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a loss, named as its function is, as it computes with them.
+    """Check each option of a loss by its own rule.
 
-    Raises TypeError or ValueError where one is invalid by itself.
+    Args:
+        loss: Name of the function of the loss.
+        options: The options by name.
+
+    Returns:
+        The options as the loss uses them.
+
+    Raises:
+        TypeError: An option has an invalid type.
+        ValueError: An option has an invalid value.
     """
     own = OF_ONE_LOSS.get(loss, {})
     found = {}
@@ -139,13 +148,13 @@ def check_each(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_together(loss: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError where options that are valid by themselves exclude each other."""
+    """Raise ValueError if options that are valid by themselves exclude each other."""
     for rule in TOGETHER.get(loss, ()):
         rule(**options)
 
 
 def checked(function: Function) -> Function:
-    """Decorate the function of a loss: a call begins with the check of its options."""
+    """Decorate the function of a loss: a call first checks its options."""
     parameters = inspect.signature(function).parameters
     names = tuple(name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD)
     defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
@@ -154,7 +163,7 @@ def checked(function: Function) -> Function:
     def call(*inputs: Any, **options: Any) -> Any:
         given = dict(zip(names, inputs))
         if len(inputs) > len(names) or any([name in options for name in given]):
-            return function(*inputs, **options)  # Python says which argument is one too many
+            return function(*inputs, **options)  # Python's error names the surplus argument
         found = check_each(function.__name__, {**defaults, **given, **options})
         check_together(function.__name__, found)
         return function(**found)
@@ -164,7 +173,7 @@ def checked(function: Function) -> Function:
 
 def unchecked(function: Function) -> Function:
     """The function of a loss without the check, for options that a module has checked."""
-    # `functools.wraps` keeps it there. A module cannot hold it itself: its pickle would name the checked one.
+    # From `functools.wraps`. A module cannot keep the function: its pickle would name the checked one.
     return cast(Function, function.__wrapped__)  # type: ignore[attr-defined]
 
 

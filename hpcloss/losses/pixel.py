@@ -1,4 +1,4 @@
-"""Contrast of sampled pixels of a batch, with an optional memory of past ones (ContrastiveSeg)."""
+"""Contrast of sampled pixels of a batch, with an optional memory of past pixels (ContrastiveSeg)."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def pixel_contrast_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of sampled pixels of the whole batch; equation and arguments in `PixelContrastLoss`."""
+    """The function of `PixelContrastLoss`: the inputs of its `forward`, then its options."""
     labels = labels_of_map(features, labels)
     wrong = None if predictions is None else labels_of_map(features, predictions, "predictions") != labels
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     if check_labels:
         check_label_values(labels, ignored, num_classes)
     flat = labels.reshape(-1)
@@ -76,45 +76,65 @@ def pixel_contrast_loss(
         share = bank.positives.to(loss.dtype) / (positives + bank.positives).clamp(min=1)
         loss = queue.guard((1 - share) * loss + share * mean_of_old)
         positives, negatives = positives + bank.positives, negatives + bank.negatives
-    counted = torch.minimum(positives, negatives) > 0  # others are 0: no mean, or log(1 + 0)
+    counted = torch.minimum(positives, negatives) > 0  # the loss of other anchors is 0: no mean, or log(1 + 0)
     return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
 class PixelContrastLoss(Loss):
-    r"""Cross-image pixel contrast: a few pixels of each class of each image, hard and easy, against all of the batch.
+    """Contrast of sampled pixels across the images of a batch (ContrastiveSeg).
 
         L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
-    l_ij = s_ij / temperature, s_ij the cosine; P(i) and N(i) are the other drawn pixels with the label of i and with
-    another one, and the embeddings of a queue alike (the authors' code takes those of the queue alone, where there is
-    one). Anchors and keys are the same sample.
+    l_ij is the cosine of pixels i and j, divided by the temperature. P(i), the positives of anchor i, are the other
+    sampled pixels of the batch with its label. N(i), the negatives, are the sampled pixels with another label. With a
+    queue its embeddings are further positives and negatives.
 
-    Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021; ContrastiveSeg); also that
-    of UGPCL (Wang et al., IJCAI 2022), who ignore the pixels of uncertain pseudo-labels (give them an ignored label)
-    and keep segments in the memory (`EmbeddingQueue.enqueue_means`). The factor temperature / base temperature of the
-    code, 1 at its temperature of 0.07, is left out. Not reproduced: classes of few pixels dropped (here they are taken
-    whole), a budget of samples divided by the number of classes in the batch, and with a memory the mask of "self"
-    laid over arbitrary keys, zero rows as keys of class 0, and pixels stored under a class they do not belong to.
+    The loss samples some pixels of each class of each image: they are the anchors and the keys. It pulls an anchor to
+    its positives and pushes it away from its negatives. An anchor counts if it has a positive and a negative. If no
+    anchor counts, the loss is 0 with zero gradients.
+
+    Source: Wang et al., "Exploring cross-image pixel contrast for semantic segmentation" (ICCV 2021, ContrastiveSeg).
+    It is also the loss of UGPCL (Wang et al., IJCAI 2022): give uncertain pixels an ignored label, and fill the memory
+    with `EmbeddingQueue.enqueue_means`. Five things differ from the authors' code:
+
+    * The factor temperature / base temperature is left out. It is 1 at the code's temperature of 0.07.
+    * A class with few pixels is taken whole. The code drops it.
+    * `samples_per_class` is fixed. The code divides a budget by the number of classes in the batch.
+    * The keys of a memory join those of the batch. In the code they replace them.
+    * Defects of the code's memory are left out: the mask of the anchor itself over unrelated keys, zero rows as keys of
+      class 0, and pixels stored under another class.
 
     Args:
-        temperature: positive number, or a 0-dim tensor (learnable).
-        num_classes: labels outside [0, num_classes) are ignored.
-        samples_per_class: draw at most this many pixels of each class of each image, by torch's generator; None: take
-            every pixel. With predictions half of them are wrongly predicted ones, as far as there are any.
-        background: label that is a key but never an anchor. None, as published: every class has anchors.
-        ignore_index: label or labels of pixels that take no part; embeddings of such a class in a queue neither.
-        normalize: L2-normalise features; rows of norm up to 1e-12 become zero and get no gradient. The embeddings of
-            a queue are unit rows in any case.
-        reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map [B, *S], 0 where
-            not drawn or not counted).
-        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
-        check_labels: raise for labels outside [0, num_classes) that are not ignored (waits for the device).
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        num_classes: Number of classes C. Labels outside [0, C) are ignored.
+        samples_per_class: Sample at most this many pixels per class and image, with torch's generator. With
+            `predictions` half of them are wrongly predicted, if there are enough. None: all pixels.
+        background: Label of pixels that are keys and never anchors. None, as published: every class has anchors.
+        ignore_index: Label or labels of pixels that are neither anchors nor keys. A queue's embeddings of such a class
+            are no keys either. Default: -100, -1 and 255.
+        normalize: Divide each embedding by its L2 norm. Embeddings with a norm of at most 1e-12 become zero and get no
+            gradient. False: l_ij is the inner product over the temperature. A queue always holds unit rows.
+        reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (a map `[B, *S]` with 0
+            where no anchor counts).
+        gather: On several processes, contrast with the sampled pixels of all ranks (`hpcloss.distributed`).
+        check_labels: Raise ValueError for a label outside [0, num_classes) that is not in `ignore_index`. Synchronises
+            with the device.
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
 
-    An anchor counts if it has a positive and a negative. No counted anchor: 0, joined to the graph. Raises ValueError
-    for shapes and hyper-parameters, TypeError for dtypes, NotImplementedError for a backend that cannot run; never for
-    data. Differentiating twice raises.
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice, or the queue has changed before backward.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> features, labels = torch.randn(2, 16, 32, 32), torch.randint(4, (2, 32, 32))
+        >>> contrast = hpcloss.PixelContrastLoss(num_classes=4, samples_per_class=50, reduction="none")
+        >>> loss = contrast(features, labels)  # of 50 pixels of each of 4 classes of 2 images
+        >>> loss.shape, int((loss > 0).sum())
+        (torch.Size([2, 32, 32]), 400)
     """
 
     def __init__(
@@ -146,10 +166,18 @@ class PixelContrastLoss(Loss):
         predictions: Tensor | None = None,
         queue: EmbeddingQueue | None = None,
     ) -> Tensor:
-        """features [B, D, *S], any float dtype and strides; labels [B, *S] or [B, 1, *S], resized by nearest neighbour.
+        """Compute the loss of a feature map.
 
-        predictions: class indices like the labels (logits.argmax(1)); pixels where they differ from the label are hard.
-        queue: embeddings of past batches as further keys, without gradient; enqueue after backward.
+        Args:
+            features: `[B, D, *S]`, any float dtype and strides; S has one or more axes.
+            labels: `[B, *S]` or `[B, 1, *S]`, integers or whole-number floats. Another resolution is resized by nearest
+                neighbour.
+            predictions: Predicted classes, shaped like the labels, for example `logits.argmax(1)`. Pixels with another
+                prediction than label are hard. None: all pixels are alike.
+            queue: Embeddings of past batches as further keys, without gradient. Write to it after backward.
+
+        Returns:
+            The loss in fp32 (float64 for float64 features): 0-dim, or `[B, *S]` for `reduction="none"`.
         """
         return unchecked(pixel_contrast_loss)(features, labels, predictions, queue, **self.options)
 
@@ -162,7 +190,7 @@ def _plan(
     background: int | None,
     ignored: tuple[int, ...],
 ) -> Pairs:
-    """The pixels of a label map [B, *S], or those drawn from each class of each image, as one region."""
+    """The pairs among the sampled pixels of a label map [B, *S], as one region."""
     flat = labels.reshape(-1)
     if samples_per_class is None or flat.numel() == 0:
         rows = class_sort(flat, background=background, ignore_index=ignored, num_classes=num_classes)

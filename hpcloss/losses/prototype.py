@@ -1,4 +1,4 @@
-"""Prototypes contrasted with one another, and pixels assigned to the prototypes of their class (PCCS)."""
+"""Contrast of prototypes, and assignment of pixels to the prototypes of their class (PCCS)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpcloss.primitives.rows import pack
 from hpcloss.primitives.scale import Scale
 from hpcloss.prototypes import sinkhorn, unit
 
-ROWS = 1 << 12  # whose similarities to all prototypes are in memory at once
+ROWS = 1 << 12  # rows whose similarities to all prototypes are in memory at once
 
 
 @checked
@@ -41,12 +41,12 @@ def prototype_contrast_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of prototypes, uncertain ones weighing more; equation and arguments in `PrototypeContrastLoss`."""
+    """The function of `PrototypeContrastLoss`: the inputs of its `forward`, then its options."""
     check_vectors("prototypes", prototypes)
     labels = labels_of_vectors("labels", prototypes, labels)
     if probs is not None and (probs.dim() != 2 or probs.shape[0] != prototypes.shape[0]):
         raise ValueError(f"probs must have shape [{prototypes.shape[0]}, C], got {tuple(probs.shape)}")
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     gather = has_peers(gather)
     pairs = partition(labels, ignore_index=ignored)
     if check_finite:
@@ -68,34 +68,51 @@ def prototype_contrast_loss(
 
 
 class PrototypeContrastLoss(Loss):
-    r"""Prototypes of a batch contrasted with one another; similar positives and uncertain prototypes weigh more.
+    """Contrast of the prototypes of a batch, where similar positives and uncertain prototypes weigh more.
 
         L = Σ_i u_i Σ_{j∈P(i)} w_ij [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
-        w_ij = softmax_{j∈P(i)}( -hardness · s_ij ),      u_i = softmax_i( H(π_i) ),   H(π) = -Σ_c π_c log π_c
+        w_ij = softmax_{j∈P(i)}( -hardness · s_ij )
+        u_i = softmax_i( H(π_i) ),      H(π) = -Σ_c π_c log π_c
 
-    s_ij is the cosine of prototypes i and j, l_ij = s_ij / temperature; P(i): the other prototypes of i's class, N(i):
-    those of other classes; π_i: the mean class probabilities of i's pixels. Without them u is uniform.
+    s_ij is the cosine of prototypes i and j, and l_ij = s_ij / temperature. P(i), the positives, are the other
+    prototypes of i's class. N(i), the negatives, are the prototypes of other classes. π_i are the mean class
+    probabilities of i's pixels and H is the entropy. Without probabilities all u_i are equal.
 
-    Source: He et al., PCCS (arXiv 2502.06650), and its code, from which the signs of both weights are read (the paper's
-    own are unknown to us). There a class with a single prototype makes the loss NaN; here it does not count, as it has
-    no positive, and u is a softmax over the prototypes that do.
+    The loss pulls a prototype to those of its class and pushes it away from those of other classes. A prototype counts
+    if it has a positive and a negative. If none counts, the loss is 0 with zero gradients.
+
+    Source: He et al., PCCS (arXiv 2502.06650), and its code. The signs of both weights are those of the code; the
+    paper's were not available to us. In the code a class with a single prototype makes the loss NaN; here that
+    prototype does not count. The code's 1e-8 inside the logarithm is left out.
 
     Args:
-        temperature: positive number, or a 0-dim tensor (learnable; needs a hardness).
-        hardness: None: -1 / temperature, the published weights e^{l_ij}, which favour similar positives; 0 weighs all
-            alike, positive numbers favour dissimilar ones.
-        detach_weights: weights w are constants to the gradient. As published they are not.
-        ignore_index: label or labels of rows that take no part, such as prototypes without pixels.
-        normalize: L2-normalise the rows; those of norm up to 1e-12 become zero and get no gradient. False: the inner
-            product takes the place of the cosine, in the weights too.
-        reduction: "mean" (above), "sum" (times the number of counted prototypes n) or "none" ([M]: n u_i L_i).
-        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable; then
+            `hardness` is required).
+        hardness: Exponent of the weights w. None: -1 / temperature, the published weights, where similar positives
+            weigh more. 0: all positives have the same weight. Positive: dissimilar positives weigh more.
+        detach_weights: Treat the weights w as constants in the gradient. False, as published: differentiate them.
+        ignore_index: Label or labels of rows that are neither anchors nor keys, such as prototypes without pixels.
+            Default: -100 and -1.
+        normalize: Divide each prototype by its L2 norm. Prototypes with a norm of at most 1e-12 become zero and get no
+            gradient. False: s_ij is the inner product.
+        reduction: "mean": as in the equation. "sum": n times that, with n counted prototypes. "none": `[M]`, n u_i
+            times the loss of prototype i.
+        gather: On several processes, contrast with the prototypes of all ranks (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
 
-    A prototype counts if it has a positive and a negative. None counted: 0, joined to the graph. Raises ValueError for
-    shapes and hyper-parameters, TypeError for dtypes, NotImplementedError for a backend that cannot run; never for
-    data. Differentiating twice raises.
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> prototypes, labels = torch.eye(4, requires_grad=True), torch.tensor([0, 0, 1, 1])
+        >>> loss = hpcloss.PrototypeContrastLoss(temperature=1.0)(prototypes, labels)
+        >>> round(loss.item(), 4)  # log(1 + 2), as all are orthogonal
+        1.0986
     """
 
     def __init__(
@@ -118,14 +135,24 @@ class PrototypeContrastLoss(Loss):
         )  # fmt: skip
 
     def forward(self, prototypes: Tensor, labels: Tensor, probs: Tensor | None = None) -> Tensor:
-        """prototypes [M, D], labels [M], probs [M, C], differentiated too; as `layer_prototypes` gives them."""
+        """Compute the loss of prototypes, as `layer_prototypes` returns them.
+
+        Args:
+            prototypes: `[M, D]`, any float dtype.
+            labels: Class of each prototype `[M]`, integers or whole-number floats.
+            probs: Mean class probabilities of each prototype's pixels `[M, C]`. They are differentiated. None: all
+                prototypes have the same weight.
+
+        Returns:
+            The loss in fp32 (float64 for float64 prototypes): 0-dim, or `[M]` for `reduction="none"`.
+        """
         return unchecked(prototype_contrast_loss)(prototypes, labels, probs, **self.options)
 
 
 def _entropy(probs: Tensor, counted: Tensor) -> Tensor:
-    """Entropy of the probabilities of counted prototypes [N]; 0 log 0 = 0."""
+    """Entropy of the probabilities of counted prototypes [N], with 0 log 0 = 0."""
     probs = torch.where(counted[:, None], probs, 0.0)
-    probs = torch.where(probs < math.inf, probs, math.nan)  # its entropy would be -inf: no weight, and nobody would see
+    probs = torch.where(probs < math.inf, probs, math.nan)  # inf would give entropy -inf and silently no weight
     return -(probs * torch.where(probs > 0, probs, 1.0).log()).sum(1)
 
 
@@ -145,7 +172,7 @@ def prototype_assignment_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Classification by prototypes, balanced within a class; equation, arguments in `PrototypeAssignmentLoss`."""
+    """The function of `PrototypeAssignmentLoss`: the inputs of its `forward`, then its options."""
     labels = labels_of_map(features, labels)
     if not prototypes.is_floating_point():
         raise TypeError(f"prototypes must be floating point, got {prototypes.dtype}")
@@ -156,7 +183,7 @@ def prototype_assignment_loss(
         raise ValueError(
             f"teacher_features must have shape {tuple(features.shape)}, as features, got {tuple(teacher.shape)}"
         )
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     num_classes = prototypes.shape[0]
     check_classes_and_ignored(num_classes, ignored)
     plan = class_sort(labels, ignore_index=ignored, num_classes=num_classes)
@@ -184,34 +211,52 @@ def prototype_assignment_loss(
 
 
 class PrototypeAssignmentLoss(Loss):
-    r"""Each pixel finds its prototypes among all; which ones of its class is a balanced assignment.
+    """Classification of pixels by prototypes, with a balanced assignment within each class.
 
-        L_i = -Σ_k q_ik log( e^{l_i,ck} / Σ_{c',k'} e^{l_i,c'k'} ),      c the class of pixel i
-        q = Sinkhorn( cos(t_i, p_ck) / epsilon ) over the pixels of class c, a constant
+        L_i = -Σ_k q_ik log( e^{l_i,ck} / Σ_{c',k'} e^{l_i,c'k'} )
+        q = Sinkhorn( cos(t_i, p_ck) / epsilon ) over the pixels of class c
 
-    l_i,ck is the cosine of pixel i and prototype k of class c over the temperature; t the teacher's embedding of the
-    pixel, else its own. With one prototype per class this is plain classification by prototypes.
+    c is the class of pixel i. p_ck is prototype k of class c. l_i,ck is the cosine of pixel i and p_ck, divided by the
+    temperature. t_i is the teacher's embedding of the pixel, or its own. q, the assignment, is a constant in the
+    gradient.
 
-    Source: the prototype-updating-prototype loss of He et al., PCCS (arXiv 2502.06650), and Zhou et al., "Rethinking
-    semantic segmentation: a prototype view" (CVPR 2022). A reconstruction: in PCCS's code teacher features meet a
-    detached bank, so that no gradient reaches the student; here the student's features are classified, with the
-    teacher's assignment as target. Their Gumbel softmax of the assignment is left out: it takes the soft one.
+    The loss pulls a pixel to the prototypes of its class that it is assigned to, and pushes it away from all others.
+    Sinkhorn iterations give all prototypes of a class equal shares of the pixels. A pixel counts if its class has a
+    prototype. If none counts, the loss is 0 with zero gradients. Features and prototypes are always normalised. A
+    prototype with a norm of at most 1e-12 is absent, for example one that a `PrototypeBank` has not filled.
+
+    The assignment takes N C K numbers of memory, for N pixels and K prototypes per class.
+
+    Source: He et al., PCCS (arXiv 2502.06650), the prototype-updating-prototype loss, and Zhou et al., "Rethinking
+    semantic segmentation: a prototype view" (CVPR 2022). This is a reconstruction: the loss in PCCS's code has no
+    gradient. Here the teacher gives the target and the student is classified. The assignment is soft; the Gumbel
+    softmax of the published code is left out.
 
     Args:
-        temperature: positive number, or a 0-dim tensor (learnable).
-        iterations, epsilon: of `sinkhorn`.
-        ignore_index: label or labels of pixels that take no part; nor do those outside [0, C).
-        reduction: "mean" over counted pixels, "class" (mean of class means), "sum", or "none" (a map [B, *S]).
-        gather: reduce over the pixels of every rank of a distributed run, each of which balances the assignment of its
-            own; see `hpcloss.distributed`.
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        iterations: Sinkhorn iterations.
+        epsilon: Temperature of the assignment. It divides cosines. Smaller: closer to one prototype per pixel.
+        ignore_index: Label or labels of pixels that take no part. Default: -100, -1 and 255. Labels outside [0, C) are
+            ignored too.
+        reduction: "mean" over counted pixels, "class" (mean of class means), "sum", or "none" (a map `[B, *S]`).
+        gather: On several processes, reduce over the pixels of all ranks. Each rank balances the assignment of its own
+            pixels (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
 
-    Features and prototypes are always normalised: a prototype is a direction, and the assignment balances cosines, of
-    which `epsilon` is the scale. A prototype of norm up to 1e-12, such as one a `PrototypeBank` has not filled, is not
-    there; a pixel counts if its class has a prototype. No pixel counted: 0, joined to the graph. The assignment holds a
-    number for each pixel and prototype, N C K of them. Raises ValueError for shapes and hyper-parameters, TypeError for
-    dtypes, NotImplementedError for a backend that cannot run; never for data. Differentiating twice raises.
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> features = torch.eye(2).reshape(1, 2, 1, 2).requires_grad_()  # pixels (1, 0) and (0, 1)
+        >>> labels, prototypes = torch.tensor([[[0, 1]]]), torch.eye(2).reshape(2, 1, 2)
+        >>> loss = hpcloss.PrototypeAssignmentLoss(temperature=1.0)(features, labels, prototypes)
+        >>> round(loss.item(), 4)  # log(e + 1) - 1
+        0.3133
     """
 
     def __init__(
@@ -235,17 +280,28 @@ class PrototypeAssignmentLoss(Loss):
     def forward(
         self, features: Tensor, labels: Tensor, prototypes: Tensor, teacher_features: Tensor | None = None
     ) -> Tensor:
-        """features [B, D, *S]; labels [B, *S] or [B, 1, *S], resized by nearest neighbour; prototypes [C, K, D]
-        and teacher_features [B, D, *S], both constants to the gradient."""
+        """Compute the loss of a feature map.
+
+        Args:
+            features: `[B, D, *S]`, any float dtype and strides; S has one or more axes.
+            labels: `[B, *S]` or `[B, 1, *S]`, integers or whole-number floats. Another resolution is resized by nearest
+                neighbour.
+            prototypes: `[C, K, D]`, K per class, for example `PrototypeBank.prototypes`. They get no gradient.
+            teacher_features: `[B, D, *S]`, for the assignment. They get no gradient. None: the features.
+
+        Returns:
+            The loss in fp32 (float64 for float64 features): 0-dim, or `[B, *S]` for `reduction="none"`.
+        """
         return unchecked(prototype_assignment_loss)(features, labels, prototypes, teacher_features, **self.options)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy [N] of the softmax over all prototypes and an assignment to them.
+    """Cross-entropy [N] of an assignment and the softmax over all prototypes.
 
-    rows [N, D], prototypes [P, D], both of unit length; absent [P]: prototypes that are not there; share [N, P]: the
-    assignment, whose sum is 1, or 0 for a row that takes no part. Differentiable in the rows' companion and the scale.
-    Both gradients are made in the forward pass, where the similarities are: D numbers are saved for a row, not P.
+    Inputs are rows [N, D] and prototypes [P, D] of unit length; absent [P], whether a prototype is absent; share [N,
+    P], the assignment, whose rows sum to 1, or to 0 for a row that takes no part. It is differentiable in the companion
+    of the rows and in the scale. The forward pass computes both gradients, because the similarities are there: D
+    numbers are saved per row instead of P.
     """
 
     @staticmethod
@@ -257,12 +313,12 @@ class _CrossEntropy(torch.autograd.Function):
             similarity = part.to(prototypes.dtype) @ prototypes.T
             log_p = torch.log_softmax((scale * similarity).masked_fill(absent, -math.inf), 1).masked_fill(absent, 0.0)
             losses.append(-(weight * log_p).sum(1))
-            # p - share, in one difference: two sums that are subtracted leave rounding errors near the minimum.
+            # p - share in one difference: a difference of two sums leaves rounding errors near the minimum.
             slope = log_p.exp().masked_fill(absent, 0.0) * weight.sum(1, keepdim=True) - weight
             of_rows.append(scale * (slope @ prototypes))
             of_scale.append((slope * similarity).sum(1))
         loss = torch.cat(losses)
-        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        # The loss is saved because a second derivative must find the graph (`differentiable_once`).
         ctx.save_for_backward(loss, torch.cat(of_rows), torch.cat(of_scale))
         return loss
 

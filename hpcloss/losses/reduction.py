@@ -1,4 +1,4 @@
-"""From the losses of anchors to the result: sums, means, means of group means, softmax weights; over ranks too."""
+"""From the losses of anchors to the result: sums, means, means of group means, softmax weights, over ranks too."""
 
 from __future__ import annotations
 
@@ -21,11 +21,28 @@ def reduce(
     *,
     gather: bool = False,
 ) -> Tensor:
-    """Weighted sum of the losses [N] of counted anchors, None for all; weights come from integer counts: deterministic.
+    """Reduce the losses of anchors to the result of a loss function.
 
-    order [N]: the place of each anchor among `labels` of any shape, in which "none" returns the losses, or without
-    labels among N; by default its own. Where the reduction is a mean of means: of those of the classes in `labels`, or
-    of `regions` [N]. gather: over the anchors of all ranks.
+    The weights of anchors come from integer counts, so the result is deterministic.
+
+    Args:
+        loss: Loss of each anchor `[N]`, 0 where it does not count.
+        counted: Whether each anchor counts `[N]`. None: all count.
+        reduction: "mean" over counted anchors, "class" (mean of class means), "region" (mean of the means of
+            `regions`), "sum" or "none".
+        order: Place of each anchor among the labels `[N]`. None: its own number.
+        labels: Labels of any shape. They give the classes for "class" and the shape of the result for "none".
+        regions: Region of each anchor `[N]`, for "region".
+        gather: Reduce over the anchors of all ranks.
+
+    Returns:
+        The loss, 0-dim. For "none" the losses in the shape of `labels`, or `[N]` without labels.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.losses.reduction import reduce
+        >>> reduce(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([True, True, False]), "mean")
+        tensor(2.)
     """
     places = loss if labels is None else labels
     if reduction == "none":
@@ -48,20 +65,22 @@ def _or_all(counted: Tensor | None, loss: Tensor) -> Tensor:
 
 
 def sum_of(values: Tensor, gather: bool) -> Tensor:
-    """The sum of values [N], of those of all ranks with `gather`."""
+    """The sum of values `[N]`, with `gather` over all ranks."""
     return total(values.sum()) if gather else values.sum()
 
 
 def number_of(counted: Tensor | None, loss: Tensor, gather: bool) -> Tensor | int:
-    """The number of counted anchors, of those of all ranks with `gather`; counted None: all that have a loss."""
+    """The number of counted anchors, with `gather` of all ranks. None: all anchors count."""
     if counted is None and not gather:
         return loss.numel()
     return sum_of(_or_all(counted, loss), gather)
 
 
 def softmax(exponents: Tensor, counted: Tensor | None, gather: bool) -> Tensor:
-    """Softmax over the counted anchors [N], by default all, of all ranks with `gather`; finite, and meaning nothing,
-    where none is counted."""
+    """Softmax over the counted anchors `[N]`, with `gather` over those of all ranks.
+
+    If no anchor counts, the result is finite and has no meaning.
+    """
     if counted is None and not gather:
         return torch.softmax(exponents, 0)
     exponents = exponents if counted is None else torch.where(counted, exponents, -math.inf)
@@ -71,7 +90,7 @@ def softmax(exponents: Tensor, counted: Tensor | None, gather: bool) -> Tensor:
 
 
 def group_weight(ids: Tensor, counted: Tensor) -> Tensor:
-    """1 / (groups with a counted anchor x counted anchors of the own group), for a mean of group means [N]."""
+    """Weights of a mean of group means `[N]`: 1 / (groups with a counted anchor · counted anchors of the group)."""
     order, groups = partition(ids)
     start, end = groups.pos_start, groups.pos_end
     seen = torch.nn.functional.pad(torch.cumsum(counted[order], 0), (1, 0))

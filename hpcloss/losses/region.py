@@ -1,4 +1,4 @@
-"""Region-based pixel contrast: hard-positive (PHPC) and supervised (Hu et al.)."""
+"""Contrast of pixels within regions: hard-positive (PHPC) and supervised (Hu et al.)."""
 
 from __future__ import annotations
 
@@ -53,12 +53,14 @@ def region_phpc_loss(
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Region-based hard-positive pixel contrast; equations, arguments and sources in `RegionPHPCLoss`.
+    """The function of `RegionPHPCLoss`: the inputs of its `forward`, then its options.
 
-    `discount` is the published in-denominator weight exp(-discount s_ij) of a positive in its own denominator.
+    Args:
+        discount: β of `RegionPHPCLoss.published`: a positive counts as e^{l_ij - discount · s_ij} in its own
+            denominator. Needs `denominator="own"`. 0: no discount.
     """
     labels, gather = labels_of_map(features, labels), has_peers(gather)
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     if check_labels:
         check_label_values(labels, ignored, num_classes)
     pooled, flat = gather and not per_image, labels.reshape(-1)  # pooled: regions that reach across ranks
@@ -91,45 +93,69 @@ def region_phpc_loss(
 
 
 class RegionPHPCLoss(Loss):
-    r"""Pixel-level contrast within regions that pulls hard positives hardest.
+    """Hard-positive contrast of pixels within regions of the feature map (PHPC).
 
         L_i = Σ_{j∈P(i)} w_ij [ log( e^{l_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
         w_ij = softmax_{j∈P(i)}( -hardness · s_ij )
 
-    s_ij is the cosine of pixels i and j, l_ij = s_ij / temperature; P(i) and N(i) are the other pixels of i's region
-    with its label and with another one. Weights are constants to the gradient unless `detach_weights=False`.
+    s_ij is the cosine of pixels i and j. l_ij = s_ij / temperature is their logit. P(i), the positives of anchor i, are
+    the other pixels of its region with its label. N(i), the negatives, are the pixels of its region with another label.
 
-    Source: Tang et al., "Hard positives oriented contrastive learning" (ISBI 2023; Pattern Recognition 2024). The
-    weighting is our reading of their abstract and figure (dissimilar positives are "strongly weighted"), not a formula
-    the authors committed; their published code puts exp(-β s) inside the denominator, where it does not emphasise hard
-    positives: that form, without the code's defects, is `RegionPHPCLoss.published`.
+    The loss pulls an anchor to its positives, and the least similar ones most. It pushes the anchor away from its
+    negatives. An anchor counts if it has a positive and a negative; `denominator="all"` needs no negative. If no anchor
+    counts, the loss is 0 with zero gradients.
+
+    Source: Tang et al., "Hard positives oriented contrastive learning" (ISBI 2023; Pattern Recognition 2024). Their
+    printed equation was not available to us: the weights are our reading of the abstract and the figure, where
+    dissimilar positives are "strongly weighted". The authors' code has a weight inside the denominator instead:
+    `RegionPHPCLoss.published`.
 
     Args:
-        region_size: pixels of the feature map per region and axis (int or one per axis); None: the whole map is one
-            region. Cells are pooled over the batch, remainder pixels form smaller regions.
-        temperature: positive number, or a 0-dim tensor (learnable).
-        hardness: 0 weighs all positives alike; larger pulls dissimilar ones more (e^{2·hardness} between extremes).
-        num_classes: labels outside [0, num_classes) are ignored; also makes sorting cheaper.
-        samples_per_class: draw at most this many pixels per region and class (needs num_classes).
-        max_regions: draw at most this many of the regions that hold an anchor and two labels.
-        local_size: also contrast each pixel with the small cells of this size inside its region, one at a time, keys
-            repeated to the number of pixels of region_size, also where the map ends before (the paper's large and small
-            regions); must divide region_size.
-        denominator: "own" (above), "all" (every other pixel of the region, SupCon) or "negatives".
-        background: label that is a key but never an anchor; None: every class has anchors.
-        ignore_index: label or labels of pixels that take no part.
-        per_image: regions do not reach across images.
-        normalize: L2-normalise features; rows of norm up to 1e-12 become zero and get no gradient.
-        reduction: "mean" over counted anchors, "class" (mean of class means), "region" (mean of region means, as the
-            papers), "sum", or "none" (a map [B, *S], 0 where not counted).
-        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
-        check_labels: raise for labels outside [0, num_classes) that are not ignored (waits for the device).
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        region_size: Side of a region in pixels of the feature map: one number, or one per axis. A region is the same
+            cell of all images of the batch. Cells at the border may be smaller. None: the whole map is one region.
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        hardness: Exponent of the weights. 0: all positives have the same weight. Positive: dissimilar positives weigh
+            more, by at most e^{2 · hardness}. Negative: similar positives weigh more.
+        num_classes: Number of classes C. Labels outside [0, C) are then ignored, and sorting is faster. None: any
+            integer is a class.
+        samples_per_class: Sample at most this many pixels per class and region, with torch's generator. Needs
+            `num_classes`. None: all pixels.
+        max_regions: Sample at most this many regions among those that hold an anchor and two labels. None: all regions.
+        local_size: Also contrast each anchor with the small cells of this size in its region, one cell at a time. The
+            mean over the cells in which the anchor counts is added to its loss. Each key of a cell counts as often as a
+            region has cells. Must divide `region_size` on every axis. None: no small cells.
+        denominator: "own": as in the equation. "all": log Σ_{a≠i} e^{l_ia} over the region (SupCon). "negatives": log
+            Σ_{n∈N(i)} e^{l_in}.
+        background: Label of pixels that are keys and never anchors. None: every class has anchors.
+        ignore_index: Label or labels of pixels that are neither anchors nor keys. Default: -100, -1 and 255.
+        per_image: Keep the images of a batch apart: a region is then a cell of one image.
+        detach_weights: Treat the weights w_ij as constants in the gradient. False: differentiate them, which can push
+            positives away.
+        normalize: Divide each embedding by its L2 norm. Embeddings with a norm of at most 1e-12 become zero and get no
+            gradient. False: s_ij is the inner product.
+        reduction: "mean" over counted anchors, "class" (mean of class means), "region" (mean of region means, as in the
+            papers), "sum", or "none" (a map `[B, *S]` with 0 where no anchor counts).
+        gather: On several processes, contrast with the pixels of all ranks; value and gradient are those of the whole
+            batch (`hpcloss.distributed`). On one process it changes nothing.
+        check_labels: Raise ValueError for a label outside [0, num_classes) that is not in `ignore_index`. Synchronises
+            with the device. Needs `num_classes`.
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
 
-    An anchor counts if its region holds a positive and (except for "all") a negative. No counted anchor: 0, joined to
-    the graph. Raises ValueError for shapes and hyper-parameters, TypeError for dtypes, NotImplementedError for a
-    backend that cannot run; never for data. Differentiating twice raises.
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> features = torch.randn(2, 16, 32, 32, requires_grad=True)
+        >>> labels = torch.randint(4, (2, 32, 32))
+        >>> loss = hpcloss.RegionPHPCLoss(region_size=16)(features, labels)
+        >>> loss.backward()
+        >>> features.grad.shape
+        torch.Size([2, 16, 32, 32])
     """
 
     discount: float  # β of the published form, else 0
@@ -167,29 +193,49 @@ class RegionPHPCLoss(Loss):
 
     @classmethod
     def published(cls, beta: float = 0.1, **options: Any) -> RegionPHPCLoss:
-        """The form of the authors' code, cleaned: uniform positives, each discounted in its own denominator.
+        """The form of the authors' code: uniform weights, and a discount for a positive in its own denominator.
 
-        Options are the constructor's; as in their code the default is the mean of region means, and hardness 0.
-        Raises ValueError unless beta is finite and at least 0.
+            L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij - β s_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
 
-            L_i = 1/|P(i)| Σ_{j∈P(i)} [ log( e^{l_ij} e^{-β s_ij} + Σ_{n∈N(i)} e^{l_in} ) - l_ij ]
+        Source: the code of Tang et al. (ISBI 2023). Four of its defects are left out: the anchor among its own
+        negatives, class ids as weights, misaligned quadrants, and a hardness that becomes NaN (here s_ij takes its
+        place).
 
-        Not reproduced: the anchor among its own negatives, class ids as weights, mis-aligned quadrants, the rank-1
-        hardness whose square root of a product is NaN (the pair's own similarity stands in its place).
+        Args:
+            beta: β in the equation, at least 0.
+            **options: Options of `RegionPHPCLoss`. Other defaults, as in the code: `hardness=0` and
+                `reduction="region"`.
+
+        Returns:
+            The loss module.
+
+        Raises:
+            ValueError: beta is negative or not finite, or the denominator of a positive beta is not "own".
+            TypeError: beta is not a number.
         """
         at_least_zero("beta", beta)
         loss = cls(**{"hardness": 0.0, "reduction": "region", **options})
         loss.discount = float(beta)
-        _ = loss.options  # raises where the denominator leaves a discount no part
+        _ = loss.options  # raises if the denominator takes no discount
         return loss
 
     def forward(
         self, features: Tensor, labels: Tensor, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """features [B, D, *S], any float dtype and strides; labels [B, *S] or [B, 1, *S], resized by nearest neighbour.
+        """Compute the loss of a feature map.
 
-        With `return_stats` also a dict of detached 0-dim tensors: the share of foreground pixels that count, positives
-        per anchor, mean positive and negative similarity, and the effective over the actual number of positives.
+        Args:
+            features: `[B, D, *S]`, any float dtype and strides; S has one or more axes.
+            labels: `[B, *S]` or `[B, 1, *S]`, integers or whole-number floats. Another resolution is resized by nearest
+                neighbour.
+            return_stats: Also return statistics for a logger.
+
+        Returns:
+            The loss in fp32 (float64 for float64 features): 0-dim, or `[B, *S]` for `reduction="none"`. With
+                `return_stats` a pair of the loss and a dict of detached 0-dim tensors: `counted_anchors` (counted share
+                of the anchors), `positives_per_anchor`, `positive_similarity` and `negative_similarity` (mean s_ij),
+                `effective_positives` (effective share of the positives under the weights) and, with `num_classes`,
+                `labels_outside` (number of labels that are neither a class nor ignored).
         """
         return_stats = boolean("return_stats", return_stats)
         return unchecked(region_phpc_loss)(features, labels, **self.options, return_stats=return_stats)
@@ -216,7 +262,7 @@ def region_supcon_loss(
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Local supervised contrast of Hu et al. 2021; equation and arguments in `RegionSupConLoss`."""
+    """The function of `RegionSupConLoss`: the inputs of its `forward`, then its options."""
     return unchecked(region_phpc_loss)(
         features, labels, region_size, temperature, 0.0, num_classes=num_classes, samples_per_class=samples_per_class,
         max_regions=max_regions, denominator="all", background=background, ignore_index=ignore_index,
@@ -226,14 +272,52 @@ def region_supcon_loss(
 
 
 class RegionSupConLoss(Loss):
-    r"""Local supervised contrast: SupCon within blocks of pixels.
+    """Supervised contrast (SupCon) of pixels within regions of the feature map.
 
-        L_i = -1/|P(i)| Σ_{j∈P(i)} [ l_ij - log Σ_{a≠i} e^{l_ia} ]
+        L_i = log Σ_{a≠i} e^{l_ia} - 1/|P(i)| Σ_{j∈P(i)} l_ij
 
-    Hu et al., "Semi-supervised contrastive learning for label-efficient medical image segmentation" (MICCAI 2021),
-    block mode: all pixels of a block over the batch form one set, background pixels are keys but no anchors. The same
-    as `RegionPHPCLoss(hardness=0, denominator="all")`, which documents the arguments; the paper's code averages block
-    means (`reduction="region"`).
+    l_ij is the cosine of pixels i and j, divided by the temperature. P(i), the positives of anchor i, are the other
+    pixels of its region with its label. a runs over all other pixels of the region.
+
+    The loss pulls an anchor to its positives. It pushes the anchor away from all keys in the denominator. An anchor
+    counts if it has a positive. If no anchor counts, the loss is 0 with zero gradients. `RegionPHPCLoss` with
+    `hardness=0` and `denominator="all"` is the same loss.
+
+    Source: Hu et al., "Semi-supervised contrastive learning for label-efficient medical image segmentation" (MICCAI
+    2021), block mode. The paper's code averages the means of blocks: use `reduction="region"`.
+
+    Args:
+        region_size: Side of a region in pixels of the feature map: one number, or one per axis. A region is the same
+            cell of all images of the batch. None: the whole map is one region.
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        num_classes: Number of classes C. Labels outside [0, C) are then ignored. None: any integer is a class.
+        samples_per_class: Sample at most this many pixels per class and region. Needs `num_classes`. None: all pixels.
+        max_regions: Sample at most this many regions among those that hold an anchor and two labels. None: all regions.
+        background: Label of pixels that are keys and never anchors. None: every class has anchors.
+        ignore_index: Label or labels of pixels that are neither anchors nor keys. Default: -100, -1 and 255.
+        per_image: Keep the images of a batch apart: a region is then a cell of one image.
+        normalize: Divide each embedding by its L2 norm. False: l_ij is the inner product over the temperature.
+        reduction: "mean" over counted anchors, "class" (mean of class means), "region" (mean of region means), "sum",
+            or "none" (a map `[B, *S]` with 0 where no anchor counts).
+        gather: On several processes, contrast with the pixels of all ranks (`hpcloss.distributed`).
+        check_labels: Raise ValueError for a label outside [0, num_classes) that is not in `ignore_index`. Synchronises
+            with the device. Needs `num_classes`.
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
+
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).T.reshape(1, 2, 1, 3)
+        >>> labels = torch.tensor([[[1, 1, 2]]])
+        >>> loss = hpcloss.RegionSupConLoss(temperature=1.0, reduction="none")(features, labels)
+        >>> loss  # log(e + 1) - 1 twice; the pixel of label 2 has no positive
+        tensor([[[0.3133, 0.3133, 0.0000]]])
     """
 
     def __init__(
@@ -265,19 +349,30 @@ class RegionSupConLoss(Loss):
     def forward(
         self, features: Tensor, labels: Tensor, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """features [B, D, *S], labels [B, *S] or [B, 1, *S], as in `RegionPHPCLoss.forward`."""
+        """Compute the loss of a feature map.
+
+        Args:
+            features: `[B, D, *S]`, any float dtype and strides; S has one or more axes.
+            labels: `[B, *S]` or `[B, 1, *S]`, integers or whole-number floats. Another resolution is resized by nearest
+                neighbour.
+            return_stats: Also return the statistics of `RegionPHPCLoss.forward`, a dict of 0-dim tensors.
+
+        Returns:
+            The loss in fp32 (float64 for float64 features): 0-dim, or `[B, *S]` for `reduction="none"`. With
+                `return_stats` a pair of the loss and the statistics.
+        """
         return_stats = boolean("return_stats", return_stats)
         return unchecked(region_supcon_loss)(features, labels, **self.options, return_stats=return_stats)
 
 
 def _grid(labels: Tensor, size: int | Sequence[int] | None, per_image: bool, name: str = "region_size") -> Grid:
-    """The cells of this size of a label map [B, *S]."""
+    """The grid of regions of this size on a label map [B, *S]."""
     spatial = tuple(labels.shape[1:])
     return Grid(labels.shape[0], spatial, region_shape(size, spatial, name), per_image)
 
 
 def _region_ids(pairs: Pairs, distinct_by_rank: bool) -> Tensor:
-    """The region of each row [N], by a number that no other rank has if asked."""
+    """The region of each row [N], optionally as a number that no other rank uses."""
     regions = pairs.intervals.region()
     return distinct(regions) if distinct_by_rank else regions
 
@@ -292,11 +387,16 @@ def _plan(
     ignored: tuple[int, ...],
     pooled: bool,
 ) -> tuple[Pairs, Tensor | None, Tensor | None]:
-    """Which pairs of a label map [B, *S] count.
+    """The pairs of a label map [B, *S] that count.
 
-    Also the number in the grid of each region [R], None where regions are the grid's; and with `num_classes` the number
-    of labels that are neither a class nor ignored []. pooled: regions reach across ranks, which draw the same ones.
-    Shapes are static: of the regions chosen and the pixels sampled only the most there can be is known.
+    Shapes are static: they depend on the largest possible number of sampled pixels, not on the data.
+
+    Args:
+        pooled: Regions reach across ranks, and all ranks sample the same regions.
+
+    Returns:
+        The pairs; the number in the grid of each region [R], None if the regions are those of the grid; the number of
+            labels that are neither a class nor ignored [], None without `num_classes`.
     """
     flat, num_regions = labels.reshape(-1), grid.num_regions()
     regions: Tensor | Grid = grid
@@ -304,7 +404,7 @@ def _plan(
     cell = [min(along, extent) for along, extent in zip(grid.size, grid.spatial)]
     region_pixels = math.prod(cell) * (1 if grid.per_image else grid.batch)
     if pooled and max_regions is not None:
-        check_same_regions(labels.device, num_regions)  # before the ranks draw some: all of them do or none
+        check_same_regions(labels.device, num_regions)  # before ranks sample regions, which all do or none
     if max_regions is not None and max_regions < num_regions:
         alive = ~is_ignored(flat, ignored, num_classes)
         anchor = alive if background is None else alive & (flat != background)
@@ -312,7 +412,7 @@ def _plan(
             grid.ids(labels.device), num_regions, flat, alive, anchor, max_regions, agree if pooled else None
         )
         num_regions = max_regions
-    live = num_regions * region_pixels  # the rows that may not be dead, if there are so many
+    live = num_regions * region_pixels  # the most rows that can be live
     if num_classes is None:
         pairs = partition(flat, regions, num_regions, background=background, ignore_index=ignored)
         return pairs.head(live), region_ids, None
@@ -331,8 +431,7 @@ def _stats(
     stray: Tensor | None,
     gather: bool,
 ) -> dict[str, Tensor]:
-    """What a trainer logs, as 0-dim tensors without gradient; means over the counted anchors, of all ranks with
-    `gather`."""
+    """Statistics for a logger, as detached 0-dim tensors: means over counted anchors, with `gather` over all ranks."""
     with torch.no_grad():
         rows, one = rows.detach(), Scale.of(1.0, rows, False)
         at = pairs.intervals
@@ -345,7 +444,7 @@ def _stats(
         negative_mean = (others_sum - positive_mean * positives) / negatives.clamp(min=1)
         effective = torch.ones_like(positive_mean)
         if hardness:
-            # 1 / sum of squared weights, over the number of positives.
+            # 1 / (sum of squared weights · number of positives).
             mass, double_mass = (
                 pair_lse(rows, pairs, "positives", one.times(-factor * hardness), keys=keys) for factor in (1, 2)
             )

@@ -42,10 +42,10 @@ def supcon_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Supervised contrast of vectors; equations and arguments in `SupConLoss`."""
+    """The function of `SupConLoss`: the inputs of its `forward`, then its options."""
     check_vectors("embeddings", embeddings)
     labels = labels_of_vectors("labels", embeddings, labels)
-    ignored = cast(tuple[int, ...], ignore_index)  # by the rule of the option
+    ignored = cast(tuple[int, ...], ignore_index)  # a tuple by the rule of the option
     gather, key_rows = has_peers(gather), None
     if keys is not None:
         check_vectors("keys", keys, like=embeddings)
@@ -79,30 +79,53 @@ def supcon_loss(
         counted = pairs.intervals.counted()
         own, negative = (pair_lse(rows, pairs, rule, scale, keys=key_rows) for rule in ("positives", "negatives"))
         positives, _ = pairs.intervals.counts()
-        # log(P + N) - log(P / n), without a difference of two large numbers. Not -inf minus -inf where no positive is.
+        # log(P + N) - log(P / n), without a difference of two large numbers. No -inf - -inf without a positive.
         loss = softplus(negative - torch.where(counted, own, 0.0)) + positives.clamp(min=1).to(own.dtype).log()
         loss = torch.where(counted, loss, 0.0)
     return reduce(loss, counted, reduction, pairs.order, labels, gather=gather)
 
 
 class SupConLoss(Loss):
-    r"""Supervised contrastive loss of vectors; same label, positive pair.
+    """Supervised contrast of vectors (SupCon).
 
-        form "out":  L_i = -1/|P(i)| Σ_{p∈P(i)} [ l_ip - log Σ_{j≠i} e^{l_ij} ]
-        form "in":   L_i = -log( 1/|P(i)| Σ_{p∈P(i)} e^{l_ip} / Σ_{j≠i} e^{l_ij} )
+        form "out":  L_i = log Σ_{j≠i} e^{l_ij} - 1/|P(i)| Σ_{p∈P(i)} l_ip
+        form "in":   L_i = log Σ_{j≠i} e^{l_ij} - log( 1/|P(i)| Σ_{p∈P(i)} e^{l_ip} )
 
-    Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), eq. 2 and 3. l_ij = cosine / temperature.
-    Anchors without a positive add nothing and are not counted. With explicit keys, all of them form the denominator.
+    l_ij is the cosine of vectors i and j, divided by the temperature. P(i), the positives of anchor i, are the other
+    vectors with its label. j runs over all other vectors of the batch, or over the keys if they are given.
+
+    The loss pulls an anchor to its positives. It pushes the anchor away from all keys in the denominator. An anchor
+    counts if it has a positive. If no anchor counts, the loss is 0 with zero gradients.
+
+    Source: Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), eq. 2 ("out") and eq. 3 ("in"). Anchors
+    without a positive do not count; the authors' code counts them. The factor temperature / base temperature of that
+    code is left out (`hpcloss.compat.supcontrast` has both).
 
     Args:
-        temperature: positive number, or a 0-dim tensor (learnable).
-        form: "out" (positives averaged outside the logarithm, the better one in the paper) or "in".
-        ignore_index: label or labels of rows that take no part, as anchors or keys.
-        normalize: L2-normalise the rows.
-        reduction: "mean" over counted anchors, "class" (mean of class means), "sum" or "none" ([N], 0 if not counted).
-        gather: contrast with the rows of every rank of a distributed run, exactly; see `hpcloss.distributed`.
-        check_finite: raise for inf and NaN in what takes part, with the name and the place (waits for the device).
-        backend: "auto", "dense", "blockwise" or "triton".
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        form: "out": the mean over positives is outside the logarithm, the better form in the paper. "in": inside.
+        ignore_index: Label or labels of vectors that are neither anchors nor keys. Default: -100 and -1.
+        normalize: Divide each vector by its L2 norm. Vectors with a norm of at most 1e-12 become zero and get no
+            gradient. False: l_ij is the inner product over the temperature.
+        reduction: "mean" over counted anchors, "class" (mean of class means), "sum", or "none" (`[N]`, 0 if not
+            counted).
+        gather: On several processes, contrast with the vectors of all ranks; value and gradient are those of the whole
+            batch (`hpcloss.distributed`). On one process it changes nothing.
+        check_finite: Raise ValueError for inf or NaN in the values that are used. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
+
+    Raises:
+        ValueError: An option or a shape is invalid, or labels on the CPU are not whole numbers.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> labels = torch.tensor([1, 1, 2])
+        >>> hpcloss.SupConLoss(temperature=1.0, reduction="none")(embeddings, labels)  # log(e + 1) - 1 twice
+        tensor([0.3133, 0.3133, 0.0000])
     """
 
     def __init__(
@@ -126,10 +149,17 @@ class SupConLoss(Loss):
     def forward(
         self, embeddings: Tensor, labels: Tensor, keys: Tensor | None = None, key_labels: Tensor | None = None
     ) -> Tensor:
-        """embeddings [N, D], labels [N]; optionally keys [M, D], key_labels [M] in place of the embeddings.
+        """Compute the loss of a batch of vectors.
 
-        Keys are other vectors (a queue, another encoder's): no key counts as an anchor itself, so do not repeat the
-        embeddings among them. With `gather` those of every rank are joined: pass a rank's own part.
+        Args:
+            embeddings: Anchors `[N, D]`, any float dtype. Without `keys` they are the keys too.
+            labels: `[N]` or `[N, 1]`, integers or whole-number floats.
+            keys: Other vectors `[M, D]` as the only keys, for example of a queue or of another encoder. Do not repeat
+                the embeddings among them. With `gather` pass the keys of this rank: all ranks' keys are used.
+            key_labels: Labels of the keys `[M]`. Required with `keys`.
+
+        Returns:
+            The loss in fp32 (float64 for float64 embeddings): 0-dim, or `[N]` for `reduction="none"`.
         """
         return unchecked(supcon_loss)(embeddings, labels, keys, key_labels, **self.options)
 
@@ -146,7 +176,7 @@ def ntxent_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of two views; equation and arguments in `NTXentLoss`."""
+    """The function of `NTXentLoss`: the inputs of its `forward`, then its options."""
     check_vectors("view1", view1)
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
@@ -158,14 +188,38 @@ def ntxent_loss(
 
 
 class NTXentLoss(Loss):
-    r"""Normalised temperature-scaled cross-entropy of two views: each row's other view against the rest of the batch.
+    """Normalised temperature-scaled cross-entropy of two views (NT-Xent, SimCLR).
 
-        L_i = -log( e^{l_i,pair(i)} / Σ_{j≠i} e^{l_ij} )       over all 2N rows
+        L_i = -log( e^{l_i,pair(i)} / Σ_{j≠i} e^{l_ij} )
 
-    Chen et al., "A simple framework for contrastive learning of visual representations" (ICML 2020), eq. 1.
+    i runs over the 2N rows of both views. pair(i) is the other view of the same image. l_ij is the cosine of rows i and
+    j, divided by the temperature. The loss pulls the two views of an image together and pushes the rows of other images
+    away. Every row counts.
 
-    Args: temperature, normalize, gather, check_finite and backend as in `SupConLoss`; reduction "mean" over 2N rows,
-    "sum" or "none" ([2N], the rows of view1 first).
+    Source: Chen et al., "A simple framework for contrastive learning of visual representations" (ICML 2020), eq. 1. The
+    value is that of the authors' formula.
+
+    Args:
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        normalize: Divide each row by its L2 norm. Rows with a norm of at most 1e-12 become zero and get no gradient.
+            False: l_ij is the inner product over the temperature.
+        reduction: "mean" over the 2N rows, "sum", or "none" (`[2N]`, the rows of `view1` first).
+        gather: On several processes, contrast with the rows of all ranks (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the inputs. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
+
+    Raises:
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> view1 = view2 = torch.eye(2)
+        >>> loss = hpcloss.NTXentLoss(temperature=1.0)(view1, view2)
+        >>> round(loss.item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     def __init__(
@@ -185,7 +239,15 @@ class NTXentLoss(Loss):
         )  # fmt: skip
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
-        """view1, view2 [N, D]: row i of both shows image i."""
+        """Compute the loss of two views.
+
+        Args:
+            view1: `[N, D]`, any float dtype. Row i shows image i.
+            view2: `[N, D]`. Row i shows image i too.
+
+        Returns:
+            The loss in fp32 (float64 for float64 views): 0-dim, or `[2N]` for `reduction="none"`.
+        """
         return unchecked(ntxent_loss)(view1, view2, **self.options)
 
 
@@ -203,7 +265,7 @@ def infonce_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of each query with its positive key; equations and arguments in `InfoNCELoss`."""
+    """The function of `InfoNCELoss`: the inputs of its `forward`, then its options but `learnable`."""
     if symmetric and negatives is not None:
         raise ValueError("symmetric=True has no meaning with negatives of the queries' own")
     check_vectors("query", query)
@@ -228,13 +290,13 @@ def infonce_loss(
     elif symmetric and not gather:
         own, of_both = one_positive(rows, pairs, scale, keys=keys, both=True)
         loss = softplus(of_both - own)
-        if reduction != "mean":  # which is that of both directions at once
+        if reduction != "mean":  # one mean over both directions
             loss = loss.mean(0)
     else:
         all_keys = keys
         if gather:
             met, all_keys = gather_all(keys)
-            place = met.self_pos  # of the own positive among the keys of all ranks
+            place = met.self_pos  # row of the own positive among the keys of all ranks
             pairs = pairs.replace(pos_start=place, pos_end=place + 1, key_start=met.key_start, key_end=met.key_end)
         loss, _ = contrast(rows, pairs, keys=all_keys, scale=scale, denominator="pair")
         if symmetric:
@@ -244,21 +306,43 @@ def infonce_loss(
 
 
 class InfoNCELoss(Loss):
-    r"""Cross-entropy of each query's positive key against other keys.
+    """Cross-entropy of the positive key of each query against other keys (InfoNCE, CLIP).
 
-        without negatives:  L_i = -log( e^{q_i·k_i/τ} / Σ_j e^{q_i·k_j/τ} )       the other positives are the negatives
+        without negatives:  L_i = -log( e^{q_i·k_i/τ} / Σ_j e^{q_i·k_j/τ} )
         with negatives n:   L_i = -log( e^{q_i·k_i/τ} / ( e^{q_i·k_i/τ} + Σ_m e^{q_i·n_m/τ} ) )
-        symmetric:          L_i = 1/2 [ the first line + -log( e^{q_i·k_i/τ} / Σ_j e^{q_j·k_i/τ} ) ]
+        symmetric:          L_i = 1/2 [ first line - log( e^{q_i·k_i/τ} / Σ_j e^{q_j·k_i/τ} ) ]
 
-    van den Oord et al., "Representation learning with contrastive predictive coding" (2018), eq. 4; symmetric: Radford
-    et al., "Learning transferable visual models from natural language supervision" (2021), fig. 3.
+    q_i is query i, k_i its positive key and τ the temperature, all rows of unit length. The loss pulls a query to its
+    positive key. It pushes the query away from the keys of the other queries, or from the given negatives. Every query
+    counts.
+
+    Source: van den Oord et al., "Representation learning with contrastive predictive coding" (2018), eq. 4. Symmetric:
+    Radford et al., "Learning transferable visual models from natural language supervision" (2021), fig. 3; the clamp of
+    its learnt temperature is left out.
 
     Args:
-        temperature: positive number, or a 0-dim tensor.
-        learnable: make log(1 / temperature) a parameter of the module, `log_scale` in fp32, that starts at
-            `temperature` (CLIP's parametrisation, without its clamp). Setting `temperature` later sets the parameter.
-        symmetric: each positive looks for its query as well (CLIP); ValueError with negatives.
-        normalize, gather, check_finite, backend: as in `SupConLoss`. reduction: "mean", "sum" or "none" ([N]).
+        temperature: τ. A positive number, or a tensor with one element.
+        learnable: Make log(1 / temperature) a parameter, `log_scale` in fp32 (CLIP). It starts at `temperature`. Later
+            assignments to `temperature` set the parameter.
+        symmetric: Each key also looks for its query (CLIP). Invalid with given negatives.
+        normalize: Divide each row by its L2 norm. False: take the rows as they are.
+        reduction: "mean", "sum", or "none" (`[N]`).
+        gather: On several processes, contrast with the keys of all ranks (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the inputs. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
+
+    Raises:
+        ValueError: An option or a shape is invalid, or negatives are given with `symmetric`.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> query = positive = torch.eye(3)
+        >>> contrast = hpcloss.InfoNCELoss(temperature=1.0, learnable=True)
+        >>> round(contrast(query, positive).item(), 4)  # log(e + 2) - 1
+        0.5514
     """
 
     def __init__(
@@ -285,13 +369,13 @@ class InfoNCELoss(Loss):
             self.log_scale = nn.Parameter(torch.tensor(-math.log(float(temperature)), dtype=torch.float32))
 
     def __getattr__(self, name: str) -> Any:
-        """A learnt temperature is read as a 0-dim tensor joined to the graph."""
+        """Read a learnt temperature as a 0-dim tensor joined to the graph."""
         if name == "temperature" and "log_scale" in self.__dict__.get("_parameters", {}):
             return torch.exp(-self.log_scale)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As of every loss an attribute that is changed later takes effect; a learnt temperature is in `log_scale`."""
+        """Set an attribute. A learnt temperature is stored in `log_scale`."""
         if name == "temperature" and "log_scale" in self.__dict__.get("_parameters", {}):
             check_each("infonce_loss", {name: value.item() if isinstance(value, Tensor) else value})
             with torch.no_grad():
@@ -300,7 +384,17 @@ class InfoNCELoss(Loss):
             super().__setattr__(name, value)
 
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
-        """query, positive [N, D]; negatives [M, D], shared by all queries."""
+        """Compute the loss of queries and their positive keys.
+
+        Args:
+            query: `[N, D]`, any float dtype.
+            positive: `[N, D]`. Row i is the positive key of query i.
+            negatives: `[M, D]`, negative keys of all queries. None: the positive keys of the other queries are the
+                negatives.
+
+        Returns:
+            The loss in fp32 (float64 for float64 queries): 0-dim, or `[N]` for `reduction="none"`.
+        """
         options = self.options
         if self.learnable:
             options["temperature"] = torch.exp(-self.log_scale)
@@ -325,7 +419,7 @@ def hard_negative_nce_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of two views with hard negatives; equation and arguments in `HardNegativeNCELoss`."""
+    """The function of `HardNegativeNCELoss`: the inputs of its `forward`, then its options."""
     check_vectors("view1", view1)
     if check_finite:
         check_used(temperature=temperature, view1=view1, view2=view2)
@@ -335,21 +429,21 @@ def hard_negative_nce_loss(
     factors = (1 + beta, beta) if beta else (1.0,)
     positive, found = one_positive(rows, own, scale, keys=keys, factors=factors)
     sums = list(found) if beta else [found]
-    # Keys of one image are two, and all are of one region.
+    # Each image has two keys, and all keys are in one region.
     negatives = own.intervals.key_end - own.intervals.key_start - 2
     counted = None
-    if gather or view1.shape[0] < 2:  # else there is a negative; not -inf minus -inf where none is
+    if gather or view1.shape[0] < 2:  # otherwise every row has a negative; avoids -inf - -inf
         counted = (negatives > 0).expand_as(positive)
         sums = [torch.where(counted, one, 0.0) for one in sums]
     log_count = negatives.clamp(min=1).to(positive.dtype).log()
-    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}. Here the logarithm of their ratio to N e^{l+}, without N.
+    # Σ v e^l = N Σ e^{(1 + beta) l} / Σ e^{beta l}. `ratio` is the logarithm of it over N e^{l+}.
     if beta:
         hard, weights = sums
         ratio = hard - weights - positive
     else:
         ratio = sums[0] - log_count - positive
     if tau_plus:
-        # The share of false negatives, as a logarithm; from 1 on nothing is left, and the lowest value holds.
+        # The remaining share without false negatives, as a logarithm. If none remains, the lowest value holds.
         left = -(math.log(tau_plus) - ratio).clamp(max=0.0).expm1()
         left = ratio + left.clamp(min=torch.finfo(left.dtype).tiny).log()
         ratio = torch.maximum(left - math.log1p(-tau_plus), -scale.value - positive)
@@ -360,24 +454,45 @@ def hard_negative_nce_loss(
 
 
 class HardNegativeNCELoss(Loss):
-    r"""Contrast of two views in which similar negatives weigh more, and false negatives are discounted.
+    """Contrast of two views with hard negatives and a correction for false negatives.
 
-        L_i = -log( e^{l_i+} / ( e^{l_i+} + G_i ) )       over all 2N rows
-        G_i = max( ( Σ_{n∈N(i)} v_in e^{l_in} - τ⁺ |N| e^{l_i+} ) / (1 - τ⁺),  |N| e^{-1/temperature} )
-        v_in = e^{beta l_in} / mean_{m∈N(i)} e^{beta l_im},  differentiated
+        L_i = -log( e^{l_i+} / ( e^{l_i+} + G_i ) )
+        G_i = max( ( Σ_{n∈N(i)} v_in e^{l_in} - τ⁺ |N(i)| e^{l_i+} ) / (1 - τ⁺),  |N(i)| e^{-1/temperature} )
+        v_in = e^{β l_in} / mean_{m∈N(i)} e^{β l_im}
 
-    N(i): the rows of other images. Robinson et al., "Contrastive learning with hard negative samples" (ICLR 2021),
-    eq. 4; beta = 0 is Chuang et al., "Debiased contrastive learning" (NeurIPS 2020); both 0 is NT-Xent.
+    i runs over the 2N rows of both views. l_i+ is the logit of row i and the other view of its image, and l_in that of
+    row i and row n: the cosine divided by the temperature. N(i), the negatives, are the rows of other images. β is
+    `beta`, τ⁺ is `tau_plus`. The weights v are differentiated.
+
+    The loss pulls the two views of an image together. It pushes rows of other images away, and the similar ones most.
+    The correction takes the expected share of false negatives out of the sum. A row counts if it has a negative.
+
+    Source: Robinson et al., "Contrastive learning with hard negative samples" (ICLR 2021), eq. 4. β = 0 is Chuang et
+    al., "Debiased contrastive learning" (NeurIPS 2020). β = 0 and τ⁺ = 0 is `NTXentLoss`. The value is that of the
+    authors' formula.
 
     Args:
-        temperature: positive number, or a 0-dim tensor (learnable).
-        beta: how much similar negatives weigh; 0 weighs all alike.
-        tau_plus: probability that a negative is of the row's own class, in [0, 1); 0 leaves the discount, and the
-            lowest value, which is that of unit rows, out.
-        normalize, gather, check_finite, backend: as in `SupConLoss`. reduction: "mean" over 2N rows, "sum" or "none"
-            ([2N], view1 first).
+        temperature: Divides the similarities. A positive number, or a tensor with one element (learnable).
+        beta: Exponent of the weights, at least 0. 0: all negatives have the same weight.
+        tau_plus: Probability that a negative is a false one, in [0, 1). 0: no correction and no lowest value of G_i.
+        normalize: Divide each row by its L2 norm. The lowest value of G_i holds for rows of unit length.
+        reduction: "mean" over counted rows, "sum", or "none" (`[2N]`, the rows of `view1` first).
+        gather: On several processes, contrast with the rows of all ranks (`hpcloss.distributed`).
+        check_finite: Raise ValueError for inf or NaN in the inputs. Synchronises with the device.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton". A named backend never falls back.
 
-    A single image has no negative and loss 0.
+    Raises:
+        ValueError: An option or a shape is invalid.
+        TypeError: A dtype or the type of an option is invalid.
+        NotImplementedError: The backend cannot run the call.
+        RuntimeError: The loss is differentiated twice.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> view1 = view2 = torch.eye(2)
+        >>> loss = hpcloss.HardNegativeNCELoss(temperature=1.0, beta=0.0, tau_plus=0.0)(view1, view2)
+        >>> round(loss.item(), 4)  # log(e + 2) - 1, as NTXentLoss
+        0.5514
     """
 
     def __init__(
@@ -405,5 +520,13 @@ class HardNegativeNCELoss(Loss):
         )
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
-        """view1, view2 [N, D]: row i of both shows image i."""
+        """Compute the loss of two views.
+
+        Args:
+            view1: `[N, D]`, any float dtype. Row i shows image i.
+            view2: `[N, D]`. Row i shows image i too.
+
+        Returns:
+            The loss in fp32 (float64 for float64 views): 0-dim, or `[2N]` for `reduction="none"`.
+        """
         return unchecked(hard_negative_nce_loss)(view1, view2, **self.options)

@@ -12,7 +12,7 @@ from hpcloss.primitives.rows import Rows, pack
 
 
 def gather_all(keys: Rows) -> tuple[Intervals, Rows]:
-    """The keys of all ranks, and each own key against them; `self_pos` is its place among them."""
+    """The keys of all ranks, and the intervals of each own key against them. `self_pos` is its row among them."""
     number = torch.arange(keys.data.shape[0], device=keys.data.device)
     one_class = torch.zeros_like(number)
     pairs, everyone = gather_keys(keys, partition(one_class), one_class)
@@ -22,10 +22,19 @@ def gather_all(keys: Rows) -> tuple[Intervals, Rows]:
 def two_views(
     view1: Tensor, view2: Tensor, groups: Tensor | None, normalize: bool, backend: str, gather: bool
 ) -> tuple[Rows, Rows | None, Pairs, Pairs]:
-    """The rows of both views, sorted by group, and the keys where they are not these; pairs by group, and the same with
-    the other view as only positive.
+    """The packed rows of both views, sorted by group, and their pairs.
 
-    groups None: each image is one of its own, on all ranks.
+    Args:
+        view1: `[N, D]`.
+        view2: `[N, D]`.
+        groups: Group of each image `[N]`. None: each image is a group of its own, on all ranks.
+        normalize: As in `pack`.
+        backend: As in `pack`.
+        gather: Take the rows of all ranks as keys.
+
+    Returns:
+        The rows; the keys, None if they are the rows; the pairs by group; the same pairs with the other view as the
+            only positive.
     """
     check_vectors("view2", view2, like=view1, same_length=True)
     count, views = view1.shape[0], torch.cat([view1, view2])
@@ -50,7 +59,7 @@ def two_views(
 
 
 def queries_and_keys(query: Tensor, positive: Tensor, pairs: Pairs, normalize: bool, backend: str) -> tuple[Rows, Rows]:
-    """Both packed in their own order."""
+    """Queries and positive keys, packed in their own order."""
     order, live = pairs.order, pairs.live()
     rows = pack(query, order, live, normalize=normalize, permutation=True, backend=backend)
     return rows, pack(positive, order, live, normalize=normalize, permutation=True, backend=rows.backend)

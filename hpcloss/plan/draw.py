@@ -1,4 +1,4 @@
-"""The operators of sampling: the native library's, or PyTorch's. `sampling.py` defines what they draw, bit for bit."""
+"""The operators of sampling: the native library's, or PyTorch's. `sampling.py` defines the samples, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def draw(
     values: Tensor | None = None,
     seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """At most k elements of every interval: the order and the offsets of what was drawn, as in `sampling.Sample`.
+    """At most k elements of every interval, as the order and offsets of `sampling.Sample`.
 
-    kind: "uniform", "weighted", "hardest" or "hard_easy"; all but the first read `values`, one per pixel. Nothing is
-    checked here.
+    kind: "uniform", "weighted", "hardest" or "hard_easy". All but the first read `values`, one per pixel. Arguments are
+    not checked here.
     """
     values = None if values is None else values.detach()
     return ops.sample(order, offsets, k, kind, values, num_pixels, as_seed(seed, order.device))
@@ -44,7 +44,7 @@ def _sample(
             values = (values if kind == "hard_easy" else values.float()).contiguous()
         bounds = offsets
         if offsets.dtype != order.dtype:
-            # Clamped, or what int32 does not hold would wrap to something that looks right.
+            # Clamped: an offset beyond int32 would wrap to a plausible number.
             bounds = offsets.clamp(-1, min(order.numel() + 1, torch.iinfo(order.dtype).max)).to(order.dtype)
         chosen, chosen_offsets = native.sample(
             order.contiguous(), bounds.contiguous(), k, kind, values, num_pixels, seed
@@ -135,8 +135,10 @@ register(
 
 
 def _keys(key: tuple[Tensor, Tensor], pixels: Tensor, kind: str, values: Tensor | None, num_pixels: int) -> Tensor:
-    """Key of every row. Random words are made per pixel, four to a Philox block, and gathered; where few of many
-    pixels are named, per row."""
+    """Key of every row. Random words are computed per pixel, four to a Philox block, and gathered.
+
+    They are computed per row if the rows are few of many pixels.
+    """
     if values is not None and kind == "hardest":
         return in_chunks(_hardest_keys, _at(values, pixels))
     dense = num_pixels <= 4 * pixels.numel()
@@ -149,7 +151,7 @@ def _keys(key: tuple[Tensor, Tensor], pixels: Tensor, kind: str, values: Tensor 
 
 
 def _weighted_keys(words: Tensor, weights: Tensor) -> Tensor:
-    """Keys of the exponential race; 2^32 where the weight is not positive."""
+    """Keys of the exponential race; 2^32 if the weight is not positive."""
     weights = weights.to(torch.float32)
     race = _negative_log2(words).to(torch.float32) * 2.0**-40
     # A float64 quotient of two float32 numbers, rounded to float32, is the correctly rounded float32 quotient
@@ -193,7 +195,7 @@ def _group_of_row(starts: Tensor, n: int) -> Tensor:
 
 
 def _live_pixels(order: Tensor, group: Tensor, num_intervals: int) -> Tensor:
-    """Pixel index of every row, 0 for dead rows, so that whatever those hold is never used as an index."""
+    """Pixel index of every row, 0 for dead rows, whose own value must not be used as an index."""
     return torch.where((group > 0) & (group <= num_intervals), order, 0).long()
 
 
@@ -208,7 +210,7 @@ def _count(flags: Tensor, starts: Tensor) -> Tensor:
 
 
 def _running_count(flags: Tensor) -> Tensor:
-    """Inclusive prefix count; int32 where that suffices (a bool scan into int64 is ten times slower on the CPU)."""
+    """Inclusive prefix count, in int32 if that is enough (a bool scan into int64 is ten times slower on the CPU)."""
     return flags.cumsum(0, dtype=torch.int32 if flags.numel() < 2**31 else torch.int64)
 
 
@@ -225,7 +227,7 @@ def _smallest_hard_easy(starts: Tensor, group: Tensor, keys: Tensor, hard: Tenso
 def _smallest(group: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
     """Mask of the rows that come before row limit[group] once sorted by (group, key, position)."""
     # One stable sort of 64-bit integers: positions break ties by stability. Groups keep their places, so an interval's
-    # smallest elements stand at its start. 33 bits hold a key or the absent mark.
+    # smallest elements are at its start. 33 bits hold a key or the absent mark.
     ordered, rows = torch.sort((group << 33) | keys, stable=True)
     position = torch.arange(keys.numel(), device=keys.device)
     chosen = position < limit.index_select(0, ordered >> 33)

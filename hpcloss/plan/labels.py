@@ -1,4 +1,4 @@
-"""Labels of vectors and of label maps: dtypes, shapes, the ones that are ignored, the range of classes."""
+"""Labels of vectors and of label maps: dtypes, shapes, ignored labels, the range of classes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from hpcloss.checks import check_tensor
 from hpcloss.operators import plain
 
-IGNORED = (-100, -1, 255)  # label maps: what data sets and trainers use for "no label"
-VECTORS_IGNORED = (-100, -1)  # labels of vectors: with many classes or instance ids 255 is a class
+IGNORED = (-100, -1, 255)  # label maps: values for "no label" in data sets and trainers
+VECTORS_IGNORED = (-100, -1)  # labels of vectors: 255 may be a class or an instance id
 
 
 def is_ignored(labels: Tensor, ignore_index: tuple[int, ...], num_classes: int | None = None) -> Tensor:
-    """Labels that remove their pixel: those of `ignore_index`, and those outside [0, num_classes) if it is given."""
+    """Whether each label removes its pixel: it is in `ignore_index`, or outside [0, num_classes) if that is given."""
     ignored = torch.zeros_like(labels, dtype=torch.bool)
     for value in ignore_index:
         ignored = ignored | (labels == value)
@@ -23,12 +23,12 @@ def is_ignored(labels: Tensor, ignore_index: tuple[int, ...], num_classes: int |
 
 
 def is_class(label: int | None, num_classes: int) -> bool:
-    """Whether there is such a label and it is one of the classes."""
+    """Whether the label is given and is one of the classes."""
     return label is not None and 0 <= label < num_classes
 
 
 def check_classes_and_ignored(num_classes: int, ignored: tuple[int, ...]) -> None:
-    """Raise ValueError where the default `ignore_index` would swallow a class."""
+    """Raise ValueError if the default `ignore_index` contains one of the classes."""
     if ignored == IGNORED and num_classes > max(IGNORED):
         raise ValueError(
             f"num_classes={num_classes} has a class {max(IGNORED)}, which ignore_index removes by default; say which"
@@ -41,7 +41,7 @@ def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
     labels = plain(labels)
     if labels.is_complex():
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
-    # Looking at the values is free of waiting on the CPU only.
+    # Values are read on the CPU only. Elsewhere the host would wait for the device.
     if labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         broken = ~((labels == labels.round()) & (labels.abs() < 2**53))
         if bool(broken.any()):
@@ -50,7 +50,17 @@ def _integers(name: str, labels: Tensor, device: torch.device) -> Tensor:
 
 
 def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
-    """Labels of vectors [N, D], from [N] or [N, 1] of any integer dtype or whole-number floats, as int64."""
+    """Labels of vectors as int64 `[N]`.
+
+    Args:
+        name: Name of the argument for errors.
+        vectors: `[N, D]`.
+        labels: `[N]` or `[N, 1]`, integers or whole-number floats.
+
+    Raises:
+        ValueError: The shape does not fit, or labels on the CPU are not whole numbers.
+        TypeError: The labels are no tensor or complex.
+    """
     check_tensor(name, labels)
     if labels.shape not in ((vectors.shape[0],), (vectors.shape[0], 1)):
         square = labels.shape == (vectors.shape[0], vectors.shape[0])
@@ -60,7 +70,17 @@ def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
 
 
 def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
-    """Labels [B, *S] of a feature map [B, D, *S], from [B, *S'] or [B, 1, *S'] of any resolution."""
+    """Labels of a feature map as int64 `[B, *S]`, resized by nearest neighbour.
+
+    Args:
+        features: `[B, D, *S]`.
+        labels: `[B, *S']` or `[B, 1, *S']` of any resolution, integers or whole-number floats.
+        name: Name of the argument for errors.
+
+    Raises:
+        ValueError: A shape does not fit, or labels on the CPU are not whole numbers.
+        TypeError: The features are not floating point, or the labels are no tensor or complex.
+    """
     check_tensor(name, labels)
     if isinstance(features, (tuple, list)):
         raise TypeError("features must be a tensor, got several; FeatureTap and alike return (output, features)")
@@ -91,7 +111,7 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
             f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
             f" got {tuple(labels.shape)}"
         )
-    # As labels of this volume they would be coarser along its first axis alone, with as many planes as it has channels.
+    # Labels of a volume that are coarser along its first axis alone, with as many planes as channels, are views.
     views = dims == 5 and not channel and labels.shape[1:] == (features.shape[1], *features.shape[3:])
     if views and labels.shape[1] < features.shape[2]:
         raise ValueError(
@@ -118,7 +138,7 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
 
 
 def check_label_values(labels: Tensor, ignored: tuple[int, ...], num_classes: int | None) -> None:
-    """Raise for a label outside [0, num_classes) that is not ignored. Waits for the device."""
+    """Raise ValueError for a label outside [0, num_classes) that is not ignored. Synchronises with the device."""
     if num_classes is None:
         raise ValueError("check_labels=True needs num_classes, got None")
     outside = is_ignored(labels, (), num_classes) & ~is_ignored(labels, ignored)

@@ -1,11 +1,11 @@
-"""The native library (`csrc/`): loaded with ctypes, or the reason why it is not there.
+"""The native library (`csrc/`): loaded with ctypes, or the reason why it is missing.
 
-It holds the partition and the samplers in C++ and, where it was built with nvcc, in CUDA, and gives the same integers
-as the PyTorch implementation in `sorting.py` and `draw.py`, which serves wherever `why_not` gives a reason. Its
-functions of floats, in C++ alone, are called by `hpcloss.backends.library`. Functions
-here take checked, contiguous tensors of one device and queue their work on its current stream.
+It holds the partition and the samplers in C++ and, if it was built with nvcc, in CUDA. It gives the same integers as
+the PyTorch implementation in `sorting.py` and `draw.py`, which runs if `why_not` gives a reason.
+`hpcloss.backends.library` calls its functions of floats, which are in C++ only. Functions here take checked, contiguous
+tensors of one device and queue their work on its current stream.
 
-The environment variable HPCLOSS_LIBRARY names another library file to load, which must then load; empty, it means none.
+The environment variable HPCLOSS_LIBRARY names another library file, which must then load. Empty: no library.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ABI = 1
 MAX_AXES = 3
 MAX_IGNORED = 16
 MAX_SEGMENTS = 2**31 - 2
-MAX_ROWS = 2**32 - 1  # of a sample
-MAX_CUDA_SAMPLES = 4096  # of an interval
-MAX_CUDA_INTERVALS = 2**29  # of a sample
+MAX_ROWS = 2**32 - 1  # rows of a sample
+MAX_CUDA_SAMPLES = 4096  # samples of an interval
+MAX_CUDA_INTERVALS = 2**29  # intervals of a sample
 KINDS = ("uniform", "weighted", "hardest", "hard_easy")
 
-_int64 = ctypes.c_int64  # ctypes passes plain integers as 32 bits, where it is not told
-_PACKAGE = Path(__file__).parents[1]  # where the installation puts the library
+_int64 = ctypes.c_int64  # without types ctypes passes integers as 32 bits
+_PACKAGE = Path(__file__).parents[1]  # the folder of the library
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 TYPES = {torch.uint8: 0, torch.int32: 1, torch.int64: 2}
 _FUNCTIONS = (
@@ -76,7 +76,7 @@ class PixelError(NativeError, IndexError):
 
 
 class NativeMemoryError(NativeError, MemoryError):
-    """The native library found no memory."""
+    """The native library could not allocate memory."""
 
 
 _EXCEPTIONS = {4: OffsetsError, 5: PixelError, 7: NativeMemoryError}
@@ -102,7 +102,7 @@ class _Found(NamedTuple):
 
 @functools.cache
 def _find() -> _Found:
-    """The library, or why there is none."""
+    """The library, or the reason why it is missing."""
     named = os.environ.get("HPCLOSS_LIBRARY")
     if named == "":
         return _Found(None, "HPCLOSS_LIBRARY is empty")
@@ -132,7 +132,7 @@ def _load(path: Path) -> _Found:
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library, told of its functions that do not return an int."""
+    """The library with the result types of its functions set that do not return an int."""
     types = {
         "hpcloss_cuda_error": ctypes.c_char_p,
         "hpcloss_cuda_class_sort_bytes": ctypes.c_int64,
@@ -146,7 +146,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _build_note() -> str:
-    """What the installation wrote down about the build."""
+    """The note that the installation wrote about the build."""
     note = _PACKAGE / "libhpcloss.txt"
     return "; ".join(note.read_text(encoding="utf-8").split("\n")).strip("; ") if note.exists() else ""
 
@@ -184,7 +184,7 @@ def why_not(device: str, index: int | None = None) -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The library. NativeError where there is none."""
+    """The library. NativeError if it is missing."""
     found, reason = _find()
     if found is None:
         raise NativeError(reason)
@@ -198,7 +198,7 @@ def serves(tensor: Tensor) -> bool:
 
 
 def info() -> str:
-    """What was found, for people."""
+    """A line of text about the library."""
     lines = []
     for part, device in (("native library", "cpu"), ("native library, CUDA", "cuda")):
         current = torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else None
@@ -219,7 +219,7 @@ def class_sort(
     ignore: Sequence[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`partition.class_sort` of the labels in `classes`; order and offsets of the dtype."""
+    """`partition.class_sort` of the labels in `classes`. Order and offsets have the dtype."""
     n, num_segments = labels.numel(), num_regions * len(classes)
     order = torch.empty(n, dtype=dtype, device=labels.device)
     offsets = torch.empty(num_segments + 1, dtype=dtype, device=labels.device)
@@ -246,7 +246,7 @@ def label_sort(
     ignore: Sequence[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """The fields of `partition.partition` without `num_classes`, of the dtype."""
+    """The order and the intervals of `partition.partition` without `num_classes`, in the dtype."""
     n, device = labels.numel(), labels.device
     order, *bounds = [torch.empty(count, dtype=dtype, device=device) for count in [n] * 4 + [num_regions] * 4]
     regions, ignored = _regions(ids, spatial, size, per_image), (ctypes.c_int64 * len(ignore))(*ignore)
@@ -268,7 +268,7 @@ def _regions(ids: Tensor | None, spatial: Sequence[int], size: Sequence[int], pe
 
 
 def class_intervals(offsets: Tensor, n: int, num_classes: int, background_first: bool) -> tuple[Tensor, ...]:
-    """`partition.class_intervals`: the intervals of `Pairs` but for the order."""
+    """The fields of `Intervals` for `ClassRows.pairs`."""
     num_regions = (offsets.numel() - 1) // num_classes
     bounds = [offsets.new_empty(n) for _ in range(3)] + [offsets.new_empty(num_regions) for _ in range(4)]
     arguments = (
@@ -280,21 +280,21 @@ def class_intervals(offsets: Tensor, n: int, num_classes: int, background_first:
 
 
 def pair_counts(intervals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`Pairs.counts` of the intervals of `Pairs`."""
+    """`Intervals.counts`."""
     counts = (torch.empty_like(intervals[0]), torch.empty_like(intervals[0]))
     _call("pair_counts", intervals[0].device, (*_pairs(intervals), *(_pointer(count) for count in counts)))
     return counts
 
 
 def pair_counted(intervals: Sequence[Tensor], need_negatives: bool) -> Tensor:
-    """`Pairs.counted` of the intervals of `Pairs`."""
+    """`Intervals.counted`."""
     counted = torch.empty_like(intervals[0], dtype=torch.bool)
     _call("pair_counted", counted.device, (*_pairs(intervals), int(need_negatives), _pointer(counted)))
     return counted
 
 
 def _pairs(intervals: Sequence[Tensor]) -> tuple[object, ...]:
-    """The intervals of `Pairs`, how many there are, and their type."""
+    """The intervals as the library takes them, their number, and their type."""
     rows, bounds = intervals[0], intervals[3]
     if any(len(x) != len(rows) for x in intervals[:3]) or any(len(x) != len(bounds) for x in intervals[3:]):
         raise ValueError(f"intervals must be 3 of rows and 4 of regions, got lengths {[len(x) for x in intervals]}")
@@ -335,7 +335,7 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 def _call(
     function: str, device: torch.device, arguments: tuple[object, ...], workspace: tuple[object, ...] | None = None
 ) -> None:
-    """Call `hpcloss_<function>` for a device. workspace: what the size of the CUDA function's workspace depends on."""
+    """Call `hpcloss_<function>` for a device. workspace: numbers that set the size of the CUDA function's workspace."""
     library = _find().library
     if device.type == "cpu":
         raise_on(getattr(library, f"hpcloss_{function}")(*arguments, torch.get_num_threads()), function)
@@ -362,7 +362,7 @@ def _call_cuda(
 
 
 def raise_on(error: int, function: str, library: ctypes.CDLL | None = None) -> None:
-    """Raise what an error code of a function of the library stands for; nothing for 0."""
+    """Raise the error of an error code of the library. 0: no error."""
     if error:
         text = _ERRORS.get(error, f"error {error}")
         if error == 8 and library is not None:

@@ -1,6 +1,6 @@
-"""Random words: Philox4x32-10 in PyTorch, the twin of `csrc/philox.h`. `sampling.py` defines what they are used for.
+"""Random words: Philox4x32-10 in PyTorch, the same as `csrc/philox.h`. `sampling.py` defines their use.
 
-Words and counters are int64 tensors in [0, 2^32). All of it has static shapes and reads nothing on the host.
+Words and counters are int64 tensors in [0, 2^32). Shapes are static, and nothing is read on the host.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 PIXELS, POSITIVES = 0, 1  # streams
 _ROUNDS = 10
-# The multipliers less 2^32: 32-bit words times these stay inside int64, whereas the true products reach 2^64.
+# The multipliers less 2^32: products of 32-bit words with these fit in int64. The true products reach 2^64.
 _MULTIPLIERS = (0xD2511F53 - (1 << 32), 0xCD9E8D57 - (1 << 32))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _CHUNK = 1 << 16  # 512 KiB of int64
@@ -22,19 +22,20 @@ _CHUNK = 1 << 16  # 512 KiB of int64
 def philox(seed: Tensor | int, counter: Tensor, *, stream: int = PIXELS) -> Tensor:
     """One 32-bit random word per counter value (the word of a pixel), by Philox4x32-10.
 
-    Four consecutive counter values share a Philox block, `counter >> 2`, of which `counter & 3` is the word's number
+    Four consecutive counter values share a Philox block, `counter >> 2`. `counter & 3` is the number of the word in it
     (`hpcloss.plan.sampling`).
 
     Args:
-        seed: 0-dim int64 tensor on the counter's device, or an int.
-        counter: integer tensor of any shape, values >= 0.
+        seed: int, or 0-dim int64 tensor on the counter's device.
+        counter: Integers of any shape, at least 0.
         stream: 32-bit number that separates independent uses of one seed.
 
     Returns:
-        int64 tensor of the counter's shape, values in [0, 2^32).
+        int64 tensor with the shape of the counter and values in [0, 2^32).
 
     Raises:
-        ValueError: seed of another shape or device, or out of the int64 range. TypeError: seed or counter not integer.
+        ValueError: The seed has another shape or device, or is out of the int64 range.
+        TypeError: Seed or counter is not an integer.
     """
     if counter.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"counter must be int32 or int64, got {counter.dtype}")
@@ -79,9 +80,9 @@ def dense_words(key: tuple[Tensor, Tensor], n: int) -> Tensor:
 
 
 def in_chunks(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """function(*values), which acts row by row; in eager mode on the CPU by pieces that stay in cache.
+    """function(*values), which acts row by row. Eager mode on the CPU runs it on pieces that stay in cache.
 
-    A long chain of whole-map operations spends most of its time on memory (2 to 5 times slower, measured).
+    A long chain of whole-map operations is limited by memory (2 to 5 times slower, measured).
     """
     if values[0].device.type != "cpu" or values[0].numel() <= _CHUNK or torch.compiler.is_compiling():
         return function(*values)

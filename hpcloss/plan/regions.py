@@ -1,4 +1,4 @@
-"""Grid regions of a feature map."""
+"""Regions of a feature map: the cells of a grid."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from torch import Tensor
 def region_shape(
     size: int | Sequence[int] | None, spatial: Sequence[int], name: str = "region_size"
 ) -> tuple[int, ...]:
-    """One cell size per spatial axis; None is the whole map. ValueError for a wrong number of axes."""
+    """One cell size per spatial axis.
+
+    Args:
+        size: One number, or one per axis. None: the whole map.
+        spatial: Extents of the map.
+        name: Name of the argument for the error.
+
+    Raises:
+        ValueError: The number of axes differs.
+    """
     if size is None:
         return tuple(max(1, extent) for extent in spatial)
     if isinstance(size, int):
         sizes = (size,) * len(spatial)
-    elif hasattr(size, "__index__") and not getattr(size, "ndim", 0):  # which arrays have too
+    elif hasattr(size, "__index__") and not getattr(size, "ndim", 0):  # arrays have __index__ too
         sizes = (operator.index(size),) * len(spatial)
     else:
         sizes = tuple([one if isinstance(one, int) else operator.index(one) for one in size])
@@ -29,12 +38,26 @@ def region_shape(
 
 
 def grid_shape(spatial: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
-    """Number of cells on each axis; remainder pixels form smaller cells, an empty map has one cell without pixels."""
+    """Number of cells on each axis. Cells at the border may be smaller. An empty map has one cell without pixels.
+
+    Args:
+        spatial: Extents of the map.
+        size: Cell size on each axis.
+    """
     return tuple(max(1, math.ceil(extent / cell)) for extent, cell in zip(spatial, size))
 
 
 class Grid(NamedTuple):
-    """A regular grid over a [batch, *spatial] map. Each cell is one region, numbered as in `grid_regions`."""
+    """A regular grid over a map `[batch, *spatial]`. Each cell is a region.
+
+    Cells are numbered in row-major order.
+
+    Attributes:
+        batch: Number of images.
+        spatial: Extents of the map.
+        size: Cell size on each axis, in pixels.
+        per_image: Each image has its own regions. False: a region is the same cell of all images.
+    """
 
     batch: int
     spatial: tuple[int, ...]
@@ -46,7 +69,11 @@ class Grid(NamedTuple):
         return math.prod(grid_shape(self.spatial, self.size)) * (max(self.batch, 1) if self.per_image else 1)
 
     def ids(self, device: torch.device) -> Tensor:
-        """Region of each pixel [batch * prod(spatial)]."""
+        """Region of each pixel [batch * prod(spatial)].
+
+        Args:
+            device: Device of the result.
+        """
         return grid_regions(self.batch, self.spatial, self.size, per_image=self.per_image, device=device)[0]
 
 
@@ -58,10 +85,17 @@ def grid_regions(
     per_image: bool = False,
     device: torch.device | None = None,
 ) -> tuple[Tensor, int]:
-    """Region of each pixel of a [B, *S] map as ids [B * prod(S)] and the number of regions.
+    """Region of each pixel of a map `[B, *S]`.
 
-    Cells are numbered in row-major order; the same cell of every image of the batch is one region (as in Hu et al.
-    2021), or one region per image with `per_image`.
+    Args:
+        batch: Number of images.
+        spatial: Extents of the map.
+        size: Cell size on each axis.
+        per_image: Each image has its own regions. False: a region is the same cell of all images (Hu et al. 2021).
+        device: Device of the result.
+
+    Returns:
+        Region of each pixel [B * prod(S)], and the number of regions. Cells are numbered in row-major order.
     """
     cells = grid_shape(spatial, size)
     ids = torch.zeros((1,) * len(cells), dtype=torch.int64, device=device)

@@ -1,11 +1,11 @@
-"""Sampling: a few pixels of every interval of a partition, a few positives of every anchor, and a few regions.
+"""Sampling: pixels of every interval of a partition, positives of every anchor, and regions.
 
 This text is the definition. Every implementation (this one, C++, CUDA) gives the same integers, bit for bit.
-All arithmetic is on integers unless it says float32; `>>` is the arithmetic shift (floor), `x[a:b]` bits a to b - 1.
+Arithmetic is on integers unless the text says float32. `>>` is the arithmetic shift (floor), `x[a:b]` bits a to b - 1.
 
 **Random words.** `Philox4x32-10` (Salmon, Moraes, Dror, Shaw, SC 2011) maps a counter of four 32-bit words and a key of
-two to four words. The key is the low and the high word of the seed, an int64. The counter's last word is a *stream*,
-which keeps the uses of one seed apart.
+two words to four output words. The key is the low and the high word of the seed, an int64. The last word of the counter
+is a *stream*, which separates the uses of one seed.
 
     word of pixel p:                 output word p mod 4 of counter (b[0:32], b[32:64], 0, 0), b = p >> 2
     word of draw d for anchor row i: output word d mod 4 of counter (i[0:32], i[32:64], d >> 2, 1)
@@ -24,35 +24,36 @@ of a float32 with bits `b`: `~b` if the sign bit is set, else `b | 0x80000000`.
       q = C[7];  q = ((q * v) >> 32) + C[n] for n = 6 ... 0
       E = (e << 40) + ((v * q) >> 22)
 
-  q is a polynomial for -log2(1 - x) / x at x = v / 2^33 with 29 fraction bits; its coefficients C are in
-  `draw.py`. All products are below 2^62, and E is off by at most 2^-22 of itself and one unit: the small
-  values, which win, are as exact as the large ones. Then E is rounded to float32 (to nearest, ties to even), multiplied
-  by 2^-40 (exact) and divided by the float32 weight: one correctly rounded IEEE division, subnormal results kept.
-  An element whose weight is zero, negative or NaN is absent: it is never chosen and does not count. Elements of
-  infinite weight come first, by position.
-* hardest first: `image(0 - score)`, one float32 subtraction (so -0 and +0 tie); a NaN score has key 0xffffffff, the
+  q is a polynomial for -log2(1 - x) / x at x = v / 2^33 with 29 fraction bits. Its coefficients C are in `draw.py`.
+  All products are below 2^62. The error of E is at most 2^-22 of E plus one unit, so the small values, which win, are
+  as exact as the large ones. Then E is rounded to float32 (to nearest, ties to even), multiplied by 2^-40 (exact) and
+  divided by the float32 weight: one correctly rounded IEEE division that keeps subnormal results. An element with a
+  weight that is zero, negative or NaN is absent: it is never chosen and does not count. Elements of infinite weight
+  come first, by position.
+* hardest first: `image(0 - score)`, one float32 subtraction (so -0 and +0 tie). A NaN score has key 0xffffffff, the
   last.
 
 Weights and scores of another floating type are rounded to float32 first.
 
-**Sample.** Of an interval with n present elements, the min(k, n) with the smallest (key, position). They are listed by
-ascending position, interval after interval without gaps; new offsets say where each interval's begin.
+**Sample.** The sample of an interval with n present elements has the min(k, n) elements with the smallest (key,
+position). They are listed by ascending position, interval after interval without gaps. New offsets give the first
+element of each interval.
 
-**Hard and easy** (`tfzhou/ContrastiveSeg`). An interval has nh wrongly and ne rightly predicted elements. Of the wrong
-ones `h = min(nh, max(floor(k / 2), k - ne))` and of the right ones `min(ne, k - h)` are drawn, uniformly by the keys
-above, and listed together by ascending position.
+**Hard and easy** (`tfzhou/ContrastiveSeg`). An interval has nh wrongly and ne rightly predicted elements. The sample
+has `h = min(nh, max(floor(k / 2), k - ne))` wrong and `min(ne, k - h)` right elements, chosen by the uniform keys. They
+are listed together by ascending position.
 
 **Positives of an anchor.** Floyd's algorithm (Bentley and Floyd, CACM 1987). The candidates of anchor i are the rows of
 its interval without itself, numbered 0 ... n-1 in order, n <= 2^31; m = min(k, n). For d = 0 ... m-1 let j = n - m + d
-and `t = (w * (j + 1)) >> 32` with `w` the word of draw d; take t, or j if t was taken before. Listed ascending. (A
-value's probability is off by at most n / 2^32 of itself, the price of multiply-shift.)
+and `t = (w * (j + 1)) >> 32` with `w` the word of draw d. The positive is t, or j if t is in the sample already. The
+sample is listed in ascending order. (Multiply-shift gives a value's probability a relative error of at most n / 2^32.)
 
-**Regions.** Those that can be contrasted are one interval, in ascending order; they are drawn from it as pixels are,
-uniformly, with the number of a region in place of the pixel index.
+**Regions.** The regions that can be contrasted are one interval, in ascending order. They are sampled uniformly like
+pixels, with the number of the region in place of the pixel index.
 
-The native library (`native.py`) draws where it is there, elsewhere PyTorch (`draw.py`, `philox.py`).
-Everything here has static shapes and reads no device data on the host: it compiles with fullgraph=True and can be
-captured in a CUDA graph, where the seed, a device tensor, gives every replay a fresh sample if the graph advances it.
+The native library (`native.py`) samples if it is available, otherwise PyTorch (`draw.py`, `philox.py`). Shapes are
+static and no device data is read on the host, so the code compiles with fullgraph=True and can be captured in a CUDA
+graph. Every replay gives a new sample if the graph advances the seed, a device tensor.
 """
 
 from __future__ import annotations
@@ -75,9 +76,11 @@ __all__ = ["Sample", "philox", "sample", "sample_anchors", "sample_hard_easy", "
 
 
 class Sample(NamedTuple):
-    """A compact plan: pixels `order[offsets[s]:offsets[s + 1]]` were chosen from interval s.
+    """Sampled pixels of each of S intervals: `order[offsets[s]:offsets[s + 1]]` are those of interval s.
 
-    order: [S * k] flat pixel indices, 0 in the unused tail. offsets: [S + 1].
+    Attributes:
+        order: Flat pixel indices `[S * k]`, 0 in the unused tail.
+        offsets: First element of each interval `[S + 1]`; the last is the number of sampled pixels.
     """
 
     order: Tensor
@@ -97,32 +100,41 @@ def sample_anchors(
     wrong: Tensor | None = None,
     seed: Tensor | int | None = None,
 ) -> Sample:
-    """Draw k pixels of every class of every region of a label map: by default of every class of every image.
+    """Sample k pixels of every class of every region of a label map, without replacement.
 
-    Uniformly; or by `weights`; or hardest (highest `scores`) first; or half wrongly predicted ones, half right ones, as
-    `sample_hard_easy` says. Without replacement; a class with fewer pixels is taken whole. Nothing is read on the host,
-    so shapes are static: what is not filled is 0 behind offsets[-1].
-
-        order, offsets = sample_anchors(labels, 256, num_classes=4)
-        anchors = features.movedim(1, -1).reshape(-1, features.shape[1])[order]    # [B * 4 * 256, D]
-        filled = torch.arange(len(order)) < offsets[-1]                            # which of them were drawn
-        segment = torch.searchsorted(offsets, torch.arange(len(order)), right=True) - 1    # image * 4 + class
+    By default a region is an image and pixels are drawn uniformly. `weights`, `scores` or `wrong` choose another rule.
+    A class with fewer than k pixels in a region is taken whole. Shapes are static: nothing is read on the host.
 
     Args:
-        labels: [B, *S] integers of any dtype. Those outside [0, num_classes) or in `ignore_index` are never drawn.
-        k: pixels per region and class; the result has room for k of each, however few there are.
-        num_classes: C.
-        region_size: cells of a grid, in pixels (int, or one per axis); None: the whole image.
-        per_image: whether each image has its own regions, or a region is the same cell of all images.
-        weights, scores: floating maps like the labels; wrong: bool map like the labels. At most one of them.
-        seed: 0-dim int64 tensor on the labels' device, or an int. Default: drawn from torch's generator.
+        labels: `[B, *S]`, integers. Labels outside [0, C) are never sampled.
+        k: Pixels per region and class. The result has room for k of each.
+        num_classes: Number of classes C.
+        region_size: Side of a region in pixels: one number, or one per axis. None: the whole image.
+        per_image: A region is a cell of one image. False: the same cell of all images.
+        ignore_index: Label or labels that are never sampled. Default: -100, -1 and 255.
+        weights: Floating-point map, shaped like the labels. The next pixel is taken with a probability in proportion to
+            its weight. A weight that is zero, negative or NaN excludes the pixel.
+        scores: Floating-point map, shaped like the labels. The highest scores are taken.
+        wrong: Bool map, shaped like the labels: prediction differs from label. Half of the sample is taken from each
+            kind, if there are enough (`sample_hard_easy`).
+        seed: int, or 0-dim int64 tensor on the labels' device. None: drawn from torch's generator.
 
     Returns:
-        Sample(order [R * C * k], offsets [R * C + 1]): pixels order[offsets[s]:offsets[s + 1]], ascending flat indices
-        into the labels, are the sample of region s // C and class s % C. int32 (int64 beyond 2^31 pixels).
+        `Sample`, a named tuple of `order` `[R * C * k]` and `offsets` `[R * C + 1]` for R regions. The pixels
+            `order[offsets[s]:offsets[s + 1]]`, ascending flat indices into the labels, are the sample of region s // C
+            and class s % C. int32, or int64 beyond 2^31 pixels.
 
     Raises:
-        ValueError: k < 1, num_classes < 1, several maps, shapes or devices that do not fit. TypeError: dtypes.
+        ValueError: `k` or `num_classes` is below 1, several of the three maps are given, or a shape or device does not
+            fit.
+        TypeError: A dtype is invalid.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> labels = torch.randint(4, (2, 32, 32))
+        >>> order, offsets = hpcloss.sample_anchors(labels, 16, num_classes=4)
+        >>> order.shape, labels.view(-1)[order[offsets[1] : offsets[2]]].unique()  # class 1 of image 0
+        (torch.Size([128]), tensor([1]))
     """
     labels = plain(labels)
     weights, scores, wrong = [None if values is None else plain(values) for values in (weights, scores, wrong)]
@@ -154,29 +166,30 @@ def sample(
     scores: Tensor | None = None,
     num_pixels: int | None = None,
 ) -> Sample:
-    """Draw k elements of every interval: uniformly, by weight, or hardest (highest score) first.
+    """Sample k elements of every interval, without replacement.
 
-    Without replacement, and deterministic in the seed; the definition is in the module docstring. With `weights`, an
-    element of weight w is the next one taken with probability w / (sum over those left). An interval of fewer than k
+    The sample is deterministic in the seed; the module's docstring has the definition. An interval of fewer than k
     elements (of positive weight) is taken whole.
 
     Args:
-        order: [N] int32 or int64, sorted row -> flat pixel index, as a partition gives it.
-        offsets: [S + 1] integers, not decreasing, in [0, N]: interval s is rows offsets[s] to offsets[s + 1]. Rows
-            outside [offsets[0], offsets[S]) are dead: never chosen, and their pixel index may be anything.
-        k: elements per interval.
-        seed: 0-dim int64 tensor on the device of `order` (advance it every step), or an int; default: drawn from
-            torch's generator. Not used with `scores`.
-        weights: floating map with one weight per pixel, any shape, or None.
-        scores: floating map with one score per pixel, any shape, or None.
-        num_pixels: the pixel indices lie in [0, num_pixels). Default: the size of `weights` or `scores`, else N, which
-            holds for the partition of a whole batch; give it when `order` names only some of the pixels.
+        order: Flat pixel index of each row `[N]`, int32 or int64, as a partition gives it.
+        offsets: `[S + 1]`, ascending integers in `[0, N]`. Interval s is the rows offsets[s] to offsets[s + 1]. Rows
+            outside all intervals are never sampled, and their pixel index may be anything.
+        k: Elements per interval.
+        seed: int, or 0-dim int64 tensor on the device of `order`; change it every step. None: drawn from torch's
+            generator. Not used with `scores`.
+        weights: Floating-point map with one weight per pixel, any shape. The next element is taken with a probability
+            in proportion to its weight.
+        scores: Floating-point map with one score per pixel, any shape. The highest scores are taken.
+        num_pixels: Pixel indices lie in [0, num_pixels). None: the size of `weights` or `scores`, else N. Required if
+            `order` has only some of the pixels.
 
     Returns:
-        Sample of static size S * k, with the dtypes of `order` and `offsets`.
+        `Sample` of static size S * k, with the dtypes of `order` and `offsets`.
 
     Raises:
-        ValueError: k < 1, both weights and scores, shapes or devices that do not fit. TypeError: dtypes.
+        ValueError: `k` is below 1, both maps are given, or a shape or device does not fit.
+        TypeError: A dtype is invalid.
     """
     _check_plan(order, offsets, k)
     if weights is not None and scores is not None:
@@ -204,18 +217,27 @@ def sample_hard_easy(
     *,
     seed: Tensor | int | None = None,
 ) -> Sample:
-    """Draw k elements of every interval, half of them wrongly predicted (hard) and half rightly (easy).
+    """Sample k elements of every interval, half of them wrongly predicted (hard) and half rightly (easy).
 
-    Where one half has too few, the other fills the quota: of nh wrong and ne right elements,
-    h = min(nh, max(k // 2, k - ne)) wrong and min(ne, k - h) right ones are drawn, each uniformly. This is the anchor
-    sampler of ContrastiveSeg (Wang et al., ICCV 2021; `_hard_anchor_sampling`), which wants at least k elements; here
-    a smaller interval is taken whole.
+    If one kind has too few, the other fills the sample: of nh wrong and ne right elements h = min(nh, max(k // 2, k -
+    ne)) wrong and min(ne, k - h) right ones are drawn, each uniformly.
+
+    Source: Wang et al., ICCV 2021 (ContrastiveSeg), `_hard_anchor_sampling`. The authors' code needs at least k
+    elements; here a smaller interval is taken whole.
 
     Args:
-        order, offsets, k, seed: as for `sample`.
-        wrong: bool map with one value per pixel, any shape: prediction != label.
+        order: As for `sample`.
+        offsets: As for `sample`.
+        k: Elements per interval.
+        wrong: Bool map with one value per pixel, any shape: prediction differs from label.
+        seed: As for `sample`.
 
-    Returns and raises as `sample`.
+    Returns:
+        `Sample` of static size S * k, as `sample`.
+
+    Raises:
+        ValueError: `k` is below 1, or a shape or device does not fit.
+        TypeError: A dtype is invalid.
     """
     _check_plan(order, offsets, k)
     _check_map("wrong", wrong, order, boolean=True)
@@ -225,22 +247,30 @@ def sample_hard_easy(
 def sample_positives(
     pos_start: Tensor, pos_end: Tensor, self_pos: Tensor, k: int, *, seed: Tensor | int | None = None
 ) -> Tensor:
-    """Draw k distinct positives for every anchor, uniformly from its interval without itself.
+    """Sample k distinct positives of every anchor, uniformly from its interval without the anchor itself.
 
-    Every subset of the right size is equally likely (up to n / 2^32); the definition is in the module docstring.
+    All subsets are equally likely, up to a relative error of n / 2^32 for n positives.
 
     Args:
-        pos_start, pos_end: [N] integers: the positives of anchor i are the rows pos_start[i] to pos_end[i].
-        self_pos: [N] integers: the row that is anchor i itself; one outside the interval, such as -1, removes nothing.
-        k: positives per anchor. Time grows with k^2: it is meant for tens, not thousands.
-        seed: 0-dim int64 tensor on the same device (advance it every step), or an int; default: drawn from torch's
-            generator.
+        pos_start: First positive of each anchor `[N]`, a row number.
+        pos_end: Row after its last positive `[N]`.
+        self_pos: Row that is the anchor itself `[N]`. A row outside the interval, such as -1, excludes nothing.
+        k: Positives per anchor. Time grows with k²: use tens, not thousands.
+        seed: int, or 0-dim int64 tensor on the same device; change it every step. None: drawn from torch's generator.
 
     Returns:
-        [N, k] row numbers, dtype of `pos_start`, each row ascending, then -1 where fewer than k exist.
+        Row numbers `[N, k]` in the dtype of `pos_start`, ascending in each row, then -1 if there are fewer than k.
 
     Raises:
-        ValueError: k < 1, shapes or devices that do not fit. TypeError: dtypes that are not integer.
+        ValueError: `k` is below 1, or a shape or device does not fit.
+        TypeError: A dtype is not int32 or int64.
+
+    Examples:
+        >>> import torch, hpcloss
+        >>> start, end, own = torch.tensor([0, 0]), torch.tensor([3, 3]), torch.tensor([0, 1])
+        >>> hpcloss.sample_positives(start, end, own, k=3)  # all positives, as there are two
+        tensor([[ 1,  2, -1],
+                [ 0,  2, -1]])
     """
     _check_k(k)
     for name, values in (("pos_start", pos_start), ("pos_end", pos_end), ("self_pos", self_pos)):
@@ -265,13 +295,22 @@ def choose_regions(
     *,
     seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Keep at most `keep` regions, drawn uniformly among those that can be contrasted, and renumber them 0 .. keep - 1.
+    """Sample at most `keep` regions among those that hold an anchor and two labels, and renumber them 0 to keep - 1.
 
-    A region can be contrasted if it holds an anchor and two labels. regions [N] ids, labels [N], alive [N] whether the
-    pixel takes part, anchor [N] whether it is an anchor. Returns the new ids [N], `keep` for the pixels of
-    regions left out (which removes them), and the old number of each kept region [keep], ascending, then 0 where there
-    are fewer. agree: makes several ranks draw the same, from the largest of what each has seen in a region and the seed
-    of one of them. seed: as for `sample`.
+    Args:
+        regions: Region of each pixel `[N]`.
+        num_regions: Number of regions.
+        labels: Label of each pixel `[N]`.
+        alive: Whether the pixel takes part `[N]`.
+        anchor: Whether the pixel is an anchor `[N]`.
+        keep: Regions to keep.
+        agree: Makes several ranks choose the same regions: it exchanges what each rank has seen of a region, and the
+            seed.
+        seed: As for `sample`.
+
+    Returns:
+        The new region of each pixel `[N]`, `keep` for pixels of other regions (which removes them), and the old number
+            of each kept region [keep], ascending, then 0 if there are fewer.
     """
     anchors = torch.zeros(num_regions, dtype=torch.int64, device=regions.device).scatter_add_(0, regions, anchor.long())
     bounds = torch.iinfo(torch.int64)
@@ -288,7 +327,7 @@ def choose_regions(
     rows = class_sort(torch.where(possible, 0, -1), num_classes=1)
     chosen, offsets = sample(rows.order, rows.offsets, keep, seed=seed)
     new = torch.arange(keep, device=regions.device)
-    # The unused tail names region 0; it writes to a place that no pixel reads.
+    # The unused tail names region 0. It writes to a place that no pixel reads.
     place = torch.where(new < offsets[-1], chosen.long(), num_regions)
     number = torch.full((num_regions + 1,), keep, dtype=torch.int64, device=regions.device)
     return number.scatter_(0, place, new)[regions], chosen.long()

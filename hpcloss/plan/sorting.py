@@ -1,6 +1,6 @@
-"""The operators behind a partition: sorting pixels by (region, class), the intervals that leaves, and their counts.
+"""The operators of a partition: sorting pixels by (region, class), the resulting intervals, and their counts.
 
-Each calls the native library where it serves, else the PyTorch implementation here. Results are the same bit for bit.
+Each calls the native library if it can, otherwise the PyTorch implementation here. Results are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INT32_MAX = 2**31 - 1
 
 
 def index_dtype(count: int) -> torch.dtype:
-    """int32 while row numbers fit, int64 beyond."""
+    """int32 if row numbers fit, otherwise int64."""
     return torch.int32 if count <= INT32_MAX else torch.int64
 
 
@@ -33,11 +33,10 @@ def changes(values: Tensor) -> Tensor:
 
 
 def segment_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
-    """First row and one past the last row of the segment of each row; `starts` marks the rows that begin a segment, of
-    which the first row is one."""
+    """First row and one past the last row of the segment of each row. `starts` marks first rows; row 0 is one."""
     # A running count and copies: on a GPU, cummax and cummin of one dimension run in one block.
     segment, rows = torch.cumsum(starts, 0), torch.arange(starts.numel(), device=starts.device)
-    # Segments are numbered from 1. Number 0 takes the rows that begin none, and nobody reads it.
+    # Segments are numbered from 1. Number 0 takes the rows that begin no segment. It is not read.
     first = torch.full((starts.numel() + 2,), starts.numel(), device=starts.device)
     first = first.scatter_(0, torch.where(starts, segment, 0), rows)
     return first[segment], first[segment + 1]
@@ -154,7 +153,7 @@ def _label_sort_in_torch(
 ) -> tuple[Tensor, ...]:
     labels, dtype = labels.long(), index_dtype(labels.numel())
     dead = is_ignored(labels, tuple(ignore_index)) | (region < 0) | (region >= num_regions)
-    # Background first in its region; the dead last and by pixel, as a counting sort leaves them.
+    # Background is first in its region. Dead rows are last and by pixel, as in a counting sort.
     part = 2 * region + (1 if background is None else labels != background)
     part, labels = torch.where(dead, 2 * num_regions, part), torch.where(dead, 0, labels)
     by_label = torch.sort(labels, stable=True).indices

@@ -1,7 +1,7 @@
-"""What the autograd functions of the pair primitives share: the order of their inputs, and the gradients of those.
+"""The order of the inputs of the pair primitives' autograd functions, and the gradients of these inputs.
 
 Each function takes (anchors, anchors' companion, keys, keys' companion, scale, ...). Rows are not differentiable; their
-companions stand in for them in the graph (`hpcloss.primitives.rows`).
+companions replace them in the graph (`hpcloss.primitives.rows`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hpcloss.primitives.scale import Scale
 
 
 def inputs(anchors: Rows, keys: Rows | None, scale: Scale) -> tuple[Tensor | None, ...]:
-    """The first five inputs. ValueError where anchors and keys are packed for different backends."""
+    """The first five inputs. ValueError if anchors and keys are packed for different backends."""
     if keys is None:
         return anchors.data, anchors.companion, None, None, scale.value
     if keys.backend != anchors.backend:
@@ -25,13 +25,13 @@ def inputs(anchors: Rows, keys: Rows | None, scale: Scale) -> tuple[Tensor | Non
 
 
 def needs(ctx: Any) -> tuple[bool, bool, bool]:
-    """Whether backward has to give gradients of the anchors, the keys and the scale."""
+    """Whether backward needs gradients of the anchors, the keys and the scale."""
     _, of_anchors, _, of_keys, of_scale, *_ = ctx.needs_input_grad
     return of_anchors, of_keys, of_scale
 
 
 def of_inputs(ctx: Any, found: tuple[Tensor | None, ...], sixth: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """What backward returns: an operator's gradients of anchors, keys and scale, and that of the sixth input."""
+    """The result of backward: an operator's gradients of anchors, keys and scale, and that of the sixth input."""
     needed = ctx.needs_input_grad
     of_anchors, of_keys, of_scale = [value if needed[place] else None for place, value in zip((1, 3, 4), found)]
     return None, of_anchors, None, of_keys, of_scale, sixth, *(None,) * (len(needed) - 6)

@@ -1,6 +1,6 @@
-"""The contrast by labels that most losses are: four denominators over one set of pairs.
+"""The contrast by labels of most losses: four denominators over one set of pairs.
 
-The dense backend computes it in one step, from one S. For the others it is a recipe over the streaming primitives.
+The dense backend computes it in one step, from one S. The other backends compose it of the streaming primitives.
 """
 
 from __future__ import annotations
@@ -35,17 +35,30 @@ def contrast(
     detach_weights: bool = True,
     multiplicity: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each anchor [N], 0 where it is not counted, and which are counted.
+    """Loss of each anchor for one of four denominators.
 
-        "own":        L_i = sum_j w_ij [ log( e^{l_ij} e^{-discount s_ij} + D_i ) - l_ij ],  D_i = sum over negatives
-        "negatives":  L_i = log D_i - sum_j w_ij l_ij
-        "all":        L_i = log sum over positives and negatives - sum_j w_ij l_ij
-        "pair":       L_i = log( e^{l_ij} + D_i ) - l_ij, where each anchor has one positive j at most
+        "own":        L_i = Σ_{j∈P(i)} w_ij [ log( e^{l_ij - discount · s_ij} + D_i ) - l_ij ]
+        "negatives":  L_i = log D_i - Σ_{j∈P(i)} w_ij l_ij
+        "all":        L_i = log( D_i + Σ_{j∈P(i)} e^{l_ij} ) - Σ_{j∈P(i)} w_ij l_ij
+        "pair":       L_i = log( e^{l_ij} + D_i ) - l_ij      for anchors with at most one positive j
 
-    over the positives j of anchor i, with l = scale s and w = softmax over the positives of (-hardness s_ij).
+    D_i = Σ_{n∈N(i)} e^{l_in} is the sum over the negatives, l_ij = scale · s_ij the logit of anchor i and key j, and
+    w_ij = softmax_{j∈P(i)}( -hardness · s_ij ) the weight of a positive. An anchor counts if it has a positive and, for
+    "own" and "negatives", a negative.
 
-    An anchor is counted if it has a positive and, for "own" and "negatives", a negative. multiplicity: how often each
-    key stands in the denominators.
+    Args:
+        rows: Packed anchors `[N, D]`.
+        pairs: The keys of each anchor.
+        scale: `Scale.of(temperature, rows, normalize)`.
+        keys: Packed keys `[M, D]`. None: the anchors.
+        denominator: "own", "negatives", "all" or "pair".
+        hardness: Exponent of the weights. 0: all positives have the same weight.
+        discount: Discount of a positive in its own denominator, for "own".
+        detach_weights: Treat the weights as constants in the gradient.
+        multiplicity: Number of times that each key stands in the denominators.
+
+    Returns:
+        The loss `[N]`, 0 where the anchor does not count, and whether it counts `[N]`.
     """
     backend = rows.backend_for("contrast", pairs, keys)
     if backend in ("dense", "pieces"):
@@ -74,18 +87,18 @@ def contrast(
         rows, pairs, "own", scale, keys=keys, stat=lse, hardness=hardness, discount=discount,
         detach_weights=detach_weights,
     )  # fmt: skip
-    # Without a discount the mean is 0 where not counted: no positives is no mean, no negatives log(1 + 0).
+    # Without a discount the mean of an uncounted anchor is 0: no positives, or log(1 + 0) without negatives.
     return torch.where(counted, mean, 0.0) if discount else mean, counted
 
 
 def _against_all(
     rows: Rows, pairs: Pairs, scale: Scale, keys: Rows | None, hardness: float, detach_weights: bool
 ) -> Tensor:
-    """The log-sum-exp less the positives' mean [N], 0 where no positive is."""
+    """The log-sum-exp less the mean of the positives [N], 0 without a positive."""
     loss, _, _ = pair_cross_entropy(rows, pairs, scale, keys=keys, hardness=hardness)
     if not hardness or detach_weights:
         return loss
-    # Both means have one value; their gradients differ by what flows through the weights.
+    # Both means have the same value. Their gradients differ by the part that flows through the weights.
     differentiated, detached = (
         pair_mean(rows, pairs, "logit", scale, keys=keys, hardness=hardness, detach_weights=detach)[0]
         for detach in (False, True)
@@ -94,7 +107,7 @@ def _against_all(
 
 
 class _Contrast(torch.autograd.Function):
-    """The dense backend's losses. The slopes of all pairs are made in the forward pass, where the similarities are."""
+    """The losses of the dense backend. Forward computes the slopes of all pairs, because the similarities are there."""
 
     @staticmethod
     def forward(
@@ -111,12 +124,12 @@ class _Contrast(torch.autograd.Function):
         *intervals: Tensor,
     ) -> tuple[Tensor, Tensor]:
         needed = [differentiated and need for need in needs(ctx)]
-        if backend == "pieces":  # it keeps gradients
+        if backend == "pieces":  # it keeps gradients instead of slopes
             kept = sum([x.numel() for x, need in zip((anchors, keys), needed) if x is not None and need])
         loss, counted, slopes, by_scale = ops.pair_contrast(
             anchors, keys, scale, *form, list(intervals), *needed, kept, backend
         )
-        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        # The loss is saved because a second derivative must find the graph (`differentiable_once`).
         ctx.save_for_backward(loss, slopes, by_scale, anchors, keys, scale, *intervals)
         ctx.form, ctx.backend = form, backend
         ctx.mark_non_differentiable(counted)

@@ -1,4 +1,4 @@
-"""`one_positive`: of anchors that have one positive each its logit, and log-sum-exps of their negatives, from one S."""
+"""`one_positive`: the logit of the only positive of each anchor and log-sum-exps of its negatives, from one S."""
 
 from __future__ import annotations
 
@@ -26,15 +26,25 @@ def one_positive(
     factors: Sequence[float] = (1.0,),
     both: bool = False,
 ) -> tuple[Tensor, Any]:
-    """The logit of each anchor's positive [N], and a log-sum-exp over its negatives [N].
+    """The logit of the only positive of each anchor, and a log-sum-exp over its negatives.
 
-        scale s_ip,    log sum_{j in negatives(i)} exp(factor scale s_ij),    p the one positive of anchor i
+        own_i = scale · s_ip,      lse_i = log Σ_{j∈N(i)} exp( factor · scale · s_ij )
 
-    Of several factors a tuple of them. both: that of anchors over keys and that of keys over anchors [2, N], as
-    `pair_lse_both`; without factors and for pairs as those of `one_to_one`.
+    p is the positive of anchor i, N(i) its negatives, s_ij = ⟨anchor_i, key_j⟩ the similarity. Both results are
+    differentiable in rows and scale, once.
 
-    pairs: one region in which every row is an anchor and has exactly one positive. factors: positive numbers. An empty
-    set gives -inf and no gradient. Differentiable in rows and scale, once.
+    Args:
+        anchors: Packed anchors `[N, D]`.
+        pairs: One region where every row is an anchor and has exactly one positive.
+        scale: `Scale.of(temperature, anchors, normalize)`.
+        keys: Packed keys `[M, D]`. None: the anchors.
+        factors: Positive numbers, one log-sum-exp for each.
+        both: Return the log-sum-exps of anchors over keys and of keys over anchors `[2, N]`, as `pair_lse_both`. It
+            takes no factors, and pairs such as those of `one_to_one`.
+
+    Returns:
+        own `[N]` and lse `[N]`, a tuple of them for several factors. lse is -inf without gradient if there is no
+            negative.
     """
     backend = anchors.backend_for("one_positive", pairs, keys)
     if backend != "triton":

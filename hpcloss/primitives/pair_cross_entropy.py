@@ -1,4 +1,4 @@
-"""`pair_cross_entropy`: a log-sum-exp less the positives' mean, from one S, without a difference that cancels."""
+"""`pair_cross_entropy`: a log-sum-exp less the positives' mean, from one S, without cancellation."""
 
 from __future__ import annotations
 
@@ -19,18 +19,45 @@ def pair_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of the positives' weights and the softmax over all keys: a log-sum-exp less the positives' mean.
 
-        loss_i = -sum_{j in positives(i)} w_ij log p_ij,    p_ij = exp(scale s_ij - lse_i)
-        lse_i = log sum_{j in others(i)} exp(scale s_ij),   w = softmax over the positives of (-hardness s_ij), detached
+        loss_i = -Σ_{j∈P(i)} w_ij log p_ij,      p_ij = exp( scale · s_ij - lse_i )
+        lse_i = log Σ_{j∈others(i)} exp( scale · s_ij ),      w_ij = softmax_{j∈P(i)}( -hardness · s_ij )
 
-    Backward forms dS_ij = scale (p_ij - w_ij) grad_i per pair, before the one product with the keys. Near the minimum
-    of a loss p and w cancel, and the gradients of two primitives, subtracted, would be rounding errors. For the same
-    reason the loss is formed relative to the largest logit of a row, so that it is never negative.
+    P(i) are the positives of anchor i, others(i) its positives and negatives. s_ij = ⟨anchor_i, key_j⟩ is the
+    similarity. The weights have no gradient. loss and lse are differentiable in rows and scale, once.
 
-    Returns (loss, lse, mass), [N] each, fp32 (float64). loss and lse are differentiable, in rows and scale, once. mass
-    is the log-sum-exp of the weights, as in `pair_mean`. A row without positives has loss 0 and mass -inf. keys: as in
-    `pair_lse`. Results over parts a of the keys merge, without a difference that cancels:
+    The loss is exact near its minimum. There p and w cancel. So backward computes dS_ij = scale (p_ij - w_ij) grad_i
+    per pair, and forward computes the loss relative to the largest logit of a row, so it is never negative.
 
-        lse = log sum_a exp(lse_a),    loss = sum_a share_a (loss_a + lse - lse_a),    share = softmax over a of mass_a
+    Results over parts a of the keys merge without cancellation:
+
+        lse = log Σ_a exp( lse_a ),      loss = Σ_a share_a ( loss_a + lse - lse_a ),      share = softmax_a( mass_a )
+
+    Args:
+        anchors: Packed anchors `[N, D]`.
+        pairs: The keys of each anchor.
+        scale: `Scale.of(temperature, anchors, normalize)`.
+        keys: Packed keys `[M, D]`. None: the anchors.
+        hardness: Exponent of the weights. 0: all positives have the same weight. Positive: dissimilar positives weigh
+            more.
+
+    Returns:
+        loss, lse and mass, `[N]` each, fp32 (float64 for float64 rows). mass is the log-sum-exp of the weights'
+            exponents, without gradient. Without positives loss is 0 and mass is -inf.
+
+    Raises:
+        ValueError: Anchors and keys are packed for different backends.
+        NotImplementedError: The backend cannot run the call.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.plan.partition import partition
+        >>> from hpcloss.primitives.pair_cross_entropy import pair_cross_entropy
+        >>> from hpcloss.primitives.rows import pack
+        >>> from hpcloss.primitives.scale import Scale
+        >>> pairs = partition(torch.tensor([0, 0, 1]))
+        >>> rows = pack(torch.eye(3), pairs.order, normalize=True)
+        >>> pair_cross_entropy(rows, pairs, Scale.of(0.1, rows, normalize=True))[0]  # log 2 twice, and no positive
+        tensor([0.6931, 0.6931, 0.0000])
     """
     rows = inputs(anchors, keys, scale)
     return _PairCrossEntropy.apply(
@@ -55,11 +82,11 @@ class _PairCrossEntropy(torch.autograd.Function):
         loss, lse, mass, shift, total = ops.pair_cross_entropy(
             anchors, keys, scale, bound, hardness, list(intervals), backend
         )
-        # The loss because second derivatives must find the graph in what is saved (`differentiable_once`).
+        # The loss is saved because a second derivative must find the graph (`differentiable_once`).
         ctx.save_for_backward(loss, mass, shift, total, anchors, keys, scale, *intervals)
         ctx.options, ctx.backend = (bound, hardness), backend
         ctx.mark_non_differentiable(mass)
-        ctx.set_materialize_grads(False)  # or zeros would be made for an lse that nobody uses
+        ctx.set_materialize_grads(False)  # no zeros for an unused lse
         return loss, lse, mass
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""`pair_lse`: log-sum-exps of the similarities of packed rows; `pair_lse_both`, of one S along rows and columns."""
+"""`pair_lse`: log-sum-exps of similarities of packed rows. `pair_lse_both`: those of the rows and columns of one S."""
 
 from __future__ import annotations
 
@@ -19,14 +19,39 @@ RULES = ("positives", "negatives", "others", "every")
 def pair_lse(
     anchors: Rows, pairs: Pairs, rule: str, scale: Scale, *, keys: Rows | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j), with s_ij = <anchor_i, key_j>. [N], fp32 (float64).
+    """Log-sum-exp of the similarities of each anchor and some of its keys.
 
-    rule: "positives", "negatives", "others" (both; never the anchor itself) or "every" (all keys of the region).
-    keys: by default the anchors themselves; then one backward pass serves both sides of every pair. bias [M]:
-    log-multiplicity of each key, not differentiable.
+        lse_i = log Σ_{j∈rule(i)} exp( scale · s_ij + bias_j )
 
-    An empty set, and a row that is no anchor, gives -inf and no gradient. Results over parts of the keys merge by
-    logaddexp. Differentiable in rows and scale, once.
+    s_ij = ⟨anchor_i, key_j⟩ is the similarity. The result is differentiable in rows and scale, once. Results over parts
+    of the keys merge by `torch.logaddexp`.
+
+    Args:
+        anchors: Packed anchors `[N, D]`.
+        pairs: The keys of each anchor.
+        rule: "positives", "negatives", "others" (both, never the anchor itself) or "every" (all keys of the region).
+        scale: `Scale.of(temperature, anchors, normalize)`.
+        keys: Packed keys `[M, D]`. None: the anchors; one backward pass then serves both sides of a pair.
+        bias: Logarithm of the multiplicity of each key `[M]`, without gradient. None: 0.
+
+    Returns:
+        lse `[N]`, fp32 (float64 for float64 rows). -inf without gradient if no key fits the rule, or if a row is no
+            anchor.
+
+    Raises:
+        ValueError: Anchors and keys are packed for different backends.
+        NotImplementedError: The backend cannot run the call.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.plan.partition import partition
+        >>> from hpcloss.primitives.pair_lse import pair_lse
+        >>> from hpcloss.primitives.rows import pack
+        >>> from hpcloss.primitives.scale import Scale
+        >>> pairs = partition(torch.tensor([0, 0, 1]))
+        >>> rows = pack(torch.eye(3), pairs.order, normalize=True)
+        >>> pair_lse(rows, pairs, "negatives", Scale.of(0.1, rows, normalize=True))  # log 1, log 1, log 2
+        tensor([0.0000, 0.0000, 0.6931])
     """
     rows = inputs(anchors, keys, scale)
     backend = anchors.backend_for("pair_lse", pairs, keys)
@@ -64,15 +89,27 @@ class _PairLse(torch.autograd.Function):
 
 
 def pair_lse_both(anchors: Rows, keys: Rows, pairs: Pairs, rule: str, scale: Scale) -> tuple[Tensor, Tensor]:
-    """Row and column log-sum-exp of one S, for two-sided losses.
+    """Log-sum-exps of the rows and of the columns of one similarity matrix, for two-sided losses.
 
-    rows_i = log sum_j exp(scale s_ij) over the keys that anchor i may meet [N], columns_j = log sum_i exp(scale s_ij)
-    over the anchors that may meet key j [M]. Each is `pair_lse` of one direction; but the backward pass serves both
-    with one sweep for the anchors and one for the keys. Regions must not share keys.
+        rows_i = log Σ_j exp( scale · s_ij )  over the keys j of anchor i
+        columns_j = log Σ_i exp( scale · s_ij )  over the anchors i of key j
 
-    rule: "every", or "negatives". "negatives" needs pairs that are their own inverse (N = M): the positives of key j
-    are the anchors whose numbers lie in the interval of anchor j, as in `one_to_one`. ValueError for other rules, and
-    where N and M differ.
+    Each is `pair_lse` of one direction. One backward pass serves both. Regions must not share keys.
+
+    Args:
+        anchors: Packed anchors `[N, D]`.
+        keys: Packed keys `[M, D]`.
+        pairs: The keys of each anchor.
+        rule: "every" or "negatives". "negatives" needs pairs that are their own inverse, with N = M: the positives of
+            key j are the anchors whose numbers are in the positive interval of anchor j, as in `one_to_one`.
+        scale: As for `pair_lse`.
+
+    Returns:
+        rows `[N]` and columns `[M]`, fp32 (float64 for float64 rows).
+
+    Raises:
+        ValueError: The rule is another one, or N and M differ for "negatives".
+        NotImplementedError: The backend cannot run the call.
     """
     if rule not in ("every", "negatives"):
         raise ValueError(f"rule must be 'every' or 'negatives', got {rule!r}")

@@ -27,17 +27,50 @@ def pair_mean(
     discount: float = 0.0,
     detach_weights: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """out_i = sum_{j in positives(i)} w_ij t_ij, w = softmax over the positives of (-hardness s_ij + log_weight_j).
+    """Weighted mean of a term over the positives of each anchor.
 
-    term "logit": t = scale s.  term "own": t = softplus(stat_i - (scale - discount) s) - discount s, the cross-entropy
-    of a positive against its own denominator e^{(scale - discount) s} + e^{stat_i}. keys: as in `pair_lse`.
+        out_i = Σ_{j∈P(i)} w_ij t_ij,      w_ij = softmax_{j∈P(i)}( -hardness · s_ij + log_weight_j )
+        term "logit":  t_ij = scale · s_ij
+        term "own":    t_ij = log( e^{(scale - discount) s_ij} + e^{stat_i} ) - scale · s_ij
 
-    Returns (out, mass), [N] each; mass is the log-sum-exp of the weights, not differentiable: results over parts of the
-    keys merge by their masses. An empty set gives out 0 and mass -inf. Differentiable in rows, scale and stat, once;
-    through the weights only with `detach_weights=False`.
+    P(i) are the positives of anchor i and s_ij = ⟨anchor_i, key_j⟩ is the similarity. With stat_i, the log-sum-exp of
+    the negatives, "own" is the cross-entropy of a positive against its own denominator. The result is differentiable in
+    rows, scale and stat, once.
 
-    A bounded scale also bounds |stat|: it must not exceed a log-sum-exp over as many keys, scale.bound + log(M), or be
-    -inf. ValueError unless `stat` is given for "own" and for "own" alone.
+    Args:
+        anchors: Packed anchors `[N, D]`.
+        pairs: The keys of each anchor.
+        term: "logit" or "own".
+        scale: `Scale.of(temperature, anchors, normalize)`. With a bound, stat must be -inf or at most scale.bound +
+            log(M); otherwise pass `scale.unbounded()`.
+        keys: Packed keys `[M, D]`. None: the anchors.
+        stat: stat_i `[N]` for the term "own".
+        hardness: Exponent of the weights. 0: all positives have the same weight. Positive: dissimilar positives weigh
+            more.
+        log_weight: Logarithm of a weight of each key `[M]`. None: 0.
+        discount: Discount of a positive in its own denominator, for the term "own".
+        detach_weights: Treat the weights as constants in the gradient.
+
+    Returns:
+        out `[N]` and mass `[N]`. mass is the log-sum-exp of the weights' exponents, without gradient; results over
+            parts of the keys merge by it. Without positives out is 0 and mass is -inf.
+
+    Raises:
+        ValueError: stat is missing for "own" or given for "logit", or anchors and keys are packed for different
+            backends.
+        NotImplementedError: The backend cannot run the call.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.plan.partition import partition
+        >>> from hpcloss.primitives.pair_mean import pair_mean
+        >>> from hpcloss.primitives.rows import pack
+        >>> from hpcloss.primitives.scale import Scale
+        >>> pairs = partition(torch.tensor([0, 0, 1]))
+        >>> rows = pack(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), pairs.order, normalize=True)
+        >>> out, mass = pair_mean(rows, pairs, "logit", Scale.of(0.1, rows, normalize=True))
+        >>> out  # 0.6 / 0.1 twice, and no positive
+        tensor([6., 6., 0.])
     """
     if (term == "own") != (stat is not None):
         raise ValueError(f"term {term!r} {'needs' if stat is None else 'takes no'} stat")
@@ -71,7 +104,7 @@ class _PairMean(torch.autograd.Function):
         ctx.save_for_backward(out, mass, slope, anchors, keys, stat, log_weight, scale, *intervals)
         ctx.options, ctx.backend = (bound, hardness, discount, detach_weights), backend
         ctx.mark_non_differentiable(mass)
-        ctx.set_materialize_grads(False)  # or zeros would be made for the mass
+        ctx.set_materialize_grads(False)  # no zeros for the mass
         return out, mass
 
     @staticmethod

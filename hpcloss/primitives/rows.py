@@ -1,8 +1,9 @@
-"""Gather the pixels of a feature map in a plan's order and normalise them: [B, D, *S] -> rows [N, D].
+"""Packing: pixels of a feature map `[B, D, *S]`, gathered in the order of a plan and normalised, as rows `[N, D]`.
 
-Gradients between the primitives and the feature map are fp32 whatever the rows' dtype. Autograd would cast them to the
-rows' dtype, and in fp16 the gradient of a mean over 65 536 rows loses up to a quarter of itself, so rows are not
-differentiable; a zero-stride companion of the gradient's dtype stands in for them in the graph.
+Gradients between the primitives and the feature map are fp32, whatever the dtype of the rows. Autograd would cast them
+to the dtype of the rows; in fp16 the gradient of a mean over 65,536 rows then loses up to a quarter of its value. So
+the rows are not differentiable. A companion tensor with the dtype of the gradient and stride 0 replaces them in the
+graph.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from hpcloss.plan.partition import Pairs
 
 
 class Rows(NamedTuple):
-    """Packed embeddings [N, D].
+    """Packed embeddings `[N, D]`, as `pack` gives them.
 
-    data: what the primitives read. companion: what their gradient flows to, of the same shape; it holds nothing.
-    backend: the name of the one that packed them, which also computes what is made of them; "pytorch" where that is
-    the dense one or the tiles, as suits each call.
+    Attributes:
+        data: The rows that the primitives read.
+        companion: The tensor that receives their gradient, with the same shape. Its values are not used.
+        backend: Name of the backend that packed them and computes the primitives on them. "pytorch": the dense backend
+            or the tiles, chosen for each call.
     """
 
     data: Tensor
@@ -30,7 +33,16 @@ class Rows(NamedTuple):
     backend: str
 
     def backend_for(self, primitive: str, pairs: Pairs, keys: Rows | None) -> str:
-        """The backend of a primitive over these pairs. NotImplementedError where the one that was asked for cannot."""
+        """The backend of a primitive over these pairs.
+
+        Args:
+            primitive: Name of the primitive.
+            pairs: The pairs.
+            keys: The keys. None: these rows.
+
+        Raises:
+            NotImplementedError: The named backend cannot run the call.
+        """
         if self.backend == "pytorch":
             return pytorch.choose(primitive, self.data, None if keys is None else keys.data, pairs.intervals)
         if self.backend == "dense":
@@ -42,7 +54,7 @@ class Rows(NamedTuple):
         return Rows(self.data.detach(), self.companion.detach(), self.backend)
 
     def view(self) -> Rows:
-        """The same rows as other tensors: compilers want no tensor twice among the inputs of a primitive."""
+        """The same rows as other tensors. Compilers want no tensor twice among the inputs of a primitive."""
         return Rows(self.data.view_as(self.data), self.companion.view_as(self.companion), self.backend)
 
 
@@ -55,13 +67,32 @@ def pack(
     permutation: bool = False,
     backend: str = "auto",
 ) -> Rows:
-    """Rows `order` of `features` [B, D, *S] (any strides), L2-normalised if asked.
+    """Gather pixels of a feature map and normalise them.
 
-    order [n]: flat pixel indices b * prod(S) + s, no pixel twice among the live rows. live: 0-dim or [1] number of
-    leading rows that count; the rest become zero rows, so that whatever an ignored pixel holds reaches nothing.
-    permutation: `order` is known to name every pixel once; then the gradient is written in one pass. backend: the
-    public option of the losses. Differentiable with respect to features, once. NotImplementedError where the backend
-    cannot run this call.
+    The result is differentiable with respect to `features`, once.
+
+    Args:
+        features: `[B, D, *S]`, or vectors `[N, D]`; any float dtype and strides.
+        order: Flat pixel indices b * prod(S) + s of the rows [n]. No pixel is twice among the live rows.
+        live: Number of leading rows that count, a tensor of shape [] or `[1]`. The others become zero rows, so the
+            values of ignored pixels reach nothing. None: all rows count.
+        normalize: Divide each row by its L2 norm. Rows with a norm of at most 1e-12 become zero and get no gradient.
+        permutation: `order` names every pixel once. The gradient is then written in one pass.
+        backend: "auto" (the fastest that can run), "dense", "blockwise" or "triton".
+
+    Returns:
+        The packed rows `[n, D]`.
+
+    Raises:
+        NotImplementedError: The backend cannot run the call.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.primitives.rows import pack
+        >>> rows = pack(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([1, 0]), normalize=True)
+        >>> rows.data
+        tensor([[0.0000, 1.0000],
+                [0.6000, 0.8000]])
     """
     backend = resolve(backend, features)
     if live is None:
@@ -77,14 +108,14 @@ class _Pack(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         data, inverse_norm = ops.pack(features, order, live, normalize, backend)
         ctx.save_for_backward(data, inverse_norm, order)
-        # The layout of the gradient: that of the features, or a dense one where theirs overlaps itself.
+        # The gradient has the layout of the features, or a dense one if theirs overlaps itself.
         dense = features if features.is_contiguous() else torch.empty_like(features, device="meta")
         ctx.stride = dense.stride()
         ctx.shape, ctx.dtype, ctx.normalize = features.shape, features.dtype, normalize
         ctx.permutation, ctx.backend = permutation, backend
         ctx.mark_non_differentiable(data)
         ctx.set_materialize_grads(False)
-        # Nobody reads its value, so it is not even filled.
+        # Its values are not read, so it is not filled.
         companion = inverse_norm.new_empty_strided(data.shape, (0, 0))
         return data, companion
 

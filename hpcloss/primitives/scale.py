@@ -1,4 +1,4 @@
-"""What similarities are multiplied by: the inverse temperature, and a bound of the logits where one is known."""
+"""The factor of similarities in a logit, and a bound of the logits if one is known."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from hpcloss.primitives.rows import Rows
 
 
 class Scale(NamedTuple):
-    """The factor of similarities in a logit.
+    """The factor of similarities in a logit, with a bound of the logits.
 
-    value: 0-dim tensor in the statistics' dtype, differentiable. bound: a number that |value * similarity| cannot
-    exceed, or None. A bound is known only where rows are normalised and the temperature is a number. It chooses a
-    faster sum of the same value.
+    A bound is known if rows are normalised and the temperature is a number. It selects a faster sum with the same
+    value.
+
+    Attributes:
+        value: The factor, 0-dim, in the dtype of the statistics. It is differentiable.
+        bound: A number that |value * similarity| cannot exceed, or None.
     """
 
     value: Tensor
@@ -24,7 +27,13 @@ class Scale(NamedTuple):
 
     @staticmethod
     def of(temperature: float | Tensor, rows: Rows, normalize: bool) -> Scale:
-        """1 / temperature for these rows; normalize: they are of unit length."""
+        """1 / temperature for given rows.
+
+        Args:
+            temperature: A positive number, or a tensor with one element (learnable).
+            rows: The rows, which give dtype and device.
+            normalize: The rows have unit length.
+        """
         dtype, device = statistics_dtype(rows.data.dtype), rows.data.device
         if isinstance(temperature, Tensor):
             return Scale(temperature.to(device=device, dtype=dtype).reshape(()).reciprocal())
@@ -32,13 +41,21 @@ class Scale(NamedTuple):
         return Scale(torch.full((), inverse, dtype=dtype, device=device), inverse if normalize else None)
 
     def times(self, factor: float) -> Scale:
-        """The scale of logits multiplied by a factor."""
+        """The scale of logits that are multiplied by a number.
+
+        Args:
+            factor: The number.
+        """
         return Scale(factor * self.value, None if self.bound is None else abs(factor) * self.bound)
 
     def raised(self, by: float) -> Scale:
-        """The same scale for logits whose log-sum-exps may exceed those of their keys `by` so much."""
+        """The same scale with a larger bound: log-sum-exps may exceed those of their keys by so much.
+
+        Args:
+            by: The excess.
+        """
         return Scale(self.value, None if self.bound is None else self.bound + by)
 
     def unbounded(self) -> Scale:
-        """The same scale, of which no bound is known."""
+        """The same scale without a bound."""
         return Scale(self.value)

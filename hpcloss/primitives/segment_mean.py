@@ -1,4 +1,4 @@
-"""Means of consecutive rows, such as the prototypes of the classes of a partition: `segment_mean`."""
+"""`segment_mean`: means of consecutive rows, for example the prototypes of the classes of a partition."""
 
 from __future__ import annotations
 
@@ -12,10 +12,27 @@ from hpcloss.primitives.rows import Rows
 
 
 def segment_mean(rows: Rows, offsets: Tensor) -> Tensor:
-    """mean_s = 1 / n_s sum of rows offsets[s]:offsets[s + 1], with n_s their number. [S, D], fp32 (float64).
+    """Means of consecutive rows.
 
-    offsets [S + 1]: ascending row numbers, int32 or int64; rows before the first and from the last on belong to no
-    segment. An empty segment gives a zero row. Differentiable with respect to the rows.
+        mean_s = 1/n_s Σ rows[offsets_s : offsets_{s+1}],      n_s the number of these rows
+
+    The result is differentiable with respect to the rows.
+
+    Args:
+        rows: Packed rows `[N, D]`.
+        offsets: Ascending row numbers `[S + 1]`, int32 or int64. Rows before the first and from the last on are in no
+            segment.
+
+    Returns:
+        `[S, D]`, fp32 (float64 for float64 rows). An empty segment gives zeros.
+
+    Examples:
+        >>> import torch
+        >>> from hpcloss.primitives.rows import pack
+        >>> from hpcloss.primitives.segment_mean import segment_mean
+        >>> rows = pack(torch.tensor([[1.0], [3.0], [5.0]]), torch.arange(3), normalize=False)
+        >>> segment_mean(rows, torch.tensor([0, 2, 3])).tolist()
+        [[2.0], [5.0]]
     """
     return _SegmentMean.apply(rows.data, rows.companion, offsets, rows.backend)
 
@@ -41,7 +58,7 @@ def _fake_segment_mean(rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
 def _backward(grad: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     """d row_i = grad_s / n_s in its segment s, 0 outside: a gather, the same on every backend."""
     per_row = grad / offsets.diff().clamp(min=1)[:, None]
-    per_row = torch.nn.functional.pad(per_row, (0, 0, 0, 1))  # a last segment for the rows that are in none
+    per_row = torch.nn.functional.pad(per_row, (0, 0, 0, 1))  # a last segment for the rows outside all segments
     rows = torch.arange(num_rows, dtype=offsets.dtype, device=offsets.device)
     segment = torch.searchsorted(offsets[1:], rows, right=True)
     return per_row.index_select(0, torch.where(rows < offsets[0], offsets.numel() - 1, segment))

@@ -185,13 +185,21 @@ def test_the_package_is_typed():
 
 @pytest.mark.parametrize("module", FILES)
 def test_files_and_functions_are_short(module):
+    """Docstrings do not count: those of public things have an entry for every argument."""
     source = FILES[module].read_text()
-    assert source.count("\n") <= 450
-    for node in ast.walk(ast.parse(source)):
+    nodes = list(ast.walk(ast.parse(source)))
+    documented = [node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    assert source.count("\n") - sum(map(docstring_lines, documented)) <= 400
+    for node in nodes:
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, (
-                f"{module}.{node.name} has {node.end_lineno - node.lineno + 1} lines"
-            )
+            lines = node.end_lineno - node.lineno + 1 - docstring_lines(node)
+            assert lines <= 60, f"{module}.{node.name} has {lines} lines"
+
+
+def docstring_lines(node):
+    if ast.get_docstring(node) is None:
+        return 0
+    return node.body[0].end_lineno - node.body[0].lineno + 1
 
 
 def test_a_backend_is_named_where_the_public_option_enters():

@@ -1,4 +1,4 @@
-"""The PyTorch backend: any device, float32 and float64, where half precision is computed in fp32."""
+"""The PyTorch tiles: any device, float32 and float64; half precision is computed in fp32."""
 
 from hpcloss.backends.blockwise.one_positive import one_positive, one_positive_backward
 from hpcloss.backends.blockwise.pair_cross_entropy import pair_cross_entropy, pair_cross_entropy_backward

@@ -1,7 +1,7 @@
-"""The mean of <anchor, positive> without pairs: where all weigh alike, the sum of the positives is enough.
+"""The mean of <anchor, positive> without pairs: with equal weights the sum of the positives is enough.
 
-Three ways to have the sums. An anchor with one positive has that one. Anchors of one class, next to each other, share
-one sum. Else sums of intervals are differences of prefix sums, for which positives must be symmetric: self-contrast.
+There are three ways to get the sums. An anchor with one positive has its sum. Consecutive anchors of one class share
+one sum. Otherwise sums of intervals are differences of prefix sums; positives must then be symmetric (self-contrast).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from hpcloss.backends.arithmetic import finite_mass
 from hpcloss.backends.blockwise.tiles import run_edges
 from hpcloss.plan.partition import Intervals
 
-ROWS = 1 << 12  # gathered at a time
-PIECE = 1 << 16  # numbers of a temporary, where a float64 copy of all rows would cost memory
+ROWS = 1 << 12  # rows gathered at a time
+PIECE = 1 << 16  # elements of a temporary, instead of a float64 copy of all rows
 NAN = float("nan")
-Rows = slice | Tensor  # some rows, by their numbers or next to each other
+Rows = slice | Tensor  # some rows: consecutive, or by their numbers
 
 
 def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Intervals) -> Tensor | None:
-    """Mean over the positives of each anchor [N], 0 without any; None where only the pairs themselves will do.
+    """Mean over the positives of each anchor [N], 0 without any. None if it needs the pairs.
 
     mass [N]: the logarithm of the number of positives.
     """
@@ -48,7 +48,7 @@ def linear_mean(anchors: Tensor, keys: Tensor | None, mass: Tensor, at: Interval
 
 
 def mean_of_one(anchors: Tensor, keys: Tensor, mass: Tensor, at: Intervals) -> Tensor:
-    """The same where no anchor has two positives."""
+    """The same if no anchor has two positives."""
     out = anchors.new_zeros(anchors.shape[0])
     for i, j in _partners(mass, at):
         out[i] = torch.linalg.vecdot(anchors[i], keys.index_select(0, j))
@@ -64,7 +64,7 @@ def linear_mean_backward(
     needs_anchors: bool,
     needs_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    """Gradients of anchors and keys (one sum in self-contrast), for a `grad` [N] that is 0 where no positive is."""
+    """Gradients of anchors and keys (one sum in self-contrast). `grad` [N] must be 0 for rows without positives."""
     others = anchors if keys is None else keys
     per_pair = grad * torch.exp(-finite_mass(mass))
     d_anchors = torch.zeros_like(anchors) if needs_anchors else None
@@ -103,12 +103,12 @@ def linear_mean_backward(
 
 
 def at_most_one(mass: Tensor) -> bool:
-    """Whether no anchor has two positives, known where the host may read it."""
+    """Whether no anchor has two positives, as far as the host may read it."""
     return mass.device.type == "cpu" and bool((mass <= 0).all())
 
 
 def _partners(mass: Tensor, at: Intervals) -> Iterator[tuple[Rows, Tensor]]:
-    """Anchors that have one positive and its key, some at a time; slices where all of them have one."""
+    """Anchors with one positive and its key, some at a time; slices if all anchors have one."""
     there = mass == 0
     count = mass.shape[0]
     rows: list[Rows] = [slice(first, first + ROWS) for first in range(0, count, ROWS)]
@@ -120,7 +120,7 @@ def _partners(mass: Tensor, at: Intervals) -> Iterator[tuple[Rows, Tensor]]:
 
 
 def _selves(at: Intervals) -> Iterator[tuple[Rows, Tensor]]:
-    """Anchors that lie in the interval of their positives and their own key, some at a time."""
+    """Anchors in their own interval of positives and their own key, some at a time."""
     for i in at.self_is_positive().nonzero()[:, 0].split(ROWS):
         yield i, at.self_pos[i].long()
 
@@ -132,7 +132,7 @@ def _long_runs(mass: Tensor, at: Intervals) -> list[tuple[int, int, int, int]] |
     edges = [0, *run_edges(at), at.pos_start.numel()]
     if len(edges) > 16 and (len(edges) - 1) * 64 > at.pos_start.numel():
         return None
-    # Without those that have none: what dead rows hold and the keys they might have met are no part of anything.
+    # Only anchors with a positive: values of dead rows, and of the keys in their intervals, must not enter.
     runs = [(i0, i1) for i0, i1 in zip(edges[:-1], edges[1:]) if i1 > i0 and bool((mass[i0:i1] >= 0).any())]
     return [(i0, i1, int(at.pos_start[i0]), int(at.pos_end[i0])) for i0, i1 in runs]
 
@@ -141,7 +141,7 @@ def _long_runs(mass: Tensor, at: Intervals) -> list[tuple[int, int, int, int]] |
 
 
 def _refuses_prefix_sums(rows: Tensor) -> bool:
-    """On a GPU where only deterministic kernels may run."""
+    """Whether only deterministic kernels may run on this GPU."""
     return rows.device.type != "cpu" and torch.are_deterministic_algorithms_enabled()
 
 

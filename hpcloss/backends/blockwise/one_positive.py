@@ -1,4 +1,4 @@
-"""`one_positive` over tiles: the positives' logits row by row, the rest as `pair_lse` does it."""
+"""`one_positive` over tiles: the positives' logits row by row, the rest as in `pair_lse`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpcloss.backends.arithmetic import accumulation, gradients
 from hpcloss.backends.blockwise.pair_lse import pair_lse, pair_lse_backward, pair_lse_both, pair_lse_both_backward
 from hpcloss.plan.partition import Intervals
 
-ROWS = 1 << 12  # gathered at a time
+ROWS = 1 << 12  # rows gathered at a time
 
 
 def one_positive(
@@ -23,7 +23,7 @@ def one_positive(
     both: bool,
     intervals: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The positive's logit [N], the negatives' log-sum-exps [N], of K > 1 [K, N], and nothing for backward."""
+    """The positive's logit [N], the negatives' log-sum-exps [N] ([K, N] for K > 1), and an empty tensor."""
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     own, scale = anchors.new_empty(anchors.shape[0]), scale.to(anchors.dtype)
     for rows, place in _parts(at):

@@ -1,7 +1,7 @@
 """`pair_cross_entropy` over tiles: a log-sum-exp and the positives' mean from one S.
 
-Tiles that hold a positive are summed relative to the largest logit of each row, which keeps the loss and its slopes
-exact near the minimum. All other tiles are plain sums where nothing can overflow.
+Tiles with a positive are summed relative to the largest logit of each row, which keeps the loss and its slopes exact
+near the minimum. All other tiles are plain sums if nothing can overflow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hpcloss.backends.blockwise.pair_mean import weight_mass
 from hpcloss.backends.blockwise.tiles import Side, Tile, Tiles, is_safe_for, sides
 from hpcloss.plan.partition import Intervals
 
-LOWEST = torch.finfo(torch.float32).min / 4  # below every logit, and still finite when a logit is subtracted
+LOWEST = torch.finfo(torch.float32).min / 4  # below every logit, and finite when a logit is subtracted
 
 
 def pair_cross_entropy(
@@ -49,11 +49,11 @@ def pair_cross_entropy(
         weights = [positives.weights(tiles, tile, logits, side) for side in directions]
         tiles.exclude(tile, logits, -INF)
         for side, weight in zip(directions, weights):
-            # As attention accumulates its values: what was summed so far moves down when a larger logit comes.
+            # As in attention: the sums so far are scaled down when a larger logit comes.
             largest_i, total_i, gap_i, met_i = (values[side.own] for values in (largest, total, gap, met))
             now = torch.maximum(largest_i, logits.amax(side.dim))
             rise = now - largest_i
-            # The last direction overwrites the logits: what is not in the core's cache is slow.
+            # The last direction overwrites the logits, because memory outside the core's cache is slow.
             into = logits if side is directions[-1] else tiles.buffer("above", tile)
             above = torch.sub(logits, side.lay(now), out=into)
             gap_i.addcmul_(met_i, rise)
@@ -96,7 +96,7 @@ def pair_cross_entropy_backward(
     of_all = of_positives if grad_lse is None else of_positives + grad_lse.to(anchors.dtype)
     of_all = torch.where(total > 0, of_all, 0.0) / torch.where(total > 0, total, 1.0)
     if hardness == 0:
-        # By the count itself, not its logarithm: where all positives are one point p - w is 0 to the last bit.
+        # Divided by the count, not by exp of its logarithm: if all positives are one point, p - w is exactly 0.
         of_positives = of_positives / at.counts()[0].clamp(min=1)
     d_anchors = torch.zeros_like(anchors) if needs_anchors or needs_scale else None
     d_keys = d_anchors if keys is None else torch.zeros_like(keys) if needs_keys else None
@@ -116,14 +116,14 @@ def pair_cross_entropy_backward(
                 slopes.append(positives.slope(tiles, tile, logits, side, into, shift, of_all, of_positives))
             slope = tiles.exclude(tile, slopes[-1].add_(slopes[0]) if tile.mirrored else slopes[0], 0.0)
             if tile.diagonal:
-                # Not from its columns: s_ji may be rounded unlike s_ij, from which the row statistics are.
+                # Not from its columns: the row statistics come from s_ij, and s_ji may be rounded differently.
                 slope = tiles.buffer("both", tile).copy_(slope.T).add_(slope)  # a sum with slope.T is slower
         tiles.scatter(tile, slope, d_anchors, d_keys)
     return gradients_of_logits(anchors, keys, scale, d_anchors, d_keys, needs_anchors, needs_scale)
 
 
 class _Positives:
-    """The positives of a tile and their weights exp(-hardness s_ij - mass_i); uniform weights are counts alone."""
+    """The positives of a tile and their weights exp(-hardness s_ij - mass_i). Uniform weights are only counted."""
 
     def __init__(self, at: Intervals, mass: Tensor, hardness: float, scale: Tensor):
         self.at, self.hardness = at, hardness
@@ -131,7 +131,7 @@ class _Positives:
         self.hardness_of_logits = -hardness / scale
 
     def weights(self, tiles: Tiles, tile: Tile, logits: Tensor, side: Side) -> Tensor | None:
-        """Weights of the tile's pairs, 0 where no positive is; None if all positives weigh alike."""
+        """Weights of the tile's pairs, 0 for pairs that are no positives. None if all positives weigh alike."""
         if self.hardness == 0 or tile.positives == "none":
             return None
         weight = torch.mul(logits, self.hardness_of_logits, out=tiles.buffer(f"weight{side.dim}", tile))
@@ -150,7 +150,7 @@ class _Positives:
         return tile.positives == "all" and not tile.diagonal and not tile.has_self
 
     def among(self, tile: Tile, side: Side) -> Tensor | int:
-        """How many of the tile's pairs are positives, for each of the own anchors."""
+        """Number of positives in the tile, for each of the own anchors."""
         if self.are_all(tile):
             return side.other.stop - side.other.start
         start = self.at.pos_start[side.own].clamp(min=side.other.start)
@@ -171,7 +171,7 @@ class _Positives:
     ) -> Tensor:
         """of_all_i 2^(logit - shift_i) - of_positives_i w_ij, written to `into`, which may be the logits.
 
-        What the rule excludes is overwritten later.
+        Pairs that the rule excludes are overwritten later.
         """
         weight = self.weights(tiles, tile, logits, side)
         slope = torch.sub(logits, side.along(shift), out=into).exp2_().mul_(side.along(of_all))

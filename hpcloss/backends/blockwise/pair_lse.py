@@ -23,7 +23,7 @@ def pair_lse(
     rule: str,
     factors: Sequence[float] = (1.0,),
 ) -> Tensor:
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is.
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set or a row without anchor.
 
     Several positive factors of the scale, without a bias: one such lse for each [K, N].
     """
@@ -74,7 +74,7 @@ def pair_lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS_ij = g_i scale exp(scale s_ij + bias_j - lse_i), as d anchors, d keys (one sum in self-contrast), d scale.
 
-    Of several factors the sum.
+    With several factors the result is their sum.
     """
     at = Intervals(*intervals)
     anchors, keys = accumulation(anchors, keys)
@@ -105,14 +105,14 @@ def _largest(scale_bound: float | None, factors: Sequence[float]) -> float | Non
 
 
 def _multiples(tiles: Tiles, tile: Tile, logits: Tensor, factors: Sequence[float]) -> Iterator[tuple[int, Tensor]]:
-    """The logits times each factor, to be overwritten; the last one in their own memory."""
+    """The logits times each factor, to be overwritten. The last one reuses their memory."""
     for number, factor in enumerate(factors[:-1]):
         yield number, torch.mul(logits, factor, out=tiles.buffer("multiple", tile))
     yield len(factors) - 1, logits if factors[-1] == 1 else logits.mul_(factors[-1])
 
 
 def _safe_slope(tiles: Tiles, tile: Tile, logits: Tensor, weights: Tensor, factors: Sequence[float]) -> Tensor:
-    """sum_k exp2(factor_k logit_ij) (w_ki + w_kj), the second one where the columns are anchors as well."""
+    """sum_k exp2(factor_k logit_ij) (w_ki + w_kj), with the second term only if the columns are anchors too."""
     rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
     slope: Tensor | None = None
     for number, scaled in _multiples(tiles, tile, logits, factors):

@@ -1,4 +1,4 @@
-"""`pair_mean` over tiles, or without any pair where the positives' sums suffice."""
+"""`pair_mean` over tiles, or without pairs if the sums of the positives are enough."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pair_mean(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out_i = sum_{j in positives(i)} w_ij t_ij, w = softmax over the positives of (-hardness s_ij + log_weight_j).
 
-    t = scale s without `stat` (term "logit"), else t = softplus(stat_i - (scale - discount) s) - discount s ("own").
+    Without `stat` t = scale s (term "logit"), with it t = softplus(stat_i - (scale - discount) s) - discount s ("own").
     Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all [N].
     """
     at = Intervals(*intervals)
@@ -60,8 +60,8 @@ def pair_mean(
             out[side.own] += tiles.exclude(tile, terms.mul_(weight), 0.0).sum(side.dim)
             slope[side.own] += tiles.exclude(tile, logits.sigmoid_().mul_(weight), 0.0).sum(side.dim)
     if weighted:
-        # The mass of large exponents is rounded, so the weights do not sum to 1. Backward subtracts `out` from the
-        # terms and needs the mean under these very weights.
+        # The mass of large exponents is rounded, so the weights do not sum to exactly 1. Backward subtracts `out` from
+        # the terms and needs the mean under the same weights.
         whole = torch.where(whole > 0, whole, 1.0)
         out, slope = out / whole, slope / whole
     return out, mass, slope
@@ -116,7 +116,7 @@ def pair_mean_backward(
             if by_scale is not None and (side.dim == 1 or tile.mirrored):
                 d_scale += tiles.exclude(tile, by_scale, 0.0).sum()
             slopes.append(slope)
-        # Constant slopes are broadcast; the rule is symmetric, so one mask serves both directions.
+        # Constant slopes are broadcast. The rule is symmetric, so one mask serves both directions.
         total = torch.add(*slopes) if len(slopes) == 2 else slopes[0]
         total = tiles.exclude(tile, total.expand_as(similarity).contiguous(), 0.0)
         tiles.scatter(tile, total, d_anchors, d_keys)
@@ -156,7 +156,7 @@ def _slope(
 def _own_mean(
     anchors: Tensor, keys: Tensor | None, stat: Tensor, scale: Tensor, hardness: float, discount: float, at: Intervals
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The "own" term where nothing can overflow: one pass, and both directions of a tile share the exponentials.
+    """The "own" term if nothing can overflow: one pass, and both directions of a tile share the exponentials.
 
     With y_ij = exp(stat_i) exp(-(scale - discount) s_ij): t_ij = log(1 + y_ij) - discount s_ij, dt/dstat = y / (1 + y).
     """
@@ -226,15 +226,15 @@ def _own_mean_backward(
 def weight_mass(
     anchors: Tensor, keys: Tensor | None, log_weight: Tensor | None, hardness: float, at: Intervals
 ) -> Tensor:
-    """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number where both are 0."""
+    """log sum over the positives of exp(-hardness s_ij + log_weight_j); the log of their number if both are 0."""
     if hardness == 0 and log_weight is None:
         return at.counts()[0].to(anchors.dtype).log()
-    scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for the copy
+    scale = torch.full((), -hardness, dtype=anchors.dtype, device=anchors.device)  # new_tensor would wait for a copy
     return pair_lse(anchors, keys, log_weight, scale, None, list(at), "positives")
 
 
 class _Weights:
-    """w_ij of a tile, normalised: exp(-hardness s_ij + log_weight_j - mass_i); one number a row where constant."""
+    """w_ij of a tile, normalised: exp(-hardness s_ij + log_weight_j - mass_i). Constant weights: one number per row."""
 
     def __init__(self, mass: Tensor, log_weight: Tensor | None, hardness: float):
         self.mass = finite_mass(mass)

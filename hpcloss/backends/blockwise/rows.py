@@ -11,19 +11,19 @@ from hpcloss.backends import library
 from hpcloss.operators import NORM_EPS, statistics_dtype
 from hpcloss.plan import native
 
-FEW = 4  # rows are few where the map has more than this many times as many pixels
+FEW = 4  # rows are few if the map has more than this many times as many pixels
 LARGE = 1e15  # the squares of a row of 1e30 overflow fp32
-FEW_NUMBERS = 1 << 17  # of a map, up to which reading it pixel by pixel is no slower than bringing channels together
-ROWS = 1 << 12  # handled at a time in the backward pass, to keep temporaries small
+FEW_NUMBERS = 1 << 17  # elements of a map; up to here strided reads per pixel are no slower than a transpose
+ROWS = 1 << 12  # rows at a time in the backward pass, to keep temporaries small
 
 
 def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
-    """Dtype in which features are packed for this backend."""
+    """Dtype of packed rows for this backend."""
     return statistics_dtype(features.dtype)
 
 
 def _by_pixel(features: Tensor) -> Tensor:
-    """[B, D, *S] as [B, S, D] without a copy where the spatial axes can be joined."""
+    """[B, D, *S] as [B, S, D], without a copy if the spatial axes can be joined."""
     return (features.unsqueeze(-1) if features.dim() == 2 else features.flatten(2)).transpose(1, 2)
 
 
@@ -35,7 +35,7 @@ def _gather(features: Tensor, order: Tensor) -> Tensor:
     batch, pixels, channels = by_pixel.shape
     if order.numel() * FEW < batch * pixels:
         return by_pixel[order // pixels, order % pixels]
-    # Most pixels: one pass that brings channels together is cheaper than strided reads, and image by image cheapest.
+    # With most pixels a transpose is cheaper than strided reads, and image by image it is cheapest.
     if not by_pixel.is_contiguous() and features.device.type == "cpu":
         together = features.new_empty(batch, pixels, channels)
         for image, target in zip(by_pixel, together):
@@ -45,7 +45,7 @@ def _gather(features: Tensor, order: Tensor) -> Tensor:
 
 
 def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Rows `order` of the map, those from `live` on zero, and the inverse norm by which each was multiplied."""
+    """Rows `order` of the map, zero from `live` on, and the inverse norm by which each was multiplied."""
     strides = _native_strides(features)
     if strides is not None:
         return library.pack(features, strides, order.contiguous(), int(live), normalize)
@@ -71,8 +71,10 @@ def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tupl
 
 
 def _native_strides(features: Tensor) -> library.Strides | None:
-    """Strides between images, pixels and channels where the native library packs these features: in fp32, on the CPU,
-    and dense in memory with channels last, or first where there are few."""
+    """Strides between images, pixels and channels, if the native library packs these features.
+
+    They must be fp32 on the CPU and dense in memory, with channels last, or first if there are few.
+    """
     if features.dtype != torch.float32 or features.device.type != "cpu" or not native.serves(features):
         return None
     channels = features.shape[1]
@@ -103,7 +105,7 @@ def pack_backward(
             library.unpack(grad.contiguous(), data, inverse_norm, order.contiguous(), normalize, strides, gradient)
             return gradient
     few = order.numel() * FEW < shape[0] * math.prod(shape[2:])
-    # Few rows are added where they belong; most rows next to each other, to be brought into the layout at the end.
+    # Few rows are added in place. Many rows are added in a buffer, which is then copied into the layout.
     layout = [shape[0], *shape[1:]] if few else [shape[0], *shape[2:], shape[1]]
     out = torch.zeros(layout, dtype=inverse_norm.dtype, device=grad.device)
     grad_features = out if few else out.movedim(-1, 1)
@@ -111,7 +113,7 @@ def pack_backward(
     for first in range(0, order.numel(), ROWS):
         part = slice(first, first + ROWS)
         rows = _of_rows(grad[part], data[part], inverse_norm[part], normalize)
-        # Dead rows of a sample repeat pixel 0 with gradient 0, so rows are added, not copied.
+        # Rows are added, not copied, because dead rows of a sample repeat pixel 0 with gradient 0.
         if few:
             pixels = by_pixel.shape[1]
             by_pixel.index_put_((order[part] // pixels, order[part] % pixels), rows, accumulate=True)
@@ -123,7 +125,7 @@ def pack_backward(
 
 
 def _of_rows(grad: Tensor, unit: Tensor, inverse_norm: Tensor, normalize: bool) -> Tensor:
-    """The gradient of rows before they were normalised, those that are dead 0."""
+    """The gradient of rows before normalisation, 0 for dead rows."""
     grad = grad.to(inverse_norm.dtype)
     if normalize:
         unit = unit.to(grad.dtype)

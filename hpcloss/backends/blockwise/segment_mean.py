@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hpcloss.operators import statistics_dtype
 
-ROWS = 1 << 12  # added at a time in float64
+ROWS = 1 << 12  # rows added at a time in float64
 
 
 def segment_mean(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def segment_mean(rows: Tensor, offsets: Tensor) -> Tensor:
     if rows.device.type == "cpu":
         sums = _sums(rows, offsets, counts)
     else:
-        # Each segment in order, so deterministic; `unsafe` leaves out checks that would wait for the device.
+        # Each segment is added in order: deterministic. `unsafe` skips checks that wait for the device.
         accumulated = rows.to(statistics_dtype(rows.dtype))
         sums = torch.segment_reduce(accumulated, "sum", offsets=offsets, unsafe=True, initial=0.0)
     return (sums / counts.clamp(min=1)[:, None]).to(statistics_dtype(rows.dtype))

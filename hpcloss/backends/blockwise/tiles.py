@@ -1,10 +1,10 @@
 """The primitives as PyTorch tiles: exact, O((N + M) D) memory, any device, float32 and float64.
 
-A tile of similarities is one matmul; what a loss needs of it is reduced at once and the tile is forgotten. In
-self-contrast S is symmetric, so only tiles on and above the diagonal are computed and each serves both its rows and its
-columns. On the CPU the intervals are read on the host and become contiguous slices: blocks of anchors hold one class
-where classes are long, so most tiles need no mask at all. On other devices nothing is read on the host; a fixed
-schedule covers all pairs and masks come from the intervals.
+A tile of similarities is one matrix product. It is reduced at once and then overwritten. In self-contrast S is
+symmetric, so only tiles on and above the diagonal are computed, and each serves both its rows and its columns. On the
+CPU the intervals are read on the host and become contiguous slices. Blocks of anchors hold one class if classes are
+long, so most tiles need no mask. On other devices nothing is read on the host: a fixed schedule covers all pairs, and
+masks come from the intervals.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from hpcloss.backends.bounds import is_safe
 from hpcloss.plan.partition import Intervals
 
 BLOCK = 512  # rows of a tile; a 512 x 512 fp32 tile is 1 MB and stays in a core's cache
-LONG_RUN = 128  # anchors of one class from which a block of their own is cheaper than a mask
-STATIC_BLOCK = 1024  # on a device where intervals are not read, one tile serves up to this many rows
+LONG_RUN = 128  # from so many anchors of one class on, their own block is cheaper than a mask
+STATIC_BLOCK = 1024  # rows of a tile on devices where intervals are not read
 
 
 class Tile(NamedTuple):
     """Anchor rows i0:i1 against key rows j0:j1.
 
-    mirrored: the columns are anchors too and their pairs with the rows belong to this tile (self-contrast).
-    diagonal: the columns are the rows (self-contrast); both directions of a pair are inside.
-    has_self: some anchors may meet themselves in the tile, elsewhere than on a diagonal.
-    positives: whether "none", "some" or "all" of the tile's pairs are positives, the anchor itself apart; known to be
-        "none" or "all" only where tiles are cut by class.
-    mixed: the tile may hold pairs that are in no region at all.
+    mirrored: the columns are anchors too, and their pairs with the rows belong to this tile (self-contrast). diagonal:
+    the columns are the rows (self-contrast), so both directions of a pair are inside. has_self: some anchors may meet
+    themselves in the tile, and not on its diagonal. positives: "none", "some" or "all" of the tile's pairs are
+    positives, apart from the anchor itself. "none" and "all"
+        are known only if tiles are cut by class.
+    mixed: the tile may hold pairs of no region.
     """
 
     i0: int
@@ -72,7 +72,7 @@ def _static_schedule(num_rows: int, num_keys: int, symmetric: bool) -> Iterator[
 
 
 def _sliced_schedule(at: Intervals, rule: str, symmetric: bool, by_class: bool) -> Iterator[list[Tile]]:
-    by_class = by_class or rule in ("positives", "negatives")  # else nobody asks which keys are positives
+    by_class = by_class or rule in ("positives", "negatives")  # other rules do not need the positives
     has_self = rule != "every" and not symmetric and bool((at.self_pos >= 0).any())
     edges = run_edges(at) if by_class else []
     runs = zip([0, *edges], [*edges, at.pos_start.numel()])
@@ -110,7 +110,7 @@ def _sliced_schedule(at: Intervals, rule: str, symmetric: bool, by_class: bool) 
 
 
 def _has_one_positive(at: Intervals) -> bool:
-    """Whether every interval of positives holds at most one key; asked on the CPU alone, where looking is free."""
+    """Whether every interval of positives holds at most one key. Asked on the CPU only, where reading is free."""
     return at.pos_start.device.type == "cpu" and bool((at.pos_end - at.pos_start <= 1).all())
 
 
@@ -121,7 +121,7 @@ def run_edges(at: Intervals) -> list[int]:
 
 
 def _row_blocks(start: int, end: int, runs: list[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
-    """Cut anchors start:end into blocks (i0, i1, pure); a pure block lies in one of the runs of equal positives."""
+    """Cut anchors start:end into blocks (i0, i1, pure). A pure block lies in one run of equal positives."""
     pieces: list[tuple[int, int, bool]] = []
     done = start
     for first, last in runs[bisect_right(runs, start, key=itemgetter(1)) :]:
@@ -136,7 +136,7 @@ def _row_blocks(start: int, end: int, runs: list[tuple[int, int]]) -> Iterator[t
 
 
 def _even(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
-    """start:end in as few, nearly equal pieces of at most `most` as possible."""
+    """Cut start:end into as few and as equal pieces of at most `most` rows as possible."""
     pieces = -(-(end - start) // most)
     for piece in range(pieces):
         yield start + piece * (end - start) // pieces, start + (piece + 1) * (end - start) // pieces
@@ -162,7 +162,7 @@ def _allowed(tile: Tile, at: Intervals, rule: str, symmetric: bool) -> Tensor:
     if rule == "positives":
         allowed = inside
     else:
-        last_key = at.key_end if symmetric else at.anchor_end  # in self-contrast key rows belong to a region as well
+        last_key = at.key_end if symmetric else at.anchor_end  # in self-contrast key rows belong to a region too
         row_numbers = torch.arange(tile.i0, tile.i1, device=keys.device, dtype=last_key.dtype)
         region = torch.searchsorted(last_key, row_numbers, right=True)
         dead = region == last_key.numel()
@@ -188,9 +188,9 @@ def _inside(tile: Tile, at: Intervals) -> Tensor:
 
 
 class Tiles:
-    """Similarity tiles of one call, each computed into the same buffer.
+    """Similarity tiles of one call. Each is computed into the same buffer.
 
-    by_class: cut the tiles where positives begin and end, so that few hold some positives and other pairs too.
+    by_class: cut the tiles where positives begin and end, so that few tiles mix positives and other pairs.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class Tiles:
         return values
 
     def _overwrite(self, tile: Tile, values: Tensor, key: Tensor, there: Tensor, fill: float) -> None:
-        """Overwrite one pair of each anchor, that with row `key` [N] of the keys, where it is `there` [N]."""
+        """Overwrite one pair of each anchor, the pair with key row `key` [N], if `there` [N] is true."""
         rows = slice(tile.i0, tile.i1)
         column = key[rows] - tile.j0
         row = (there[rows] & (column >= 0) & (column < values.shape[1])).nonzero().view(-1)

@@ -1,6 +1,6 @@
-"""The dense backend: all similarities of a region at once, for problems whose similarities fit 4 MB.
+"""The dense backend: all similarities of a region at once, for problems whose similarities fit in 4 MB.
 
-A handful of PyTorch operations each way, in float32 and float64. Rows are packed as for the tiles.
+Each pass takes a few PyTorch operations, in float32 and float64. Rows are packed as for the tiles.
 """
 
 from hpcloss.backends.blockwise.rows import pack, pack_backward, rows_dtype

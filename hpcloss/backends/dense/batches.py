@@ -1,11 +1,11 @@
 """Regions side by side in one batch: their similarities are one batched product.
 
-A batch holds R regions of n anchors and m keys. On the CPU the bounds of the regions are read. Regions of one length,
-next to each other, are views of the rows; others are padded to the longest. On other devices nothing is read: all rows
-are one region, and a mask tells the regions apart.
+A batch holds R regions of n anchors and m keys. On the CPU the bounds of the regions are read. Consecutive regions of
+one length are views of the rows; others are padded to the longest. On other devices nothing is read: all rows are one
+region, and a mask separates the regions.
 
-Pairs are excluded by adding a large negative number, and weighted by masks of zeros and ones. Filling by a mask of
-booleans takes longer than the product itself.
+Pairs are excluded by adding a large negative number, and weighted by masks of zeros and ones. Filling with a boolean
+mask takes longer than the product itself.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from hpcloss.plan.partition import Intervals
 
-MOST = 1 << 20  # similarities of a batch; 4 MB in fp32
+MOST = 1 << 20  # similarities of the largest batch, 4 MB in fp32
 Where = slice | Tensor  # rows of a batch: one part of them, cut into regions, or indices [R, n]
 
 
 class Region(NamedTuple):
-    """The rows of a region that are anchors, and the keys that these may meet."""
+    """The anchor rows of a region, and the keys that these may meet."""
 
     anchor_start: int
     anchor_end: int
@@ -68,7 +68,7 @@ def _reads(at: Intervals) -> bool:
 
 
 def _groups(regions: list[Region]) -> Iterator[list[Region]]:
-    """As many regions, one after the other, as fit a batch."""
+    """As many consecutive regions as fit in a batch."""
     group: list[Region] = []
     anchors = keys = 0
     for region in regions:
@@ -115,7 +115,7 @@ def _everything(anchors: Tensor, keys: Tensor | None, at: Intervals) -> Batch:
 class Batch:
     """Anchors [R, n, D] of some regions, their keys [R, m, D], and which of their pairs count.
 
-    outside [R, n, m]: pairs that no region has. real [R, n]: which rows are no padding.
+    outside [R, n, m]: pairs of no region. real [R, n]: rows that are no padding.
     """
 
     def __init__(
@@ -165,13 +165,13 @@ class Batch:
         if isinstance(self.columns, slice):
             into[self.columns] = values.flatten()
         else:
-            # Padding repeats the last key of a region, with nothing: the larger of the two is that of the key itself.
+            # Padding repeats the last key of a region with zero: the larger value is that of the key itself.
             into.scatter_reduce_(0, self.columns.flatten(), values.flatten(), "amax")
 
     # ---- pairs
 
     def similarities(self, factor: Tensor) -> Tensor:
-        """The similarities times a factor [R, n, m], 0 for a pair that no region has: it could be NaN."""
+        """The similarities times a factor [R, n, m], 0 for a pair of no region, which could be NaN."""
         found = torch.bmm(self.anchors * factor, self.keys.mT)
         return found if self.outside is None else found.masked_fill_(self.outside, 0.0)
 
@@ -186,12 +186,12 @@ class Batch:
         return rows - self.columns.start if self.columns.start else rows
 
     def inside(self) -> Tensor:
-        """1 where the key lies in the anchor's interval of positives and is not the anchor itself, else 0."""
+        """1 if the key is in the anchor's interval of positives and is not the anchor itself, otherwise 0."""
         if self._inside is None:
             count = self.keys.shape[1]
             number = torch.arange(1, count + 1, dtype=self.anchors.dtype, device=self.anchors.device)
             start, end = self.place(self.at.pos_start)[..., None], self.place(self.at.pos_end)[..., None]
-            # Both factors are at least 1 inside; outside exactly one of them is at most 0.
+            # Inside both factors are at least 1. Outside exactly one of them is at most 0.
             self._inside = torch.sub(number, start).mul_(end + 1 - number).clamp_(0, 1)
             if self.outside is not None:
                 self._inside.masked_fill_(self.outside, 0.0)
@@ -232,7 +232,7 @@ class Batch:
         """Add slope @ keys to the anchors' gradient and its transpose @ anchors to that of the keys."""
         if self.is_self and self.keys is self.anchors and isinstance(self.rows, slice):
             if d_anchors is not None:
-                # A sum with slope.mT is slower than a copy first.
+                # A copy first, because a sum with slope.mT is slower.
                 both = slope.mT.contiguous().add_(slope)
                 torch.bmm(both, self.keys, out=self.take(d_anchors))
             return
@@ -265,7 +265,7 @@ class Softmax(NamedTuple):
 
 
 def shift_of(logits: Tensor, lowest: float) -> Tensor:
-    """The largest logit of each anchor [R, n, 1]; where all are excluded, a number that is larger by far."""
+    """The largest logit of each anchor [R, n, 1]. If all are excluded, a far larger number."""
     return logits.amax(2, keepdim=True).clamp_(min=lowest / 2)
 
 

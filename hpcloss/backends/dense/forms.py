@@ -28,7 +28,8 @@ class Options(NamedTuple):
 class Found(NamedTuple):
     """loss, counted [R, n, 1]; slope [R, n, m]: d loss / d logit.
 
-    direct [R, n, m]: what similarities reach otherwise than through the logits, over the scale; None for nothing.
+    direct [R, n, m]: the part of d loss / d similarity that does not flow through the logits, over the scale; or
+    None.
     """
 
     loss: Tensor
@@ -47,11 +48,11 @@ def _weights(batch: Batch, logits: Tensor, scale: Tensor, options: Options) -> W
 
 
 def _of_weights(shares: Tensor, terms: Tensor, scale: Tensor, options: Options) -> Tensor | None:
-    """The part of a slope that flows through the weights of the mean of `terms`; None where they are constants."""
+    """The part of a slope that flows through the weights of the mean of `terms`; None if they are constants."""
     if not options.hardness or options.detach_weights:
         return None
     from_mean = terms - mean(shares, terms)
-    from_mean.sub_(mean(shares, from_mean))  # the mean of large terms is rounded by as much as those near it differ
+    from_mean.sub_(mean(shares, from_mean))  # removes the rounding of a mean of large terms
     return from_mean.mul_(shares).mul_(-options.hardness / scale)
 
 
@@ -59,7 +60,7 @@ def _against_all(batch: Batch, logits: Tensor, scale: Tensor, options: Options) 
     of_positives = _weights(batch, logits, scale, options)
     shares = of_positives.shares
     direct = _of_weights(shares, logits * -LN2, scale, options)
-    # Relative to the largest logit: near the minimum the loss and its slopes are not differences of large numbers.
+    # Relative to the largest logit, so that near the minimum nothing is a difference of large numbers.
     shift = shift_of(batch.exclude(logits, "others"), batch.lowest)
     above = logits.sub_(shift)
     gap = mean(shares, above)
@@ -102,7 +103,7 @@ def _own(batch: Batch, logits: Tensor, scale: Tensor, options: Options) -> Found
         shares.mul_(counted)
     loss = torch.where(counted, mean(shares, terms), 0.0)
     direct = _of_weights(shares, terms, scale, options)
-    share = against.sigmoid_()  # of the negatives in the denominator of each positive
+    share = against.sigmoid_()  # share of the negatives in the denominator of each positive
     slope = softmax.shares(mean(shares, share)).sub_(share.mul_(shares))
     if options.discount:
         discounted = (share - shares).mul_(damped)

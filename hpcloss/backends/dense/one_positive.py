@@ -1,4 +1,4 @@
-"""`one_positive` from all similarities at once. Backward finds them, or their exponentials, again."""
+"""`one_positive` from all similarities at once. Backward computes them, or their exponentials, again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hpcloss.backends.blockwise.tiles import is_safe_for
 from hpcloss.backends.dense.rows import is_native, write_both
 from hpcloss.plan.partition import Intervals
 
-# Below every log-sum-exp. Of an empty set it stands for -inf: exp2(-inf - LOWEST) is 0, exp2(-inf + inf) is none.
+# Below every log-sum-exp. It replaces the -inf of an empty set: exp2(-inf - LOWEST) is 0, exp2(-inf + inf) is NaN.
 LOWEST = -1e30
-# Below every sum of exponentials that backward divides by: `is_safe` with `twice` leaves half of the exponents.
+# Below every sum of exponentials that backward divides by: `is_safe` with `twice` uses half of the exponent range.
 SMALLEST = 1e-25
 
 
@@ -27,9 +27,10 @@ def one_positive(
     both: bool,
     intervals: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The positive's logit [N], the negatives' log-sum-exps [N], of K > 1 [K, N], and what backward needs [N, M].
+    """The positive's logit [N], the negatives' log-sum-exps [N] ([K, N] for K > 1), and a matrix for backward.
 
-    That is logits to base 2, or their exponentials where one serves all sums; -inf or 0 for others than negatives.
+    The matrix [N, M] has the logits to base 2, or their exponentials if one serves all sums; -inf or 0 for pairs that
+    are no negatives.
     """
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     logits = torch.mm(anchors * (scale.to(anchors.dtype) * LOG2E), (anchors if others is None else others).T)
@@ -65,7 +66,7 @@ def _times(logits: Tensor, factor: float) -> Tensor:
 def _exclude_others(logits: Tensor, at: Intervals) -> None:
     """Exclude each anchor from its own keys, and the keys outside the region."""
     count, reads = logits.shape[1], _reads(at)
-    # All anchors are keys or none is. The host may see which, and that no key is outside.
+    # Either all anchors are keys or none is. The host may read which, and that no key is outside.
     if not reads or (at.self_pos.numel() and int(at.self_pos[0]) >= 0):
         own = torch.where(at.self_pos < 0, at.pos_start, at.self_pos)  # the positive is excluded already
         logits.scatter_(1, own.long()[:, None], -INF)
@@ -125,12 +126,12 @@ def one_positive_backward(
 
 
 def _of_both_sides(slope: Tensor, rows: Tensor) -> Tensor:
-    """The gradient of rows that are anchors and keys of one another."""
+    """The gradient of rows that are each other's anchors and keys."""
     if is_native(rows):
         gradient = torch.empty_like(rows)
         write_both(slope, slope.new_ones(slope.shape[0]), rows, 1, gradient)
         return gradient
-    return torch.mm(slope.T.contiguous().add_(slope), rows)  # a sum with slope.T is slower than a copy first
+    return torch.mm(slope.T.contiguous().add_(slope), rows)  # a copy first, because a sum with slope.T is slower
 
 
 def _safe_slope(kept: Tensor, weight: Tensor, factors: Sequence[float], both: bool) -> Tensor:

@@ -1,7 +1,8 @@
 """`pair_contrast`: losses of anchors and their slopes from one S.
 
-The slopes are made where the similarities are. Backward multiplies them by the incoming gradients and has one product
-to do. They are kept where there is room for them (`pytorch.kept_slopes`); else backward makes them again.
+The forward pass computes the slopes, because the similarities are there. Backward multiplies them by the incoming
+gradients and computes one product. The slopes are kept if there is room (`pytorch.kept_slopes`); otherwise backward
+computes them again.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def pair_contrast(
     needs_scale: bool,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each anchor [N], 0 where it is not counted, and which are counted; equations in `contrast`.
+    """Loss of each anchor [N], 0 if it does not count, and whether it counts. The equations are in `contrast`.
 
-    Also what backward needs: the slopes, if as many as `kept` are to be kept, and d loss / d scale [N].
+    Also for backward: the slopes, if `kept` of them are to be kept, and d loss / d scale [N].
     """
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)
     options, scale = Options(denominator, hardness, discount, detach_weights, multiplicity), cast(scale, anchors.dtype)
@@ -59,7 +60,7 @@ def pair_contrast(
 
 
 def _keeps(at: Intervals, slopes: Tensor) -> bool:
-    """Whether the slopes of batches, which may be padded, are kept: those of one region."""
+    """Whether the slopes of batches, which may be padded, are kept: only those of one region."""
     return slopes.numel() > 0 and at.key_end.numel() == 1
 
 
@@ -104,9 +105,9 @@ def pair_contrast_backward(
 
 
 def _losses(batch: Batch, scale: Tensor, options: Options, needs_scale: bool) -> tuple[Found, Tensor | None]:
-    """Losses and slopes of a batch, slopes by similarities over the scale; and d loss / d scale [R, n] if asked for."""
+    """Losses and slopes of a batch, slopes by similarities over the scale; and d loss / d scale [R, n] if needed."""
     logits = batch.similarities(scale * LOG2E)
-    kept = logits.clone() if needs_scale else None  # the forms overwrite them
+    kept = logits.clone() if needs_scale else None  # the forms overwrite the logits
     found = FORMS[options.denominator](batch, logits, scale, options)
     by_scale = None if kept is None else torch.linalg.vecdot(found.slope, kept) * (LN2 / scale)
     if found.direct is not None:

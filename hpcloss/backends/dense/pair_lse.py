@@ -13,16 +13,16 @@ from hpcloss.plan.partition import Intervals
 
 
 def _logits(batch: Batch, scale: Tensor, bias: Tensor | None, rule: str) -> Tensor:
-    """(scale s_ij + bias_j) / ln 2 [R, n, m], lowered where the rule does not count the pair."""
+    """(scale s_ij + bias_j) / ln 2 [R, n, m], lowered for pairs that the rule does not count."""
     logits = batch.similarities(scale * LOG2E)
     if bias is not None:
         logits += batch.take_keys(bias.to(logits.dtype) * LOG2E)[:, None]
-    # A key of bias -inf has no share. The number that excludes a pair keeps the difference of two of them finite.
+    # A key with bias -inf has no share. Its logit is clamped, because -inf - -inf is NaN.
     return batch.exclude(logits if bias is None else logits.clamp_(min=batch.lowest), rule)
 
 
 def _shares(logits: Tensor, lse: Tensor, dim: int) -> Tensor:
-    """exp2(logits - lse), in place. A large lse is rounded, so the sum of a set that is not empty is made 1 again."""
+    """exp2(logits - lse), in place. A large lse is rounded, so each sum of a set that is not empty is made 1 again."""
     terms = logits.sub_(lse).exp2_()
     return terms.div_(terms.sum(dim, keepdim=True).clamp_(min=0.5))
 
@@ -36,7 +36,7 @@ def pair_lse(
     intervals: list[Tensor],
     rule: str,
 ) -> Tensor:
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set or a row without anchor."""
     at, (anchors, keys) = Intervals(*intervals), accumulation(anchors, keys)
     lse = anchors.new_full(anchors.shape[:1], -INF)
     if bias is None and is_native(anchors):
@@ -96,7 +96,7 @@ def pair_lse_both(
         return rows.mul_(LN2), columns.mul_(LN2)
     for batch in batches(anchors, others, at):
         logits = _logits(batch, scale.to(rows.dtype), None, rule)
-        # A copy also of a single row or column, which is contiguous both ways.
+        # A copy, also of a single row or column, which is contiguous both ways.
         transposed = logits.mT.clone(memory_format=torch.contiguous_format)
         of_keys = softmax_terms(transposed, batch.lowest).lse().mul_(LN2)
         batch.put(softmax_terms(logits, batch.lowest).lse().mul_(LN2), rows)

@@ -27,7 +27,7 @@ def pair_mean(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out_i = sum_{j in positives(i)} w_ij t_ij, w = softmax over the positives of (-hardness s_ij + log_weight_j).
 
-    t = scale s without `stat` (term "logit"), else t = softplus(stat_i - (scale - discount) s) - discount s ("own").
+    Without `stat` t = scale s (term "logit"), with it t = softplus(stat_i - (scale - discount) s) - discount s ("own").
     Also returns the weights' lse ("mass", -inf for an empty set) and slope_i = d out_i / d stat_i, all [N].
     """
     at, (anchors, others) = Intervals(*intervals), accumulation(anchors, keys)

@@ -1,4 +1,4 @@
-"""The contrast row by row in the native library: on the CPU, in fp32. No mask, no padding, one pass over each row."""
+"""The contrast row by row in the native library: CPU, fp32. One pass over each row, without mask or padding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def native_contrast(
     kept: Tensor,
     by_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Losses, and which are counted [N].
+    """Losses [N], and which anchors count [N].
 
     Slopes go into `kept`, group by group, and scale * d loss / d scale into `by_scale`, unless these are empty.
     """
@@ -63,7 +63,7 @@ def native_gradients(
     needs_anchors: bool,
     needs_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of anchors and keys for slopes times of_pairs [N]. Slopes that were not kept are made again."""
+    """Gradients of anchors and keys for slopes times of_pairs [N]. Slopes that were not kept are computed again."""
     others, regions = anchors if keys is None else keys, regions_of(at)
     call, first = None if kept.numel() else Call(anchors, at, scale, options, anchors.new_empty(0)), 0
     if regions == [(0, anchors.shape[0], 0, others.shape[0])] and (needs_anchors or needs_keys):
@@ -90,7 +90,7 @@ def native_gradients(
 def _of_whole(
     slope: Tensor, factor: Tensor, anchors: Tensor, keys: Tensor | None, needs_anchors: bool, needs_keys: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients for slopes times a factor of each row, where one region holds all rows: nothing to add or cut."""
+    """The gradients for slopes times a factor of each row, if one region holds all rows: nothing is added or cut."""
     if keys is None:
         gradient = torch.empty_like(anchors)
         write_both(slope, factor, anchors, 1, gradient)
@@ -142,7 +142,7 @@ def add_gradients(
 
 
 def write_both(slope: Tensor, factor: Tensor, rows: Tensor, number: int, gradient: Tensor) -> None:
-    """The gradient of rows that are anchors and keys of one another. slope: of `number` regions."""
+    """The gradient of rows that are each other's anchors and keys. slope: of `number` regions."""
     both, length = torch.empty_like(slope), slope.shape[1]
     for first in range(0, slope.shape[0], length):
         region = slice(first, first + length)
@@ -155,12 +155,12 @@ def write_both(slope: Tensor, factor: Tensor, rows: Tensor, number: int, gradien
 
 
 def part(values: Tensor, rows: slice) -> Tensor:
-    """Some rows. A slice of all of them takes as long as a product of few."""
+    """Some rows. All rows are returned without a slice, which takes as long as a small product."""
     return values if rows.start == 0 and rows.stop == values.shape[0] else values[rows]
 
 
 class Group:
-    """Regions of one shape, one behind the other."""
+    """Consecutive regions of one shape."""
 
     def __init__(self, first: Region):
         self.first, self.number = first, 1
@@ -202,7 +202,7 @@ class Group:
         return logits
 
     def cut(self, values: Tensor) -> Tensor:
-        """Rows of all regions, one behind the other, by region."""
+        """Rows of all regions, consecutive by region."""
         return values.view(self.number, -1, values.shape[1])
 
 
@@ -218,7 +218,7 @@ def native_logits(
 
 
 def groups(regions: list[Region]) -> Iterator[Group]:
-    """As many regions at a time as have one shape, stand one behind the other and fit a batch."""
+    """As many consecutive regions of one shape at a time as fit in a batch."""
     group: Group | None = None
     for region in regions:
         if group is None or not group.takes(region):
@@ -230,7 +230,7 @@ def groups(regions: list[Region]) -> Iterator[Group]:
 
 
 class Call:
-    """What a call asks of the library, and the losses that it finds."""
+    """The arguments of a call of the library, and the losses that it computes."""
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ class Call:
         needs_slopes: bool = True,
     ):
         number = float(scale)
-        over = 1 / number if number else 0.0  # a scale of 0 has no logits to weigh by
+        over = 1 / number if number else 0.0  # with scale 0 there are no logits to weigh by
         self.factor, self.bounds, self.needs_slopes = number * LOG2E, readable(at)[:3], needs_slopes
         self.options = library.contrast_options(
             options.denominator, bool(options.hardness) and not options.detach_weights, -options.hardness * over,

@@ -12,8 +12,11 @@ from hpcloss.backends.dense.batches import Batch, softmax_terms
 
 
 class Weights(NamedTuple):
-    """shares [R, n, m]: the weights, 0 where no positive is. total [R, n, 1]: the sum of what they are shares of,
-    relative to 2 to the power of `shift`."""
+    """The weights of the positives in a batch.
+
+    shares [R, n, m]: the weights, 0 for pairs that are no positives. total [R, n, 1]: the sum before normalisation,
+    relative to 2 to the power of `shift`.
+    """
 
     shares: Tensor
     total: Tensor
@@ -40,6 +43,6 @@ def weights(batch: Batch, logits: Tensor, of_logits: Tensor | None, log_weight: 
     exponent = torch.zeros_like(logits) if of_logits is None else logits * of_logits
     if log_weight is not None:
         exponent += batch.take_keys(log_weight.to(logits.dtype) * LOG2E)[:, None]
-        exponent.clamp_(min=batch.lowest)  # of a weight of zero
+        exponent.clamp_(min=batch.lowest)  # -inf of a weight of zero
     softmax = softmax_terms(batch.exclude(exponent, "positives"), batch.lowest)
     return Weights(softmax.shares(), softmax.total, softmax.shift)

@@ -1,6 +1,6 @@
-"""The Triton backend: fused, streaming kernels on NVIDIA GPUs, fp16, bf16 and fp32 rows with fp32 statistics.
+"""The Triton backend: fused, streaming kernels on NVIDIA GPUs, with fp16, bf16 or fp32 rows and fp32 statistics.
 
-Each function stands beside the kernels that it launches; shapes and pointers are checked by nobody below this line.
+Each function is beside the kernels that it launches. Callers check shapes and pointers; nothing here does.
 """
 
 from hpcloss.backends.triton.pair_cross_entropy import pair_cross_entropy, pair_cross_entropy_backward

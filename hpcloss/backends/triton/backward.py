@@ -1,7 +1,7 @@
 """The backward pass of every primitive: one kernel that owns rows of one side and streams the rows of the other.
 
 A pair (i, j) has up to two directions: i as the anchor (ROW, from the statistics of the own rows) and j as the anchor
-(COL, from those of the other rows). Self-contrast needs both, so one pass gives dX_i = sum_j (dS_ij + dS_ji) x_j; of
+(COL, from those of the other rows). Self-contrast needs both, so one pass gives dX_i = sum_j (dS_ij + dS_ji) x_j. With
 separate keys, ROW alone gives the anchors' gradient and COL alone the keys'. No atomics: each program owns its rows.
 """
 
@@ -43,27 +43,27 @@ from hpcloss.backends.triton.tiles import (
 
 
 class Sides(NamedTuple):
-    """Something of the rows that a program owns, and of those that it streams."""
+    """A value of the rows that a program owns, and the same of the rows that it streams."""
 
     own: Any
     other: Any
 
 
 class Gradients(NamedTuple):
-    """What a pass over the other rows writes; None: not wanted."""
+    """The results of a pass over the other rows. None: not needed."""
 
-    rows: Any  # [N, D] of the own rows
-    scale: Any  # [N]: the part of each anchor
+    rows: Any  # [N, D], gradient of the own rows
+    scale: Any  # [N], the part of each anchor
 
 
 class Tile(NamedTuple):
     """The own rows and a tile of the others."""
 
     rows: Any
-    there: Any  # which of the rows are
+    there: Any  # whether each row exists
     columns: Any
-    inside: Any  # which of the columns are
-    positives: Any  # of the columns, where these are the anchors; None: of the rows, which are loaded anew
+    inside: Any  # whether each column exists
+    positives: Any  # of the columns, if these are the anchors; None: of the rows, which are loaded again
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_regions"])
@@ -74,8 +74,9 @@ def backward_kernel(
 ):  # fmt: skip
     """gradient_i = sum_j dS_ij y_j of BLOCK_I own rows, and each anchor's part of d scale.
 
-    all_rows, statistics: of both `Sides`; rows without statistics are keys alone. The intervals are the own rows' if
-    these have statistics, else the other rows'. SLOPE: slopes of all pairs. SUBTRACT: those of positive pairs, or None.
+    all_rows, statistics: of both `Sides`. Rows without statistics are keys only. The intervals are those of the own
+    rows if these have statistics, otherwise of the other rows. SLOPE: slopes of all pairs. SUBTRACT: those of positive
+    pairs, or None.
     """
     ROW: tl.constexpr = statistics.own is not None
     COL: tl.constexpr = statistics.other is not None
@@ -129,7 +130,7 @@ def backward_kernel(
 
 @triton.jit
 def counted(tile, intervals, RULE: tl.constexpr):
-    """Whether the rule counts each pair of a tile, all being of one region."""
+    """Whether the rule counts each pair of a tile. All pairs are of one region."""
     if tile.positives is None:
         count = rows_count_read(intervals, tile.rows, tile.there, tile.columns, RULE)
     else:
@@ -139,13 +140,13 @@ def counted(tile, intervals, RULE: tl.constexpr):
 
 @triton.jit
 def load_bias(key_bias, keys, there):
-    """The bias of some keys, 0 where none is."""
+    """The bias of some keys, 0 without a bias."""
     return tl.load(key_bias + keys, mask=there, other=0.0)
 
 
 @triton.jit
 def store_gradients(gradients, rows, there, total, by_scale, lift, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write what is wanted, without the lift."""
+    """Write the needed gradients, without the lift."""
     unlift = 1.0
     if lift is not None:
         unlift = 1.0 / tl.load(lift)
@@ -157,7 +158,7 @@ def store_gradients(gradients, rows, there, total, by_scale, lift, D: tl.constex
 
 @triton.jit
 def regions_of(intervals, num_regions, first_row, ROW: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Range of the regions that meet a block of own rows. Those of rows that are keys alone may come in any order."""
+    """Range of the regions that meet a block of own rows. Regions of rows that are keys only may come in any order."""
     if ROW:
         low, high = regions_met(intervals, num_regions, first_row, BLOCK_I)
     else:
@@ -181,7 +182,7 @@ def anchors_met(intervals, begin, stop, first_row, RULE: tl.constexpr, BLOCK_I: 
 
 @triton.jit
 def spans_of_keys(spans, intervals, region, first_row, BLOCK_I: tl.constexpr):
-    """The spans that a block of rows visits in self-contrast: rows that are keys alone meet anchors alone."""
+    """The spans that a block of rows visits in self-contrast: rows that are keys only meet anchors only."""
     begin, stop, hole, rest = spans
     first_anchor, last_anchor = tl.load(intervals.anchor_start + region), tl.load(intervals.anchor_end + region)
     if (first_row >= last_anchor) | (first_row + BLOCK_I <= first_anchor):
@@ -192,7 +193,7 @@ def spans_of_keys(spans, intervals, region, first_row, BLOCK_I: tl.constexpr):
 
 @triton.jit(do_not_specialize=["grad_stride", "num_rows"])
 def largest_kernel(grad, grad_stride, empty, largest_grads, num_rows, BLOCK: tl.constexpr):
-    """Largest |grad| of each block of rows; of a row that is -inf in `empty` the gradient means nothing."""
+    """Largest |grad| of each block of rows. A row with -inf in `empty` is left out: its gradient has no meaning."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     counts = tl.load(empty + rows, mask=rows < num_rows, other=-INF) != -INF
     tl.store(
@@ -202,7 +203,10 @@ def largest_kernel(grad, grad_stride, empty, largest_grads, num_rows, BLOCK: tl.
 
 @triton.jit
 def largest_of(largest_grads, grad_stride, num_rows, BLOCK: tl.constexpr):
-    """The largest of what `largest_kernel` left; where all rows have one gradient, of stride 0, that alone."""
+    """The largest of the results of `largest_kernel`.
+
+    If all rows have one gradient (stride 0), only that one is read.
+    """
     largest = tl.zeros([BLOCK], tl.float32)
     num_blocks = tl.where(grad_stride == 0, 1, tl.cdiv(num_rows, BLOCK))
     for first in range(0, num_blocks, BLOCK):
@@ -215,7 +219,7 @@ def largest_of(largest_grads, grad_stride, num_rows, BLOCK: tl.constexpr):
 def lift_of(largest_grad, bound):
     """Power of two that brings the largest fp16 slope, at most largest_grad * bound, near 8192: small ones survive.
 
-    The two directions of a pair add up, which stays far below the largest fp16 number, 65504.
+    The two directions of a pair add up, and stay far below the largest fp16 number, 65504.
     """
     largest = largest_grad * bound
     power = tl.exp2(tl.floor(tl.log2(8192.0 / largest)))
@@ -234,13 +238,13 @@ def gradients_of_pairs(
     needs_keys: bool,
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients from the anchors' statistics: one pass in self-contrast, else one for each side that needs it."""
+    """Gradients from the anchors' statistics: one pass in self-contrast, otherwise one for each side that needs it."""
     *positives, anchor_start, anchor_end, key_start, key_end = launch.int32(intervals)
     of_anchors, of_keys, given = (anchor_start, anchor_end), (key_start, key_end), (coefficients, constants, shape)
     by_scale = torch.empty_like(statistics[:, 0]) if needs_scale else None
     d_keys = torch.empty(0, dtype=torch.float32, device=anchors.device)
     if keys is None:
-        # Here every row of a region is a key, and meets its region.
+        # Every row of a region is a key here and meets its region.
         at = Intervals(*positives, *of_keys, *of_keys, *of_anchors)
         sides = Sides(anchors, anchors), Sides(statistics, statistics)
         d_anchors = gradient_of_side(*sides, at, *given, needs_anchors, by_scale)
@@ -264,7 +268,7 @@ def gradient_of_side(
     wanted: bool,
     by_scale: Tensor | None,
 ) -> Tensor:
-    """The gradient of the own rows, from one pass over the other rows; by_scale [N] is written where it is given."""
+    """The gradient of the own rows, from one pass over the other rows. by_scale [N] is written if it is given."""
     gradient = torch.empty(rows.own.shape if wanted else (0,), dtype=torch.float32, device=rows.own.device)
     if wanted or by_scale is not None:
         tiling = launch.tiling(shape, rows.own)
@@ -277,19 +281,19 @@ def gradient_of_side(
 
 
 def sum_if_wanted(by_scale: Tensor | None, rows: Tensor) -> Tensor:
-    """The gradient of the scale; what nobody asked for is not even written."""
+    """The gradient of the scale. If it is not needed, it is not written."""
     return torch.empty((), dtype=torch.float32, device=rows.device) if by_scale is None else by_scale.sum()
 
 
 def room_for_statistics(
     grad: Tensor, empty: Tensor, rows: Tensor, grad_lse: Tensor | None = None, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Room for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradients.
+    """Memory for the statistics; for fp16 rows also for the lift of their slopes, and the largest incoming gradients.
 
-    empty [N]: -inf for a row without pairs, whose incoming gradient means nothing. grad_lse: a second gradient, which
-    means nothing where `total` [N] is 0.
+    empty [N]: -inf for a row without pairs, whose incoming gradient has no meaning. grad_lse: a second gradient,
+    without meaning where `total` [N] is 0.
     """
-    grad = grad if grad.dtype == torch.float32 else grad.to(torch.float32)  # that of a mean has stride 0
+    grad = grad if grad.dtype == torch.float32 else grad.to(torch.float32)  # the gradient of a mean has stride 0
     statistics = grad.new_empty(grad.numel(), 4)
     if rows.dtype != torch.float16 or not grad.numel():
         return statistics, None, None, grad

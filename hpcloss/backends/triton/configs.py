@@ -1,7 +1,7 @@
-"""Tile shapes, by what decides them: the part (matrix unit and shared memory), the precision, the width of a row.
+"""Tile shapes by part (matrix unit and shared memory), precision and width of a row.
 
-Chosen so that nothing spills (`tests/compiled/test_budgets_*.py`); `python benchmarks/tune.py` searches them by time on
-a GPU.
+They are chosen so that nothing spills (`tests/compiled/test_budgets_*.py`). `python benchmarks/tune.py` searches them
+by time on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hpcloss.backends.triton.probe import interpreted
 
 
 class Config(NamedTuple):
-    """Rows of a block, columns of a tile, and how a program is run; maxnreg: the most registers of a thread."""
+    """Rows of a block, columns of a tile, and launch options of a program. maxnreg: the most registers of a thread."""
 
     block_i: int
     block_j: int
@@ -26,23 +26,23 @@ class Config(NamedTuple):
     maxnreg: int | None = None
 
 
-INTERPRETED = Config(16, 16, 4, 1)  # small, so that little inputs make many tiles
-SMALLEST = "turing"  # what an unknown part takes
+INTERPRETED = Config(16, 16, 4, 1)  # small, so that small inputs make many tiles
+SMALLEST = "turing"  # for an unknown part
 # Older compilers leave out the fence between a tile's asynchronous copy and its product (DESIGN.md). On these parts
-# results were seen to change from run to run. With one stage no tile is copied so.
+# results changed from run to run. With one stage there is no such copy.
 FENCES_SINCE, NEED_FENCES = (3, 7, 1), ("blackwell",)
 WIDTHS = (64, 128, 256, 512)
-# Kernels that run in the shapes of another one, where a part does not name their own.
+# Kernels that use the shapes of another kernel, unless a part names their own.
 SAME_AS = {
     "pair_cross_entropy": "pair_mean",
     "cross_entropy_backward": "backward",
-    # With weights there are more numbers to keep in registers.
+    # Weights take more registers.
     "weighted_cross_entropy": "pair_cross_entropy",
     "weighted_backward": "backward",
     "weighted_cross_entropy_backward": "cross_entropy_backward",
 }
 
-# Products on the multiply-add units, on any part: their operands fill the registers.
+# Products on the multiply-add units, on any part. Their operands fill the registers.
 EXACT = {
     "pair_lse": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
     "pair_mean": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
@@ -56,11 +56,11 @@ TURING = {
     "pair_cross_entropy": (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     "backward": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
-# AMD parts have 64 KB too, and waves of 64 lanes: the registers of eight of them would not hold a backward program.
+# AMD parts have 64 KB too, and waves of 64 lanes. The registers of eight waves would not hold a backward program.
 AMD = {kernel: tuple(shape._replace(num_warps=4) for shape in shapes) for kernel, shapes in TURING.items()}
 # [part][precision][kernel]: one shape for each of WIDTHS.
 CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
-    # Programs small enough for two or three at a time: one waits for its tiles or products while another computes.
+    # Programs small enough for two or three at a time: one computes while another waits for its tiles or products.
     "hopper": {
         "half": {
             "pair_lse": (
@@ -200,7 +200,7 @@ CONFIGS: dict[str, dict[str, dict[str, tuple[Config, ...]]]] = {
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, such as 90; 0 of AMD parts, whose numbers mean something else."""
+    """Compute capability as one number, such as 90; 0 for AMD parts, whose numbers have another meaning."""
     if torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -208,7 +208,7 @@ def capability(device: torch.device) -> int:
 
 
 def part(capability: int) -> str:
-    """Which shapes a compute capability takes."""
+    """The part whose tile shapes a compute capability uses."""
     if capability in (80, 87):
         return "ampere"  # 163 KB of shared memory a block
     if capability in (86, 89, 120, 121):
@@ -217,7 +217,7 @@ def part(capability: int) -> str:
 
 
 def blocks_of(count: int, size: int) -> int:
-    """How many blocks of a size hold so many rows. Triton's own functions of this kind take the host 2 us a call."""
+    """Number of blocks of a size that hold so many rows. Triton's own functions for it take the host 2 us a call."""
     return -(-count // size)
 
 
@@ -227,21 +227,20 @@ def power_of_2(count: int) -> int:
 
 
 def precision(rows: torch.Tensor) -> str:
-    """How products of these rows are computed: "half", or for fp32 rows "tf32" or "ieee" (exact, without matrix units).
+    """Precision of the products of these rows: "half", or for fp32 rows "tf32" or "ieee" (exact, without matrix units).
 
-    As torch computes its own, whichever of its settings was used: `torch.set_float32_matmul_precision` or
-    `torch.backends.cuda.matmul.fp32_precision`.
+    It follows torch's own setting, `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.fp32_precision`.
     """
     if rows.dtype != torch.float32:
         return "half"
     setting = torch.backends.cuda.matmul
-    # The function that gives the older setting raises where the newer one was used.
+    # The function of the older setting raises if the newer one was used.
     allowed = setting.fp32_precision == "tf32" if hasattr(setting, "fp32_precision") else setting.allow_tf32
     return "tf32" if allowed and not interpreted() and capability(rows.device) >= 80 else "ieee"
 
 
 def config(kernel: str, rows: torch.Tensor) -> Config:
-    """The shape in which a kernel ("pair_lse", "pair_mean", "backward", one of SAME_AS) runs on rows [N, D]."""
+    """The tile shape of a kernel ("pair_lse", "pair_mean", "backward", one of SAME_AS) for rows [N, D]."""
     if interpreted():
         return INTERPRETED
     width = max(power_of_2(rows.shape[1]), WIDTHS[0])
@@ -255,5 +254,5 @@ def config(kernel: str, rows: torch.Tensor) -> Config:
 
 @functools.cache
 def lacks_fences(version: str) -> bool:
-    """Whether the compiler of this version leaves out the fence that NEED_FENCES tells of."""
+    """Whether this version of the compiler leaves out the fence that NEED_FENCES describes."""
     return tuple(int(re.match(r"\d*", number)[0] or 0) for number in version.split(".")[:3]) < FENCES_SINCE

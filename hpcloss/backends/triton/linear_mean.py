@@ -25,7 +25,7 @@ from hpcloss.backends.triton.tiles import (
     store_rows,
 )
 
-SHORT = tl.constexpr(8)  # keys that each row reads for itself rather than sums with the rows that share them
+SHORT = tl.constexpr(8)  # each row reads up to so many keys itself; more are summed for the rows that share them
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def forward_kernel(
 ):  # fmt: skip
     """out_i = scale <x_i, sum_{j in P(i)} x_j> / |P(i)| and mass_i = log |P(i)| of BLOCK_I rows; P(i) is without i.
 
-    Rows with few positives read them each for itself, all at once. The others in runs that share their positives.
+    Rows with few positives read them one by one, all rows at once. Other rows are handled in runs that share positives.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     start, end, self_key = row_intervals(intervals, rows, there)
@@ -83,7 +83,8 @@ def backward_kernel(
 ):  # fmt: skip
     """gradient_i = scale (a_i sum_{j in P(i)} x_j + sum_{j in P(i)} a_j x_j) of BLOCK_I rows, a as in `weights_of`.
 
-    Each pair counts once for either side, since j is in P(i) where i is in P(j); keys alone have a = 0.
+    Each pair counts once for either side, since j is in P(i) if and only if i is in P(j). Keys that are no anchors have
+    a = 0.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     start, end, self_key = row_intervals(intervals, rows, there)
@@ -114,7 +115,7 @@ def backward_kernel(
 
 def linear_mean(anchors: Tensor, scale: Tensor, intervals: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """`pair_mean` with uniform weights and the term scale s in self-contrast: out, mass and a slope of 0, [N] each."""
-    # A tensor each: rows of one are aligned for some N alone, and either case is a kernel of its own.
+    # One tensor each. Rows of a joint tensor are aligned for some N only, and Triton compiles a kernel for either case.
     out, mass, slope = (torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(3))
     at = Intervals(*launch.int32(intervals[:5]))  # the anchors' regions
     sums, _ = sums_of(anchors)

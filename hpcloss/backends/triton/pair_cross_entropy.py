@@ -1,4 +1,4 @@
-"""`pair_cross_entropy`: forward kernel, what the backward pass says of one pair, and what launches them."""
+"""`pair_cross_entropy`: the forward kernel, the slope of one pair for the backward pass, and the launches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from hpcloss.backends.triton.tiles import (
 
 
 class Results(NamedTuple):
-    """What the forward pass makes of each anchor, [N] each."""
+    """Results of the forward pass for each anchor, [N] each."""
 
     loss: Any
     lse: Any
@@ -45,11 +45,11 @@ class Results(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of each anchor; `slope` takes the first two, `subtract_positives` the others."""
+    """Statistics of each anchor. `slope` uses the first two, `subtract_positives` the others."""
 
-    shift: Any  # the largest similarity; INF where there is none
+    shift: Any  # the largest similarity; INF without one
     factor_of_all: Any  # incoming gradient times scale, divided by the sum of the exponentials
-    factor_of_positives: Any  # incoming gradient of the loss times scale; of uniform weights divided by their number
+    factor_of_positives: Any  # incoming gradient of the loss times scale; for uniform weights divided by their number
     mass: Any  # log2 of the sum of the weights; INF without positives
 
 
@@ -58,10 +58,11 @@ def forward_kernel(
     anchors, keys, coefficients, results, intervals, num_rows, num_regions,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_I anchors the log-sum-exp over all keys but the own one, and how far the positives' mean lies below it.
+    """The log-sum-exp of BLOCK_I anchors over all keys but the anchor itself, and its distance to the positives' mean.
 
     Sums are relative to the row's largest similarity, which is subtracted before the scale: the difference of two close
-    ones is exact, and no fused multiply-add rounds it otherwise in the backward pass. hardness None: uniform weights.
+    similarities is exact, and a fused multiply-add cannot round it differently in the backward pass. hardness None:
+    uniform weights.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     x = load_rows(anchors, rows, there, D, BLOCK_D)
@@ -109,7 +110,7 @@ def forward_kernel(
 
 @triton.jit
 def number_in_tile(positives, first, last, stop):
-    """How many keys of a tile are positives of each row, in a region that ends at `stop`."""
+    """Number of keys of a tile that are positives of each row, in a region that ends at `stop`."""
     start, end, self_key = positives
     nearest, farthest = tl.maximum(start, first), tl.minimum(tl.minimum(end, last), stop)
     return tl.maximum(number_of_positives(nearest, farthest, self_key), 0.0)
@@ -117,7 +118,7 @@ def number_in_tile(positives, first, last, stop):
 
 @triton.jit
 def weighted(similarity, positive, below, heaviest, weights, gap, hardness):
-    """The largest exponent of a row's weights, their sum, and that of the weighted gaps, with a tile's positives."""
+    """The largest exponent of a row's weights, their sum, and the sum of weighted gaps, after a tile's positives."""
     hard = tl.where(positive, similarity * (-hardness * LOG2E), -INF)
     harder = tl.maximum(heaviest, tl.max(hard, 1))
     base = tl.where(harder == -INF, 0.0, harder)
@@ -133,7 +134,7 @@ def store_results(results, rows, there, rate, largest, powers, heaviest, weights
     """Write the `Results` of a block of rows."""
     base = tl.where(largest == -INF, 0.0, largest)
     log_powers = tl.log2(powers)
-    filled = weights != 0  # also of NaN, which the loss then shows
+    filled = weights != 0  # true for NaN too, so the loss shows it
     mean_gap = gap / tl.where(filled, weights, 1.0)
     tl.store(results.loss + rows, tl.where(filled, log_powers + mean_gap * rate, 0.0) * LN2, mask=there)
     tl.store(results.lse + rows, (log_powers + base * rate) * LN2, mask=there)
@@ -153,8 +154,8 @@ def pair_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss_i = sum_{j in positives(i)} w_ij (lse_i - scale s_ij), w = softmax over the positives of (-hardness s_ij).
 
-    Returns loss, lse, the weights' lse ("mass"), and for the backward pass the largest similarity ("shift") and the sum
-    relative to it, [N] each.
+    Returns loss, lse, the weights' lse ("mass") and, for the backward pass, the largest similarity ("shift") and the
+    sum relative to it, [N] each.
     """
     results = [torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device) for _ in range(5)]
     at = Intervals(*launch.int32(intervals))
@@ -175,8 +176,8 @@ def statistics_kernel(
 ):  # fmt: skip
     """The `Statistics` of each anchor [N, 4], and the lift of its slopes.
 
-    Uniform weights are divided by the number of positives as p is by the total: where all positives are one point,
-    these are equal, and p - w is 0 to the last bit.
+    Uniform weights are divided by the number of positives as p is by the total: if all positives are one point, these
+    are equal, and p - w is 0 to the last bit.
     """
     _, rows, there = block_of(num_rows, BLOCK)
     mass_i = tl.load(mass + rows, mask=there, other=-INF)
@@ -195,8 +196,8 @@ def statistics_kernel(
     if coefficients.hardness is None:
         start, end, self_key = row_intervals(intervals, rows, filled)
         of_positives /= tl.where(filled, number_of_positives(start, end, self_key), 1.0)
-    here = statistics + rows.to(tl.int64) * 4  # where the members of `Statistics` lie
-    # With the sign of the scale, which `slope` then need not take from each similarity: all of this is exact.
+    here = statistics + rows.to(tl.int64) * 4  # places of the members of `Statistics`
+    # With the sign of the scale, so `slope` need not apply it to each similarity. All of this is exact.
     sign, _ = sign_and_rate(tl.load(coefficients.scale))
     shift_i = tl.where(powers > 0, tl.load(shift + rows, mask=there, other=0.0), INF)
     tl.store(here, sign * shift_i, mask=there)
@@ -207,7 +208,7 @@ def statistics_kernel(
 
 @triton.jit
 def sign_and_rate(scale):
-    """The sign of the scale, and its size for powers of 2."""
+    """The sign of the scale, and its absolute value for powers of 2."""
     return tl.where(scale < 0, -1.0, 1.0), tl.abs(scale) * LOG2E
 
 
@@ -215,10 +216,10 @@ def sign_and_rate(scale):
 def slope(
     similarity, own, other, own_bias, other_bias, scale, coefficients, TERM: tl.constexpr, ONLINE: tl.constexpr
 ):  # fmt: skip
-    """Of each pair g scale p, both directions added: what all keys contribute. The second result is not used.
+    """g scale p of each pair, both directions added: the part of all keys. The second result is not used.
 
-    own, other: statistics of the own rows (i is the anchor) and of the other rows (j is), None where a side has none.
-    Takes and returns what that of `pair_mean` does.
+    own, other: statistics of the own rows (i is the anchor) and of the other rows (j is the anchor). None: a side has
+    none. Arguments and results are those of `pair_mean`'s `slope`.
     """
     rate = scale * LOG2E
     slopes = tl.zeros_like(similarity)
@@ -234,7 +235,7 @@ def slope(
 @triton.jit
 def subtract_positives(slopes, similarity, positive, own, other, coefficients):
     """The slopes of `slope` less g scale w of the positive pairs."""
-    # Both directions are added as `slope` adds them: equal ones leave nothing.
+    # Both directions are added in the order of `slope`, so equal terms cancel exactly.
     weights = tl.zeros_like(similarity)
     if own is not None:
         anchor = Statistics(*own)
@@ -249,7 +250,7 @@ def subtract_positives(slopes, similarity, positive, own, other, coefficients):
 
 @triton.jit
 def weight_of(similarity, mass, hardness):
-    """Weight of a positive; of uniform weights the factor holds all."""
+    """Weight of a positive. The factor holds all of a uniform weight."""
     weight = 1.0
     if hardness is not None:
         weight = tl.exp2(similarity * (-hardness * LOG2E) - mass)
@@ -289,6 +290,6 @@ def pair_cross_entropy_backward(
         needs_anchors or needs_scale, needs_keys, False,
     )  # fmt: skip
     if needs_scale:
-        # S depends on the scale as on the anchors' length; in self-contrast d holds both sides of each pair.
+        # Logits depend on the scale as on the anchors' length. In self-contrast d holds both sides of each pair.
         d_scale = (anchors * d_anchors).sum() / (coefficients.scale * (2 if keys is None else 1))
     return d_anchors if needs_anchors else d_anchors.new_empty(0), d_keys, d_scale

@@ -1,4 +1,4 @@
-"""`pair_lse` and `pair_lse_both`: forward kernel, what the backward pass says of one pair, and what launches them."""
+"""`pair_lse` and `pair_lse_both`: the forward kernel, the slope of one pair for the backward pass, and the launches."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from hpcloss.backends.triton.tiles import (
 
 
 class Statistics(NamedTuple):
-    """Of each anchor, so that `slope` is exp2(scale s + bias - shift) times a factor."""
+    """Statistics of each anchor, for which `slope` is exp2(scale s + bias - shift) times a factor."""
 
     shift: Any  # log2 of the sum of exponentials; INF for an empty set
-    factor: Any  # incoming gradient times scale; without ONLINE divided by the sum of exponentials, as the next
-    scale_factor: Any  # incoming gradient: of d scale
+    factor: Any  # incoming gradient times scale; without ONLINE divided by the sum of exponentials, like the next
+    scale_factor: Any  # incoming gradient, for d scale
     unused: Any
 
 
@@ -56,9 +56,9 @@ def forward_kernel(
     D: tl.constexpr, RULE: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) of BLOCK_I anchors; -inf where nothing is summed.
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) of BLOCK_I anchors; -inf for an empty sum.
 
-    ONLINE: with a running maximum; without, exp(scale s_ij) must be known to stay finite.
+    ONLINE: with a running maximum. Without it exp(scale s_ij) must stay finite.
     """
     first_row, rows, there = block_of(num_rows, BLOCK_I)
     x = load_rows(anchors, rows, there, D, BLOCK_D)
@@ -105,7 +105,7 @@ def pair_lse(
     intervals: list[Tensor],
     rule: str,
 ) -> Tensor:
-    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set and where no anchor is."""
+    """lse_i = log sum_{j in rule(i)} exp(scale s_ij + bias_j) [N]; -inf for an empty set or a row without anchor."""
     others = launch.as_anchors(anchors, keys)
     online = bias is not None or not is_safe(others.shape[0], scale_bound, torch.float32)
     lse = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
@@ -135,7 +135,7 @@ def statistics_kernel(
     shift = tl.where(empty, INF, lse_i * LOG2E)
     if not ONLINE:
         grad_i *= tl.exp2(-shift)
-    here = statistics + rows.to(tl.int64) * 4  # where the members of `Statistics` lie
+    here = statistics + rows.to(tl.int64) * 4  # places of the members of `Statistics`
     tl.store(here, shift, mask=there)
     tl.store(here + 1, grad_i * tl.load(scale), mask=there)
     tl.store(here + 2, grad_i, mask=there)
@@ -146,10 +146,10 @@ def statistics_kernel(
 def slope(
     similarity, own, other, own_bias, other_bias, scale, coefficients, TERM: tl.constexpr, ONLINE: tl.constexpr
 ):  # fmt: skip
-    """Of each pair d loss/ds = g scale exp(scale s + bias - lse), both directions added, and the own d loss/dscale.
+    """d loss/ds = g scale exp(scale s + bias - lse) of each pair, both directions added, and the own d loss/dscale.
 
-    own, other: statistics of the own rows (i is the anchor) and of the other rows (j is), None where a side has none.
-    Takes what that of `pair_mean` takes.
+    own, other: statistics of the own rows (i is the anchor) and of the other rows (j is the anchor). None: a side has
+    none. Arguments are those of `pair_mean`'s `slope`.
     """
     exponent = similarity * (scale * LOG2E)
     slopes = tl.zeros_like(similarity)
@@ -228,7 +228,7 @@ def pair_lse_both_backward(
     keys = launch.as_anchors(anchors, keys)
     count = max(anchors.shape[0], keys.shape[0])
     online = not is_safe(count, scale_bound, torch.float32, twice=True)
-    # One lift for both sides: their slopes add.
+    # One lift for both sides, because their slopes are added.
     both = torch.cat([grad_rows, grad_columns]), torch.cat([rows, columns])
     statistics, coefficients = _statistics(*both, anchors, None, scale, online)
     of_anchors, of_keys = statistics.split([anchors.shape[0], keys.shape[0]])
@@ -261,12 +261,15 @@ def _constants(rule: str, online: bool) -> dict[str, Any]:
 
 
 def _exchanged(keys: Tensor, intervals: list[Tensor], rule: str) -> list[Tensor]:
-    """The pairs with anchors and keys exchanged; rule "every" knows no positives, else they are their own inverse."""
+    """The pairs with anchors and keys exchanged.
+
+    Rule "every" has no positives; otherwise the pairs are their own inverse.
+    """
     *positives, anchor_start, anchor_end, key_start, key_end = intervals
     if rule == "every":
         positives = [torch.zeros(keys.shape[0], dtype=torch.int32, device=keys.device)] * 3
     if key_start.numel() > 1:
-        # Kernels search the regions of their own rows, which must ascend; those of keys may come in any order.
+        # Kernels search the regions of their own rows, so these must ascend. Regions of keys may come in any order.
         is_filled = key_start < key_end
         key_end, order = torch.sort(torch.where(is_filled, key_end, 0), stable=True)
         key_start, anchor_start, anchor_end = (

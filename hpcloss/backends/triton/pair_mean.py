@@ -1,4 +1,4 @@
-"""`pair_mean`: forward kernel, what the backward pass says of one pair, and what launches them."""
+"""`pair_mean`: the forward kernel, the slope of one pair for the backward pass, and the launches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from hpcloss.backends.triton.tiles import (
 
 
 class Results(NamedTuple):
-    """What the forward pass makes of each anchor, [N] each."""
+    """Results of the forward pass for each anchor, [N] each."""
 
     out: Any
     mass: Any  # the weights' lse
@@ -46,20 +46,20 @@ class Results(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of each anchor, for `slope`."""
+    """Statistics of each anchor, for `slope`."""
 
-    stat: Any  # in powers of 2; 0 of a term without
-    factor: Any  # incoming gradient, divided by the sum of the weights where `slope` does not shift them by their mass
+    stat: Any  # in powers of 2; 0 for a term without it
+    factor: Any  # incoming gradient, divided by the sum of the weights unless `slope` shifts them by their mass
     mass: Any  # log2 of the sum of the weights; INF without positives
     out: Any
 
 
 class BoundedStatistics(NamedTuple):
-    """As `Statistics`, for `bounded_slope`."""
+    """Statistics of each anchor, for `bounded_slope`."""
 
     power: Any  # exp(stat)
     factor: Any
-    numerator: Any  # of the slope, less the exponential of the similarity
+    numerator: Any  # numerator of the slope, without the exponential of the similarity
     out: Any
 
 
@@ -124,7 +124,7 @@ def forward_kernel(
 
 @triton.jit
 def term_and_share(similarity, stat, scale, inner, discount, TERM: tl.constexpr):
-    """t of each pair, of the term "own_denominator" in powers of 2, and dt / d stat."""
+    """t of each pair, for the term "own_denominator" in powers of 2, and dt / d stat."""
     if TERM == "own_denominator":
         term, share = softplus(stat[:, None] - similarity * inner)
         if discount is not None:
@@ -137,7 +137,7 @@ def term_and_share(similarity, stat, scale, inner, discount, TERM: tl.constexpr)
 
 @triton.jit
 def exponent_of(similarity, columns, stop, coefficients):
-    """log2 of the weight of each pair; of no meaning for uniform weights."""
+    """log2 of the weight of each pair; without meaning for uniform weights."""
     exponent = similarity
     if coefficients.hardness is not None:
         exponent = similarity * (-coefficients.hardness * LOG2E)
@@ -176,7 +176,7 @@ def pair_mean(
     if _needs_no_pairs(keys, stat, log_weight, hardness):
         return linear_mean(anchors, scale, intervals)
     others = launch.as_anchors(anchors, keys)
-    # A bound is given for unit rows alone: there |hardness s| is at most |hardness|.
+    # A bound is given for unit rows only, where |hardness s| is at most |hardness|.
     unit_bound = None if scale_bound is None else abs(hardness)
     online = log_weight is not None or not is_safe(others.shape[0], unit_bound, torch.float32)
     out = torch.empty(anchors.shape[0], dtype=torch.float32, device=anchors.device)
@@ -219,7 +219,7 @@ def statistics_kernel(
         if not ONLINE:
             stat_i = tl.exp2(stat_i)
             mass_or_numerator = -inner_scale(tl.load(coefficients.scale), coefficients.discount) * stat_i * factor
-    here = statistics + rows.to(tl.int64) * 4  # where the members of `Statistics` or `BoundedStatistics` lie
+    here = statistics + rows.to(tl.int64) * 4  # places of the members of `Statistics` or `BoundedStatistics`
     tl.store(here, stat_i, mask=there)
     tl.store(here + 1, factor, mask=there)
     tl.store(here + 2, mass_or_numerator, mask=there)
@@ -228,7 +228,7 @@ def statistics_kernel(
 
 @triton.jit
 def inner_scale(scale, discount):
-    """scale - discount: of the similarity in an own denominator."""
+    """scale - discount: the factor of a similarity in its own denominator."""
     if discount is not None:
         scale -= discount
     return scale
@@ -238,9 +238,10 @@ def inner_scale(scale, discount):
 def slope(
     similarity, own, other, own_bias, other_bias, scale, coefficients, TERM: tl.constexpr, ONLINE: tl.constexpr
 ):  # fmt: skip
-    """Of each pair d loss/ds = g w [dt/ds + pull (t - out)], both directions added, and the own one's d loss/dscale.
+    """d loss/ds = g w [dt/ds + pull (t - out)] of each pair, both directions added, and the own d loss/dscale.
 
-    own, other: statistics of the own rows (i is the anchor) and of the other rows (j is), None where a side has none.
+    own, other: statistics of the own rows (i is the anchor) and of the other rows (j is the anchor). None: a side has
+    none.
     """
     slopes = tl.zeros_like(similarity)
     by_scale = slopes
@@ -286,7 +287,7 @@ def directed(similarity, stat, out, scale, coefficients, TERM: tl.constexpr):
 
 @triton.jit
 def weight_of(similarity, key_bias, mass, hardness, ONLINE: tl.constexpr):
-    """The part of a positive's weight that the statistics' factor does not hold: 1 where weights are uniform."""
+    """The part of a positive's weight that the statistics' factor does not hold: 1 for uniform weights."""
     weight = 1.0
     if hardness is not None:
         exponent = similarity * (-hardness * LOG2E)
@@ -300,10 +301,10 @@ def weight_of(similarity, key_bias, mass, hardness, ONLINE: tl.constexpr):
 
 @triton.jit
 def bounded_slope(similarity, own, other, scale, coefficients):
-    """The slope of an own denominator where nothing can overflow: three special functions for both directions.
+    """The slope for own denominators that cannot overflow: three special functions for both directions.
 
-    With e = exp(-(scale - discount) s), u_i = 1 + e exp(stat_i) and numerators a_i: e (a_i / u_i + a_j / u_j), of which
-    the sum is (a_i u_j + a_j u_i) / (u_i u_j): one reciprocal.
+    With e = exp(-(scale - discount) s), u_i = 1 + e exp(stat_i) and numerators a_i the slope is e (a_i / u_i + a_j /
+    u_j). The sum is (a_i u_j + a_j u_i) / (u_i u_j), with one reciprocal.
     """
     decay = tl.exp2(similarity * (-inner_scale(scale, coefficients.discount) * LOG2E))
     if own is not None:
@@ -350,7 +351,7 @@ def pair_mean_backward(
         return linear_mean_backward(grad, out, mass, anchors, scale, intervals, needs_anchors, needs_scale)
     count = (anchors if keys is None else keys).shape[0]
     pull = None if detach_weights or hardness == 0 else -hardness
-    # Two factors 1 + exp(stat_i - (scale - discount) s), which one reciprocal serves, and a weight.
+    # Two factors 1 + exp(stat_i - (scale - discount) s) with one reciprocal, and a weight.
     bound = None if scale_bound is None else 2 * (scale_bound + abs(discount)) + abs(hardness)
     safe = is_safe(count, bound, torch.float32, twice=True, margin=math.log(max(count, 1)))
     online = log_weight is not None or pull is not None or needs_scale or not safe
@@ -370,7 +371,7 @@ def pair_mean_backward(
 
 
 def _needs_no_pairs(keys: Tensor | None, stat: Tensor | None, log_weight: Tensor | None, hardness: float) -> bool:
-    """Whether the mean is one of a linear term with uniform weights in self-contrast: class sums give it."""
+    """Whether the term is linear with uniform weights in self-contrast, so that class sums give the mean."""
     return keys is None and stat is None and log_weight is None and hardness == 0
 
 

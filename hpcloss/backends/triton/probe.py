@@ -1,4 +1,4 @@
-"""Whether kernels may run on a device, as far as it is known without building one; `trial.py` builds some."""
+"""Whether kernels may run on a device, as far as it is known without building one. `trial.py` builds some."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 OLDEST = (7, 5)
-OLDEST_TRITON = (3, 4)  # older compilers take no tuple of tensors as an argument
+OLDEST_TRITON = (3, 4)  # older compilers accept no tuple of tensors
 
 
 @triton.jit
@@ -18,12 +18,12 @@ def _touch(pointer):
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, decided by TRITON_INTERPRET when they were first imported."""
+    """Whether kernels run in Triton's interpreter. TRITON_INTERPRET decides it when they are first imported."""
     return not isinstance(_touch, triton.runtime.JITFunction)
 
 
 def why_not(device: str, index: int | None) -> str | None:
-    """Why kernels cannot run on the device, with the fix where there is one; None if they can."""
+    """Why kernels cannot run on the device, with the fix if there is one. None if they can."""
     if interpreted():
         return None if device == "cpu" else f"TRITON_INTERPRET=1 runs on the CPU, the tensor is on {device!r}"
     if device != "cuda":
@@ -38,7 +38,7 @@ def why_not(device: str, index: int | None) -> str | None:
 
 
 def refused_on_rocm() -> str | None:
-    """Why kernels do not run on AMD devices, unless the environment asks to try; None elsewhere."""
+    """Why kernels do not run on AMD devices, unless the environment asks to try. None on other devices."""
     if not torch.version.hip or os.environ.get("HPCLOSS_ROCM") == "1":
         return None
     return "on AMD devices its kernels have been compiled but never run (set HPCLOSS_ROCM=1 to try them)"

@@ -1,6 +1,6 @@
-"""Packing as two kernels: pixels of a map in any layout -> unit rows [n, D], and the gradient back into the map.
+"""Packing as two kernels: pixels of a map in any layout to unit rows [n, D], and the gradient back into the map.
 
-A program owns a block of rows with all their channels, so a row is read once, normalised in registers, written once.
+A program owns a block of rows with all their channels, so a row is read once, normalised in registers and written once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.probe import interpreted
 from hpcloss.operators import NORM_EPS
 
-# Entries of a tile, and the warps that share it: 32 entries a thread, two tiles of which (gradient and row) and their
-# addresses fit the registers at any D, and leave room for two to four programs that wait for memory in turn.
+# Entries of a tile, and the warps that share it: 32 entries a thread. Two such tiles (gradient and row) and their
+# addresses fit in the registers at any D, with room for two to four programs that wait for memory in turn.
 TILE, NUM_WARPS = 8192, 8
-# Rows of a block: 16 fp16 pixels of a channel fill a 32-byte sector, more than 128 leave too few programs.
+# Rows of a block: 16 fp16 pixels of a channel fill a 32-byte sector, and more than 128 leave too few programs.
 FEWEST_ROWS, MOST_ROWS = 16, 128
-MAX_AXES = 4  # of a map, its batch among them, that cannot be joined
+MAX_AXES = 4  # axes of a map that cannot be joined, its batch included
 WIDEST = 16  # entries whose alignment the compiler can use
 
 SMALLEST_SQUARE = tl.constexpr(NORM_EPS**2)
@@ -64,13 +64,13 @@ def map_offsets(
 
 @triton.jit
 def nearest_tf32(x):
-    """fp32 of which a matrix unit cuts nothing off: the low 13 bits are 0, after rounding to the nearest."""
+    """fp32 numbers that a matrix unit does not cut: the low 13 bits are 0, after rounding to the nearest."""
     bits = x.to(tl.int32, bitcast=True)
     near = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, near, x)  # the bits of a NaN may all be ones, and would wrap around
+    return tl.where(x == x, near, x)  # the bits of a NaN may all be ones, which would overflow
 
 
-@triton.jit(do_not_specialize=["live", *PLACES, "num_rows"])  # live: the last of some tensor, aligned or not
+@triton.jit(do_not_specialize=["live", *PLACES, "num_rows"])  # live: the last element of a tensor, aligned or not
 def pack_kernel(
     features, order, live, data, inverse_norm,
     stride_0: tl.int64, size_1: tl.int32, stride_1: tl.int64, size_2: tl.int32, stride_2: tl.int64,
@@ -78,7 +78,7 @@ def pack_kernel(
     D: tl.constexpr, NORMALIZE: tl.constexpr, TF32: tl.constexpr, AXES: tl.constexpr, TOGETHER: tl.constexpr,
     C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """data [n, D] and inverse_norm [n] of BLOCK rows of the map; zeros from row `live` on, which are never read.
+    """data [n, D] and inverse_norm [n] of BLOCK rows of the map. Rows from `live` on are zeros, and are not read.
 
     TF32: matrix units will multiply the rows in it.
     """
@@ -99,8 +99,8 @@ def pack_kernel(
         square = tl.sum(x * x, C)
         short = square <= SMALLEST_SQUARE
         inverse = tl.where(short, 0.0, tl.rsqrt(tl.where(short, 1.0, square)))
-        # An infinite row has no direction either, but it must show. NaN is written out because each launch compares the
-        # globals of a kernel with those it was compiled with, and NaN differs from itself.
+        # An infinite row has no direction either, but it must stay visible. NaN is a literal: each launch compares the
+        # globals of a kernel with those of its compilation, and NaN differs from itself.
         inverse = tl.where(square == INF, float("nan"), inverse)
         x *= tl.expand_dims(inverse, C)
         inverse *= shrink
@@ -121,8 +121,8 @@ def unpack_kernel(
 ):  # fmt: skip
     """Gradient of the pixels of BLOCK rows: (grad - data <grad, data>) / norm, the projection only if normalised.
 
-    Rows without a gradient (inverse norm 0) are written, as zeros, if PERMUTATION says that their pixels are no other
-    row's. CONTIGUOUS: the rows of `grad` are.
+    Rows without a gradient (inverse norm 0) are written as zeros if PERMUTATION says that no other row has their
+    pixels. CONTIGUOUS: the rows of `grad` are contiguous.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = rows < num_rows
@@ -159,13 +159,13 @@ def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
         return torch.float32
     if normalize:
         return torch.float16
-    # No bf16 in the matrix unit of Turing, nor right in the interpreter.
+    # Turing's matrix unit has no bf16, and the interpreter computes it wrongly.
     no_bf16 = interpreted() or configs.capability(features.device) < 80
     return torch.float32 if no_bf16 else torch.bfloat16
 
 
 def pack(features: Tensor, order: Tensor, live: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Rows `order` of the map [n, D], those from `live` on zero, and the inverse norm by which each was scaled [n]."""
+    """Rows `order` of the map [n, D], zero from `live` on, and the inverse norm by which each was scaled [n]."""
     dtype = rows_dtype(features, normalize)
     if len(_axes(features.shape, features.stride())) > MAX_AXES:
         features = features.contiguous()
@@ -207,7 +207,10 @@ def pack_backward(
 
 
 def _axes(shape: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]]:
-    """Size and stride of the axes [B, *S] of a map's pixels, outermost first, joined where one stride serves both."""
+    """Size and stride of the axes [B, *S] of a map's pixels, outermost first.
+
+    Axes with one common stride are joined.
+    """
     axes: list[tuple[int, int]] = []
     for size, step in zip((shape[0], *shape[2:]), (stride[0], *stride[2:])):
         if size == 1:
@@ -219,16 +222,16 @@ def _axes(shape: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _layout(shape: Sequence[int], stride: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
-    """Where the entries of a map lie, as a kernel's PLACES and its constants.
+    """The places of a map's entries, as a kernel's PLACES and its constants.
 
-    The last axis of a tile becomes the threads' fastest one unless the compiler can prove that another is contiguous,
-    which it cannot where pixels come from `order`. So C makes it the axis whose neighbours lie closer in the map. For
-    channels-first maps that is the pixels' (the order keeps neighbours in an image row together): a warp then reads
-    whole sectors of one channel. [n, D], where channels are provably contiguous, is accessed along them all the same;
-    the compiler turns the tile in shared memory.
+    The last axis of a tile becomes the fastest axis of the threads, unless the compiler can prove that another axis is
+    contiguous. It cannot where pixels come from `order`. So C makes the last axis the one whose neighbours are closer
+    in the map. In channels-first maps that is the pixel axis (the order keeps neighbours in an image row together), and
+    a warp then reads whole sectors of one channel. Vectors [n, D], whose channels are provably contiguous, are accessed
+    along the channels anyway; the compiler turns the tile in shared memory.
     """
     axes, step = _axes(shape, stride), stride[1]
-    # A constant, and no argument is specialised, as the divisibility of H * W must not compile a kernel anew.
+    # A constant, and no argument is specialised: the divisibility of H * W must not cause another compilation.
     together = math.gcd(WIDEST, *(pixel_step for _, pixel_step in axes)) if step == 1 else 0
     unit = max(together, 1)
     places = [axes[0][1] // unit]

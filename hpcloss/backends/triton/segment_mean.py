@@ -1,7 +1,7 @@
-"""`segment_mean`, and sums over intervals of rows, which `linear_mean` needs as well.
+"""`segment_mean`, and sums over intervals of rows, which `linear_mean` needs too.
 
-The sum of an interval is that of its whole blocks, from sums made once, and of the rows at its two ends. Everything is
-added up in a fixed order in fp32; nothing is a difference of prefix sums, which would keep the rounding of all rows.
+The sum of an interval is the sum of its whole blocks, computed once for all intervals, and of the rows at its two ends.
+Everything is added in a fixed order in fp32. A difference of prefix sums would keep the rounding of all rows.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.tiles import INF, LOG2E, load_rows
 
-BLOCK = 64  # rows of a block sum, and block sums of a sum of those
-FEW = 512  # up to so many rows, or block sums, have no block sums
-ROWS, TILE = 64, 4096  # most rows, and numbers, of a tile
+BLOCK = 64  # rows of a block sum, and block sums of a sum of block sums
+FEW = 512  # no block sums for up to so many rows or block sums
+ROWS, TILE = 64, 4096  # largest number of rows and of elements of a tile
 
 
 class Sums(NamedTuple):
-    """Sums of BLOCK consecutive rows each, and of BLOCK consecutive ones of these; None where there are few."""
+    """Sums of BLOCK consecutive rows each, and of BLOCK consecutive such sums. None if there are few."""
 
     of_rows: Any
     of_sums: Any
@@ -33,7 +33,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def weights_of(grad, mass, rows, there):
-    """a_i = g_i / |positives of i|, 0 where there are none; mass_i = log |positives of i|."""
+    """a_i = g_i / |positives of i|, 0 without positives; mass_i = log |positives of i|."""
     count = tl.floor(tl.exp2(tl.load(mass + rows, mask=there, other=-INF) * LOG2E) + 0.5)
     share = tl.load(grad + rows, mask=there, other=0.0) / tl.maximum(count, 1.0)
     return tl.where(count > 0, share, 0.0)
@@ -41,7 +41,7 @@ def weights_of(grad, mass, rows, there):
 
 @triton.jit
 def span_sum(rows, grad, mass, first, hole, rest, last, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sum [BLOCK_D] of rows first:hole and rest:last, each times its `weights_of` where there is a grad."""
+    """Sum [BLOCK_D] of rows first:hole and rest:last. With a grad each is multiplied by its `weights_of`."""
     total = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
     before = tl.cdiv(hole - first, BLOCK_J)
     for tile in range(before + tl.cdiv(last - rest, BLOCK_J)):
@@ -57,7 +57,10 @@ def span_sum(rows, grad, mass, first, hole, rest, last, D: tl.constexpr, BLOCK_J
 
 @triton.jit
 def whole_blocks(first, last, BLOCK: tl.constexpr):
-    """The blocks low:high that lie in first:last, and the hole:rest that they fill; nothing but first:last if none."""
+    """The blocks low:high inside first:last, and the rows hole:rest that they fill.
+
+    Without a block hole:rest is empty.
+    """
     low, high = tl.cdiv(first, BLOCK), last // BLOCK
     some = low < high
     return low, tl.maximum(low, high), tl.where(some, low * BLOCK, last), tl.where(some, high * BLOCK, last)
@@ -68,9 +71,9 @@ def interval_sum(
     rows, grad, mass, sums, first, last,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum [BLOCK_D] of rows first:last (first <= last), weighted as in `span_sum`; `sums` are of rows weighted alike.
+    """Sum [BLOCK_D] of rows first:last (first <= last), weighted as in `span_sum`. `sums` have the same weights.
 
-    Reads at most 2 BLOCK rows, 2 BLOCK sums, and the sums of sums between; None: one level down there are few.
+    Reads at most 2 BLOCK rows, 2 BLOCK sums, and the sums of sums between. None: one level down there are few.
     """
     low, high, hole, rest = last, last, last, last
     if sums.of_rows is not None:
@@ -113,7 +116,7 @@ def segment_mean_kernel(
     rows, sums, offsets, means,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """means_s = mean of rows offsets[s]:offsets[s + 1], zero where there are none; one segment a program."""
+    """means_s = mean of rows offsets[s]:offsets[s + 1], zero for an empty segment; one segment per program."""
     segment = tl.program_id(0)
     first, last = tl.load(offsets + segment), tl.load(offsets + segment + 1)
     total = interval_sum(rows, None, None, sums, first, last, D, BLOCK, BLOCK_J, BLOCK_D)

@@ -1,11 +1,11 @@
-"""What every pair kernel is made of: which tiles a block of rows meets, which pairs of a tile count, and arithmetic.
+"""The parts of every pair kernel: the tiles that a block of rows meets, the pairs of a tile that count, and arithmetic.
 
-A program owns a block of rows of one side and streams tiles of the other. For each region it meets it reads the hull of
-its rows' intervals, from which follow the tiles to visit and whether a tile needs a mask at all.
+A program owns a block of rows of one side and streams tiles of the other. For each region that it meets it reads the
+hull of its rows' intervals. The hull gives the tiles to visit, and whether a tile needs a mask.
 
-Kernels take the arguments that belong together as one NamedTuple. A member that a call lacks is None, and the compiler
-leaves out what would read it. Numbers of rows stay arguments of their own: of a member of a tuple Triton cannot be told
-not to compile a kernel for each multiple of 16.
+Kernels take related arguments as one NamedTuple. A missing member is None, and the compiler leaves out the code that
+would read it. Numbers of rows stay arguments of their own: Triton cannot be told not to specialise a kernel on
+multiples of 16 for a member of a tuple.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 FARTHEST = tl.constexpr(2**31 - 1)
-SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals looked at together
+SCAN, LONG_SCAN = tl.constexpr(256), tl.constexpr(1024)  # intervals read together
 
 
 # ---------------------------------------------------------------------------------------------- groups of arguments
 
 
 class Intervals(NamedTuple):
-    """Which pairs count: positives of each anchor [N], and regions [R], whose own rows meet their other rows.
+    """The pairs that count: positives of each anchor [N], and regions [R], whose own rows meet their other rows.
 
-    A program owns rows of one side and streams the other. `Pairs.intervals()` has the first seven for own anchors.
+    A program owns rows of one side and streams the other. For own anchors the first seven fields are those of
+    `Pairs.intervals`.
     """
 
     pos_start: Any
@@ -38,26 +39,26 @@ class Intervals(NamedTuple):
     own_end: Any
     other_start: Any = None
     other_end: Any = None
-    anchor_start: Any = None  # in self-contrast, where own and other rows are all keys: the anchors among them
+    anchor_start: Any = None  # the anchors in self-contrast, where all own and other rows are keys
     anchor_end: Any = None
 
 
 class Coefficients(NamedTuple):
-    """What makes weights and slopes of similarities; None: a loss has none."""
+    """Coefficients of weights and slopes. None: a loss has none."""
 
     key_bias: Any  # [M], added to exponents
     scale: Any  # one number
     hardness: Any = None  # a number; None: uniform weights
-    pull: Any = None  # -hardness where weights are differentiated
-    discount: Any = None  # a number: how much less the scale of a positive is
-    lift: Any = None  # one number, by which fp16 slopes are multiplied
+    pull: Any = None  # -hardness if weights are differentiated
+    discount: Any = None  # a number, subtracted from the scale of a positive
+    lift: Any = None  # one number, the factor of fp16 slopes
 
 
 # ---------------------------------------------------------------------------------------------------- intervals
 
 
 class Positives(NamedTuple):
-    """The `Intervals` of some rows, as they were loaded."""
+    """The `Intervals` of some rows, as loaded."""
 
     start: Any
     end: Any
@@ -65,7 +66,10 @@ class Positives(NamedTuple):
 
 
 class Hull(NamedTuple):
-    """What the positives of a block of rows have in common; empty intervals end at 0."""
+    """The hulls of the positives and of the own keys of a block of rows, and the positives that all its rows share.
+
+    Empty intervals end at 0.
+    """
 
     outer_start: Any  # the smallest interval that holds all positives
     outer_end: Any
@@ -87,7 +91,7 @@ class Spans(NamedTuple):
 @triton.jit
 def meeting(starts, ends, count, first, last):
     """Range of the intervals [starts, ends), in ascending order, that meet rows first:last."""
-    # Both bounds are counts of what lies before them. Each trip narrows them 256 times.
+    # Both bounds are counts of the intervals before them. Each trip narrows them 256 times.
     trips = 1
     if count > 2**8:
         trips = 2
@@ -99,7 +103,7 @@ def meeting(starts, ends, count, first, last):
     for trip in range(trips):
         step = 1 << (8 * (trips - 1 - trip))
         ahead = tl.arange(0, SCAN) * step + (step - 1)
-        # Of 2^24 intervals and more the farthest numbers wrap around and are negative.
+        # From 2^24 intervals on the farthest numbers overflow and are negative.
         of_end, of_start = low + ahead, high + ahead
         end = tl.load(ends + of_end, mask=(of_end >= 0) & (of_end < count), other=FARTHEST)
         start = tl.load(starts + of_start, mask=(of_start >= 0) & (of_start < count), other=FARTHEST)
@@ -110,11 +114,11 @@ def meeting(starts, ends, count, first, last):
 
 @triton.jit
 def meeting_in_any_order(starts, ends, count, first, last):
-    """Hull of the intervals [starts, ends) that meet rows first:last; 0:0 where none does.
+    """Hull of the intervals [starts, ends) that meet rows first:last; 0:0 if none does.
 
-    No loop may start at FARTHEST: a compiler that loads ahead adds to it, and that wraps around.
+    No loop may start at FARTHEST: a compiler that prefetches adds to it, and the sum overflows.
     """
-    # Scalars: with vectors carried through this loop the compiler no longer pipelines the one over tiles.
+    # Scalars: if this loop carries vectors, the compiler does not pipeline the loop over tiles.
     low, high = FARTHEST, 0
     for begin in range(0, count, LONG_SCAN):
         number = begin + tl.arange(0, LONG_SCAN)
@@ -128,7 +132,7 @@ def meeting_in_any_order(starts, ends, count, first, last):
 
 @triton.jit
 def block_of(num_rows, BLOCK: tl.constexpr):
-    """The rows of this program: the first, all of them, and which are there."""
+    """The rows of this program: the first one, all of them, and whether each exists."""
     first_row = tl.program_id(0) * BLOCK
     rows = first_row + tl.arange(0, BLOCK)
     return first_row, rows, rows < num_rows
@@ -142,20 +146,20 @@ def regions_met(intervals, num_regions, first_row, BLOCK: tl.constexpr):
 
 @triton.jit
 def in_region(intervals, region, first_row, rows, BLOCK: tl.constexpr):
-    """Which own rows of a block are in the region, and whether it holds the whole block."""
+    """Whether each own row of a block is in the region, and whether the whole block is."""
     first, last = tl.load(intervals.own_start + region), tl.load(intervals.own_end + region)
     return (rows >= first) & (rows < last), (first_row >= first) & (first_row + BLOCK <= last)
 
 
 @triton.jit
 def others_met(intervals, region):
-    """First row of the other side in a region, and the one behind its last."""
+    """First row of the other side in a region, and the row after its last."""
     return tl.load(intervals.other_start + region), tl.load(intervals.other_end + region)
 
 
 @triton.jit
 def row_intervals(intervals, rows, there):
-    """The positives and own key of each row; an empty interval and no key where no row is."""
+    """The positives and own key of each row. A row that does not exist has an empty interval and no key."""
     start = tl.load(intervals.pos_start + rows, mask=there, other=0)
     end = tl.load(intervals.pos_end + rows, mask=there, other=0)
     self_key = tl.load(intervals.self_pos + rows, mask=there, other=-1)
@@ -164,9 +168,9 @@ def row_intervals(intervals, rows, there):
 
 @triton.jit
 def column_intervals(intervals, columns, there):
-    """As `row_intervals`, for the columns of a tile; all zero where no column is.
+    """As `row_intervals`, for the columns of a tile. A column that does not exist has zeros.
 
-    One load of a table: of a vector shorter than a program Triton 3.6 makes a load for each thread and entry.
+    One load of a table. Triton 3.6 makes a load per thread and entry of a vector that is shorter than a program.
     """
     which = tl.arange(0, 4)[None, :]
     bound = tl.where(which == 0, intervals.pos_start, tl.where(which == 1, intervals.pos_end, intervals.self_pos))
@@ -179,7 +183,7 @@ def column_intervals(intervals, columns, there):
 
 @triton.jit
 def number_of_positives(start, end, self_key):
-    """How many keys are positives of each row, as fp32."""
+    """Number of positives of each row, as fp32."""
     return (end - start - tl.where((self_key >= start) & (self_key < end), 1, 0)).to(tl.float32)
 
 
@@ -188,7 +192,7 @@ def hull_of(positives, member):
     """The hull of the member rows' positives."""
     start, end, self_key = positives
     filled = member & (start < end)
-    # One reduction of all six: each has barriers of its own.
+    # One reduction of all six, because each reduction has its own barriers.
     outer_start, outer_end, inner_start, inner_end, self_start, self_end = tl.reduce(
         (
             tl.where(filled, start, FARTHEST), tl.where(filled, end, 0),
@@ -214,10 +218,11 @@ def joined_hulls(
 
 @triton.jit
 def spans_of(hull, start, end, RULE: tl.constexpr):
-    """The keys of start:end that a rule can count, as two spans; the second is empty but for a hole in the middle.
+    """The keys of start:end that a rule can count, as two spans.
 
-    No bound lies behind `end`, even where the positives have none (see `meeting_in_any_order`). Both are empty where no
-    row of the block is in the region: then the intersection of the positives is everything.
+    The second span is empty unless there is a hole in the middle. No bound is beyond `end`, even if the positives have
+    none (see `meeting_in_any_order`). Both are empty if no row of the block is in the region, because the shared
+    positives are then everything.
     """
     end = tl.where(hull.inner_end == FARTHEST, start, end)
     if RULE == "positives":
@@ -233,14 +238,14 @@ def spans_of(hull, start, end, RULE: tl.constexpr):
 
 @triton.jit
 def tile_of(spans, tile, before, BLOCK_J: tl.constexpr):
-    """Key bounds first:last of a tile of the spans, `before` of which lie before the hole."""
+    """Key bounds first:last of a tile of the spans. `before` keys are before the hole."""
     first = tl.where(tile < before, spans.begin + tile * BLOCK_J, spans.rest + (tile - before) * BLOCK_J)
     return first, tl.where(tile < before, spans.hole, spans.stop)
 
 
 @triton.jit
 def is_clean(hull, first, last, RULE: tl.constexpr):
-    """Whether each pair of the block's rows with keys first:last counts (all being in the region)."""
+    """Whether every pair of the block's rows and keys first:last counts. All are in the region."""
     clean = True
     if RULE != "every":
         clean = (last <= hull.self_start) | (first >= hull.self_end)
@@ -259,7 +264,7 @@ def has_positives(hull, first, last):
 
 @triton.jit
 def counts(start, end, self_key, keys, RULE: tl.constexpr):
-    """Whether the rule counts each pair of anchors and keys of one region; the intervals are those of the anchors."""
+    """Whether the rule counts each pair of anchors and keys of one region. The intervals are those of the anchors."""
     inside = (keys >= start) & (keys < end)
     if RULE == "positives":
         counted = inside & (keys != self_key)
@@ -274,23 +279,23 @@ def counts(start, end, self_key, keys, RULE: tl.constexpr):
 
 @triton.jit
 def rows_count(positives, keys, RULE: tl.constexpr):
-    """`counts` of all pairs of rows and keys, the rows being the anchors."""
+    """`counts` of all pairs of rows and columns, with the rows as anchors."""
     start, end, self_key = positives
     return counts(start[:, None], end[:, None], self_key[:, None], keys[None, :], RULE)
 
 
 @triton.jit
 def columns_count(positives, rows, RULE: tl.constexpr):
-    """`counts` of all pairs of rows and columns, the columns being the anchors and the rows the keys."""
+    """`counts` of all pairs of rows and columns, with the columns as anchors and the rows as keys."""
     start, end, self_key = positives
     return counts(start[None, :], end[None, :], self_key[None, :], rows[:, None], RULE)
 
 
 @triton.jit
 def rows_count_read(intervals, rows, there, keys, RULE: tl.constexpr):
-    """`rows_count` with the rows' intervals read anew.
+    """`rows_count` with the rows' intervals read again.
 
-    Loads in a branch keep it one. Without them the compiler computes both ways for every tile, and selects.
+    Loads keep a branch a branch. Without them the compiler computes both ways for every tile and selects.
     """
     return rows_count(row_intervals(intervals, rows, there), keys, RULE)
 
@@ -300,7 +305,7 @@ def rows_count_read(intervals, rows, there, keys, RULE: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, rows, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [., D] as a tile [., BLOCK_D]; zeros where no row or channel is."""
+    """Rows [., D] as a tile [., BLOCK_D], with zeros for rows and channels that do not exist."""
     channels = tl.arange(0, BLOCK_D)
     mask = there[:, None]
     if BLOCK_D != D:
@@ -320,7 +325,7 @@ def store_rows(pointer, rows, there, values, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def load_statistics(pointer, rows, there):
-    """The four statistics of each row, read as one 16-byte piece; each primitive has names for them."""
+    """The four statistics of each row, read as one 16-byte piece. Each primitive has its own names for them."""
     four = tl.load(pointer + rows.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], mask=there[:, None], other=0.0)
     even, odd = tl.split(tl.reshape(four, [four.shape[0], 2, 2]))
     column_0, column_2 = tl.split(even)
@@ -333,16 +338,16 @@ def load_statistics(pointer, rows, there):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of a positive number, in one special-function operation where a division takes many."""
+    """1 / x of a positive number, in one special-function operation; a division takes many."""
     root = tl.rsqrt(x)
     return root * root
 
 
 @triton.jit
 def softplus(x):
-    """log2(1 + 2^x) and its derivative, the logistic function of x ln 2; finite for every x, to 3e-7 of themselves.
+    """log2(1 + 2^x) and its derivative, the logistic function of x ln 2; finite for every x, relative error up to 3e-7.
 
-    log2(1 + e) for e in [0, 1] is e times a minimax polynomial: multiply-adds are idle where exponentials are not.
+    log2(1 + e) for e in [0, 1] is e times a minimax polynomial: multiply-adds are idle while exponentials are not.
     """
     small = tl.exp2(-tl.abs(x))
     series = 0.007548918672912497

@@ -1,10 +1,10 @@
-"""Whether the kernels compute what they should on a device: one small step of them beside the PyTorch tiles.
+"""Whether the kernels compute correctly on a device: one small step of them, compared with the PyTorch tiles.
 
-The step packs a map, takes the log-sum-exp over the negatives and brings a gradient back to the map, in the dtype of
-the call that asks and as wide, so that a loss which follows uses most of its kernels again.
+The step packs a map, takes the log-sum-exp over the negatives and brings a gradient back to the map. It has the dtype
+and the width of the call that asks, so the loss that follows uses most of its kernels again.
 
-Not tried are other widths, rules and terms, and a kernel that is right for 240 rows and wrong for more. An address
-outside a tensor breaks the CUDA context, and then nothing runs on this device, PyTorch's tiles included.
+Other widths, rules and terms are not tried, and neither is a kernel that is right for 240 rows and wrong for more. An
+address outside a tensor breaks the CUDA context. Then nothing runs on this device, PyTorch's tiles included.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from hpcloss.backends.triton import configs, launch
 from hpcloss.backends.triton.probe import _touch
 from hpcloss.plan.partition import Pairs, partition
 
-IMAGES, PIXELS, CLASSES = 2, 120, 3  # several tiles each way, that end inside and outside of classes
+IMAGES, PIXELS, CLASSES = 2, 120, 3  # several tiles each way, which end inside and outside of classes
 SCALE = 10.0
-# Largest error beside the largest entry: some times what rounding makes of unit rows of 16 to 512 channels.
+# Largest error relative to the largest entry: a few times the rounding error of unit rows of 16 to 512 channels.
 TOLERANCE = {"half": 1e-2, "tf32": 1e-2, "ieee": 1e-4}
 FIX = "Triton needs a C compiler, the Python headers and a driver of its CUDA version"
 
 
 class Step(NamedTuple):
-    """What a step computes."""
+    """The results of a step."""
 
     rows: Tensor
-    sums: Tensor  # of the exponentials, relative to the largest possible one
+    sums: Tensor  # sums of exponentials relative to the largest possible one
     gradient: Tensor
 
 
 def failure(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[str, bool]:
-    """Why the kernels do not serve on a device, "" if they do; and whether that lasts, or is worth asking again.
+    """Why the kernels do not serve on a device ("" if they do), and whether that lasts.
 
-    In a thread of its own: the caller may be tracing with fake tensors, or under other modes of torch, all of which
-    belong to a thread.
+    The step runs in a thread of its own. The caller may be tracing with fake tensors, or under other modes of torch;
+    all of these belong to a thread.
     """
     found: list[tuple[str, bool]] = []
     thread = threading.Thread(target=lambda: found.append(_failure(device, dtype, channels)), daemon=True)
@@ -55,7 +55,7 @@ def failure(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[st
 def _failure(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[str, bool]:
     try:
         _build(device)
-    except Exception as error:  # whatever compiler, headers or driver may raise: the reason is what matters
+    except Exception as error:  # compiler, headers and driver raise many types; only the reason matters
         return f"a kernel cannot be built here: {_said(error)} ({FIX})", _lasts(error)
     about = f"a small step in {str(dtype).removeprefix('torch.')} with {channels} channels"
     try:
@@ -66,8 +66,8 @@ def _failure(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[s
 
 
 def _build(device: torch.device) -> None:
-    """The smallest kernel: where it fails, no other can be built."""
-    touched = torch.zeros(1, device=device)  # also what makes the device's context this thread's
+    """The smallest kernel. If it fails, no other can be built."""
+    touched = torch.zeros(1, device=device)  # also makes the device's context current in this thread
     launch.run(_touch, 1, touched, touched)
 
 
@@ -88,7 +88,7 @@ def _wrong(device: torch.device, dtype: torch.dtype, channels: int) -> str:
 
 @contextlib.contextmanager
 def _waiting(device: torch.device) -> Iterator[None]:
-    """The host waits for the device here, also where a training looks for places that do."""
+    """Let the host wait for the device here, even while a training looks for synchronisations."""
     if device.type != "cuda":
         yield
         return
@@ -101,13 +101,13 @@ def _waiting(device: torch.device) -> Iterator[None]:
 
 
 def _features(channels: int) -> Tensor:
-    """A map of unlike pixels, drawn without touching the generator that the training draws from."""
-    generator = torch.Generator("cpu")  # of the same numbers, whenever it is made
+    """A map of different pixels, drawn without the generator of the training."""
+    generator = torch.Generator("cpu")  # the same numbers in every trial
     return torch.randn(IMAGES, channels, PIXELS, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _labels() -> tuple[Tensor, Tensor]:
-    """Labels of the pixels, some of them ignored, and their regions: the images."""
+    """Labels of the pixels, some of them ignored, and their regions, which are the images."""
     pixel = torch.arange(IMAGES * PIXELS, device="cpu")
     return torch.where(pixel % 11 == 0, 255, pixel * 7 // 5 % CLASSES), pixel // PIXELS
 
@@ -128,7 +128,7 @@ def _step(backend: ModuleType, features: Tensor, pairs: Pairs) -> Step:
 
 
 def disagreement(step: Step, exact: Step, tolerance: float) -> str:
-    """Which results are not those of the exact step, and by how much; "" if all are."""
+    """The results that differ from those of the exact step, and by how much; "" if none does."""
     wrong = []
     for name, result, right in zip(Step._fields, step, exact):
         error = float((result.double() - right).abs().max() / right.abs().max())
@@ -142,6 +142,9 @@ def _said(error: Exception) -> str:
 
 
 def _lasts(error: Exception) -> bool:
-    """Not what memory is short of now, nor what a graph forbids that another thread captures."""
+    """Whether a failure lasts.
+
+    A lack of memory does not, nor does an operation forbidden by another thread's capture.
+    """
     passes = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return not passes and not any(words in str(error) for words in ("out of memory", "captur"))
