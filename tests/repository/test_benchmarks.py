@@ -120,7 +120,7 @@ def document():
     return json.loads(plot.RESULTS.read_text())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/numbers.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
 def test_pages_show_the_results(document, page):
     text = (ROOT / page).read_text()
     assert plot.with_figures(text, document) == text, "python -m benchmarks.plot"

@@ -12,7 +12,7 @@ import hpcloss
 from tests.tools.cases import ROOT
 from tests.tools.documents import blocks, headings, links, run
 
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 EVERY = ["README.md", "CONTRIBUTING.md", "examples/README.md", "hpcloss/DESIGN.md", *PAGES]
 
 
@@ -107,7 +107,7 @@ def test_the_pairs_of_the_picture(drawing):
 
 # ------------------------------------------------------------------------------------------------------- numbers
 
-FIGURES = re.findall(r"^\| `(bench_[^`]+)` \| `([^`]+)` \| ([^|]+) \|", (ROOT / "docs/numbers.md").read_text(), re.M)
+FIGURES = re.findall(r"^\| `(bench_[^`]+)` \| `([^`]+)` \| ([^|]+) \|", (ROOT / "docs/benchmarks.md").read_text(), re.M)
 
 
 def test_numbers_are_in_the_results():
