@@ -1,7 +1,8 @@
 """Tables and figures from a results file: `python -m benchmarks.plot [benchmarks/results/cpu.json]`.
 
-Writes beside the results what they say: cpu.md (every table), time.png and memory.png; and puts the figures of
-benchmarks/results/cpu.json into the README and docs/numbers.md, between their marks. Needs matplotlib.
+Writes beside the results: cpu.md (every table), front.png (the README's figure), time.png and memory.png; and puts
+the figures of benchmarks/results/cpu.json into the README and docs/benchmarks.md, between their marks. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 # Families of methods that compute the same loss: text, colour. The first is this package.
 FAMILIES = {
     "SupCon": {
-        "supcon": ("hpcloss SupCon", "tab:blue"),
-        "eager_supcon": ("eager SupCon (SupContrast's formula)", "tab:red"),
-        "compiled_supcon": ("`torch.compile` of it", "tab:orange"),
-        "pml_supcon": ("pytorch-metric-learning SupConLoss", "tab:purple"),
+        "supcon": ("hpcloss SupCon", "#3f51b5"),
+        "eager_supcon": ("eager SupCon (SupContrast's formula)", "#c8442f"),
+        "compiled_supcon": ("`torch.compile` of it", "#c77c02"),
+        "pml_supcon": ("pytorch-metric-learning SupConLoss", "#7b5aa6"),
     },
     "NT-Xent": {
-        "ntxent": ("hpcloss NT-Xent", "tab:blue"),
-        "lightly_ntxent": ("lightly NTXentLoss", "tab:red"),
-        "monai_contrastive": ("MONAI ContrastiveLoss", "tab:brown"),
-        "pml_ntxent": ("pytorch-metric-learning NTXentLoss", "tab:purple"),
+        "ntxent": ("hpcloss NT-Xent", "#3f51b5"),
+        "lightly_ntxent": ("lightly NTXentLoss", "#c8442f"),
+        "monai_contrastive": ("MONAI ContrastiveLoss", "#8d6e63"),
+        "pml_ntxent": ("pytorch-metric-learning NTXentLoss", "#7b5aa6"),
     },
     "InfoNCE": {
-        "infonce": ("hpcloss InfoNCE", "tab:blue"),
-        "eager_infonce": ("eager InfoNCE", "tab:red"),
-        "linear_cross_entropy": ("`F.linear_cross_entropy` InfoNCE", "tab:green"),
-        "info_nce_pytorch": ("info-nce-pytorch", "tab:olive"),
+        "infonce": ("hpcloss InfoNCE", "#3f51b5"),
+        "eager_infonce": ("eager InfoNCE", "#c8442f"),
+        "linear_cross_entropy": ("`F.linear_cross_entropy` InfoNCE", "#2e8b57"),
+        "info_nce_pytorch": ("info-nce-pytorch", "#c77c02"),
     },
 }
 OTHERS = {
@@ -50,7 +51,15 @@ AXES = {
     "regions": ("block loop against regions", ("regions",)),
     "images, side, classes": ("sampled pixels", ("images", "side", "classes")),
 }
-README_SIZES = (256, 1024, 4096, 8192, 16384)
+PAGE_SIZES = (64, 1024, 4096, 8192, 16384)  # with the method's name six columns, which fit a laptop
+# The README's figure and sentence: one loss, as people compute it. Text, colour.
+FRONT = {
+    "supcon": ("hpcloss", "#3f51b5"),
+    "compiled_supcon": ("torch.compile", "#c77c02"),
+    "eager_supcon": ("eager PyTorch", "#c8442f"),
+    "pml_supcon": ("pytorch-metric-learning", "#7b5aa6"),
+}
+FRONT_N = 8192  # the largest N that every one of them finishes
 SYNCS = (
     "Host syncs: operators of one step, forward and backward, for which the host would wait for a GPU (`item` and"
     " truth of a tensor, `nonzero`, indexing with a mask, `masked_select`, `unique`, `equal`, `bincount`, `tolist`,"
@@ -97,11 +106,15 @@ def _methods(rows: dict[tuple[str, object], dict], columns: dict[object, str], n
     return _lines([name, "host syncs", *columns.values()], lines)
 
 
-def against_n(document: dict, passes: bool = False, sizes: tuple[int, ...] | None = None) -> list[str]:
+def against_n(document: dict, passes: bool = False) -> list[str]:
     """Time and memory of every method against N."""
-    found = {(row["method"], row["n"]): row for row in document["rows"] if row["group"].endswith("against N")}
-    columns = {n: f"N = {n}" for n in sorted({n for _, n in found}) if sizes is None or n in sizes}
+    found = _by_method_and_n(document)
+    columns = {n: f"N = {n}" for n in sorted({n for _, n in found})}
     return _methods(found, columns, f"seconds{', forward + backward' if passes else ''} (peak MB)", passes)
+
+
+def _by_method_and_n(document: dict) -> dict[tuple[str, int], dict]:
+    return {(row["method"], row["n"]): row for row in document["rows"] if row["group"].endswith("against N")}
 
 
 def bars(document: dict) -> list[str]:
@@ -145,28 +158,114 @@ def tables(document: dict) -> Iterator[str]:
     yield from ["", "## Steps", "", *_lines(head, lines), ""]
 
 
-def readme(document: dict) -> list[str]:
-    """What the README shows."""
-    met = [bar["met"] for row in document["rows"] for bar in row.get("bars", ())]
-    missed = [f"`{row['name']}`" for row in document["rows"] if any(not bar["met"] for bar in row.get("bars", ()))]
-    verdict = f"{sum(met)} of {len(met)} bars are met" + (f", missed in {', '.join(missed)}." if missed else ".")
-    return [*against_n(document, sizes=README_SIZES), "", source(document), "", verdict]
+# ------------------------------------------------------------------------------------------------------- on pages
 
 
-BLOCK = re.compile(r"(<!-- from benchmarks/results/cpu.json -->\n).*?(<!-- end -->)", re.S)
+def time_of(seconds: float) -> str:
+    """Two significant digits, in the unit that suits them."""
+    value, unit = (seconds, "s") if seconds >= 0.095 else (1e3 * seconds, "ms")
+    return f"{value:.{0 if value >= 9.95 else 1 if value >= 0.995 else 2}f} {unit}"
+
+
+def memory_of(megabytes: float) -> str:
+    return f"{megabytes:,.0f} MB" if megabytes >= 1 else "< 1 MB"
+
+
+def page_table(document: dict, what: str) -> list[str]:
+    """Time, or memory and host syncs, of every method against N."""
+    found, lines = _by_method_and_n(document), []
+    sizes = PAGE_SIZES if what == "time" else PAGE_SIZES[1:]
+    for method, text in TEXTS.items():
+        of_method = {n: row for (name, n), row in found.items() if name == method}
+        if not of_method:
+            continue
+        cells = []
+        for n in sizes:
+            row = of_method.get(n, {"seconds": None})
+            if row["seconds"] is None:
+                cells.append(row.get("note", "not measured").replace("more than", ">"))
+            else:
+                cells.append(time_of(row["seconds"]) if what == "time" else memory_of(row["peak_mb"]))
+        if what == "memory":
+            syncs = sorted({row["syncs"] for row in of_method.values() if "syncs" in row})
+            cells.append(", ".join(map(str, syncs)) or "not counted")
+        lines.append([text, *cells])
+    heads = [f"N = {n:,}" for n in sizes] + (["host syncs"] if what == "memory" else [])
+    return _lines([{"time": "a step", "memory": "peak"}[what], *heads], lines)
+
+
+MEMBER = re.compile(r"(\w+)\[(?:(.+?)-)?(\d+)\]")  # of a benchmark that is run for several numbers of rows
+
+
+def missed(document: dict) -> list[str]:
+    """How many bars each benchmark misses: one line for all its numbers of rows."""
+    lines: dict[str, list[tuple[dict, str]]] = {}
+    for row in document["rows"]:
+        member = MEMBER.fullmatch(row["name"])
+        name = row["name"] if member is None else member[1] + (f"[{member[2]}]" if member[2] else "")
+        lines.setdefault(name, []).extend((bar, "" if member is None else member[3]) for bar in row.get("bars", ()))
+    table = []
+    for name, of_name in lines.items():
+        few = [(bar, size) for bar, size in of_name if not bar["met"]]
+        if few:
+            sizes = ", ".join(dict.fromkeys(size for _, size in few if size))
+            # Of bars on a share of the same kind the worst; those on microseconds are of another kind.
+            bar = max((bar for bar, _ in few), key=lambda bar: (bar["bar"].startswith("time over"), bar["ratio"]))
+            worst = f"{_number(bar['ratio'])} ({bar['bar']})"
+            table.append([f"`{name}`", f"{len(few)} of {len(of_name)}", sizes, worst])
+    every = [bar["met"] for row in document["rows"] for bar in row.get("bars", ())]
+    lead = f"{sum(every)} of {len(every)} bars are met."
+    return [lead, "", *_lines(["benchmark", "missed", "rows, or side", "worst (its bar)"], table)] if table else [lead]
+
+
+def summary(document: dict) -> list[str]:
+    """The README's sentences: the largest size that all finish, and where hpcloss is slower."""
+    found = _by_method_and_n(document)
+    costs = {method: found[method, FRONT_N] for method in FRONT}
+    parts = [
+        f"{FRONT[method][0]} {time_of(row['seconds'])} and {memory_of(row['peak_mb'])}"
+        for method, row in sorted(costs.items(), key=lambda cost: cost[1]["seconds"])
+    ]
+    loss = f"SupCon of {FRONT_N:,} embeddings, D = 128, forward and backward on one CPU thread: {'; '.join(parts)}."
+    slower: dict[int, float] = {}  # by N: the largest quotient over PyTorch, of all small problems
+    for row in document["rows"]:
+        over = [ratio for name, ratio in row.items() if name.startswith(("over_eager_", "over_compiled_"))]
+        if row["group"] == "small problems" and over:
+            slower[row["n"]] = max([slower.get(row["n"], 0.0), *over])
+    some = ", ".join(f"{slower[n]:.1f} times as long at N = {n:,}" for n in sorted(slower) if slower[n] > 1)
+    never = min(n for n in slower if all(slower[m] <= 1 for m in slower if m >= n))
+    few = (
+        f"With few rows hpcloss is slower than PyTorch, eager or compiled: a step takes up to {some};"
+        f" from N = {never:,} on no loss is slower."
+    )
+    device = f"{document['device']['cpu']}, torch {document['versions']['torch'].partition('+')[0]}, {document['date']}"
+    return [loss, few, f"Measured on {device}."]
+
+
+BLOCK = re.compile(r"(<!-- (?:(\w+) )?from benchmarks/results/cpu.json -->\n).*?(<!-- end -->)", re.S)
 FIGURE = re.compile(r"^(\| `(bench_[^`]+)` \| `([^`]+)` \| )([^| ]+)", re.M)
 
 
 def with_figures(text: str, document: dict) -> str:
-    """A page whose block, and whose table of single figures, hold those of the results."""
+    """A page whose blocks, and whose table of single figures, hold those of the results."""
     measured = {row["name"]: row for row in document["rows"]}
+    # What a block holds by the word in its mark; the README's has none. Tables need an empty line around them.
+    content = {
+        None: lambda: summary(document),
+        "time": lambda: ["", *page_table(document, "time"), ""],
+        "memory": lambda: ["", *page_table(document, "memory"), ""],
+        "missed": lambda: ["", *missed(document), ""],
+        "source": lambda: ["", source(document), ""],
+    }
 
     def figure(match: re.Match) -> str:
         digits = len(match[4].partition(".")[2])
         return f"{match[1]}{measured[match[2]][match[3]]:.{digits}f}"
 
-    block = "\n".join([*readme(document), ""])
-    return FIGURE.sub(figure, BLOCK.sub(lambda match: match[1] + block + match[2], text))
+    def block(match: re.Match) -> str:
+        return match[1] + "\n".join([*content[match[2]](), ""]) + match[3]
+
+    return FIGURE.sub(figure, BLOCK.sub(block, text))
 
 
 # -------------------------------------------------------------------------------------------------------- figures
@@ -179,34 +278,138 @@ def points(document: dict, family: str, method: str, field: str) -> list[tuple[i
 
 
 def draw(document: dict, folder: Path) -> list[Path]:
-    """Time and memory against N, one panel for each family."""
+    """The README's figure, and time and memory against N with one panel for each family."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     written = []
-    labels = {"seconds": "seconds, forward and backward", "peak_mb": "peak memory beyond the inputs, MB"}
-    for name, field in (("time", "seconds"), ("memory", "peak_mb")):
-        figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), sharex=True, sharey=True, constrained_layout=True)
-        for axes, (family, methods) in zip(panels, FAMILIES.items(), strict=True):
-            for method, (text, colour) in methods.items():
-                if line := points(document, family, method, field):
-                    axes.plot(*zip(*line, strict=True), color=colour, label=text.replace("`", ""), marker="o", ms=3.5)
-            axes.set_title(family, fontsize=10)
-            axes.set_xlabel("rows N (D = 128, fp32, one thread)")
-            axes.grid(True, which="major", alpha=0.3)
-            if axes.lines:
-                axes.set_xscale("log", base=2)
-                axes.set_yscale("log")
-                axes.legend(frameon=False, fontsize=8)
-        panels[0].set_ylabel(labels[field])
-        device, versions = document["device"], document["versions"]
-        figure.suptitle(f"{device['cpu']}, torch {versions['torch']}, {document['date']}", fontsize=8)
-        written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
-        plt.close(figure)
+    with plt.rc_context(STYLE):
+        for name, paint in (
+            ("front", _front),
+            ("time", lambda plt, document: _families(plt, document, "seconds")),
+            ("memory", lambda plt, document: _families(plt, document, "peak_mb")),
+        ):
+            figure = paint(plt, document)
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], dpi=DPI, metadata={"Software": None})
+            plt.close(figure)
     return written
+
+
+DPI, WIDTH = 160, 10.0  # 1,600 pixels: half as many on a page, with letters of 11 pixels there
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.labelcolor": "#333333",
+    "text.color": "#222222",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11.5,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+}
+NAMES_OF_TICKS = {
+    "seconds": {1e-3: "1 ms", 1e-2: "10 ms", 1e-1: "0.1 s", 1: "1 s", 10: "10 s"},
+    "peak_mb": {1: "1 MB", 10: "10 MB", 100: "100 MB", 1000: "1,000 MB"},
+}
+TITLES = {"seconds": "Time of a step", "peak_mb": "Peak memory beyond the inputs"}
+
+
+def _logarithmic(axes, field: str, sizes: tuple[int, ...]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axes.set_yticks(list(NAMES_OF_TICKS[field]), list(NAMES_OF_TICKS[field].values()))
+    axes.grid(True, which="major")
+    axes.set_axisbelow(True)
+
+
+def _front(plt, document: dict):
+    """SupCon as people compute it: time and memory side by side, each line with its name and its figure."""
+    found = _by_method_and_n(document)
+    costs = {method: found[method, FRONT_N] for method in FRONT}
+    stopped = sorted(n for (method, n), row in found.items() if method in FRONT and row["seconds"] is None)
+    device, versions = document["device"], document["versions"]
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.8))
+    figure.subplots_adjust(left=0.058, right=0.845, top=0.91, bottom=0.2, wspace=0.74)
+    for axes, field, low, high, sizes in (
+        (panels[0], "seconds", 1.2e-4, 60, (16, 64, 256, 1024, 4096, 16384)),
+        (panels[1], "peak_mb", 0.7, 3e4, (256, 1024, 4096, 16384)),  # of fewer rows below 1 MB
+    ):
+        _logarithmic(axes, field, sizes)
+        axes.set_xlim(0.75 * sizes[0], 24000)
+        axes.set_ylim(low, high)
+        axes.set_title(TITLES[field], pad=10)
+        axes.set_xlabel("embeddings N")
+        axes.axvline(FRONT_N, ymax=0.9, color="#999999", lw=1, ls=(0, (3, 3)), zorder=1)
+        for method, (_, colour) in reversed(FRONT.items()):
+            line = [point for point in points(document, "SupCon", method, field) if point[1] >= low]
+            ours = method == "supcon"
+            style = {"lw": 3, "ms": 5.5, "zorder": 4} if ours else {"lw": 1.8, "ms": 4, "zorder": 3}
+            axes.plot(*zip(*line, strict=True), color=colour, marker="o", **style)
+        if stopped:
+            height = 5 * 1024 if field == "peak_mb" else high / 4
+            text = "out of memory (> 5 GB):\neager PyTorch, pytorch-metric-learning"
+            axes.plot(stopped[0], height, marker="x", color="#c8442f", ms=8, mew=2.2, zorder=5)
+            axes.text(stopped[0] * 1.35, high * 0.97, text, ha="right", va="top", fontsize=8, color="#a33524")
+        _name_lines(axes, field, costs)
+    figure.text(
+        0.008, 0.022,
+        f"SupCon, forward and backward, D = 128, fp32, one CPU thread ({device['cpu']}), torch"
+        f" {versions['torch'].partition('+')[0]}, {document['date']}. Figures beside the panels: N = {FRONT_N:,}.",
+        fontsize=8.5, color="#666666",
+    )  # fmt: skip
+    return figure
+
+
+def _name_lines(axes, field: str, costs: dict[str, dict]) -> None:
+    """Figure and name of each line in a column beside the panel, moved apart where they would overlap."""
+    apart = 0.135  # in heights of the panel
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = {method: to_axes.transform((FRONT_N, row[field]))[1] for method, row in costs.items()}
+    order = sorted(heights, key=heights.__getitem__)
+    for _ in range(200):  # neighbours that are too near push each other
+        for low, high in zip(order, order[1:]):
+            excess = max(0.0, apart - (heights[high] - heights[low]))
+            heights[low], heights[high] = heights[low] - excess / 2, heights[high] + excess / 2
+    for method in order:
+        text, colour = FRONT[method]
+        value = (time_of if field == "seconds" else memory_of)(costs[method][field])
+        ours = {"weight": "bold"} if method == "supcon" else {}
+        place = {"transform": axes.transAxes, "color": colour}
+        axes.text(1.03, heights[method], value, va="bottom", fontsize=11, weight="bold", **place)
+        axes.text(1.03, heights[method] - 0.005, text, va="top", fontsize=8.5, **ours, **place)
+
+
+def _families(plt, document: dict, field: str):
+    """One panel for each family of methods that compute the same loss."""
+    figure, panels = plt.subplots(1, 3, figsize=(WIDTH, 4.6), sharex=True, sharey=True, constrained_layout=True)
+    for axes, (family, methods) in zip(panels, FAMILIES.items(), strict=True):
+        for method, (text, colour) in methods.items():
+            if line := points(document, family, method, field):
+                name = re.sub(r" (\w+Loss|of it|SupCon.*|NT-Xent|InfoNCE)$", "", text.replace("`", ""))
+                thick = 2.4 if name == "hpcloss" else 1.5
+                axes.plot(*zip(*line, strict=True), color=colour, label=name, marker="o", ms=3.5, lw=thick)
+        axes.set_title(family)
+        axes.set_xlabel("embeddings N")
+        if axes.lines:
+            _logarithmic(axes, field, (16, 256, 4096))
+            axes.set_ylim(*{"seconds": (1.2e-4, 100), "peak_mb": (0.05, 1e5)}[field])  # room for the legend
+            axes.legend(fontsize=8, loc="upper left", borderaxespad=0.1)
+    device, versions = document["device"], document["versions"]
+    figure.suptitle(
+        f"{TITLES[field]}: D = 128, fp32, one thread, {device['cpu']}, torch {versions['torch']}, {document['date']}",
+        fontsize=9, color="#666666",
+    )  # fmt: skip
+    return figure
 
 
 def main() -> None:
@@ -218,7 +421,7 @@ def main() -> None:
     table.write_text("\n".join(tables(document)))
     written = [table, *draw(document, results.parent)]
     if results.resolve() == RESULTS:
-        for page in (ROOT / "README.md", ROOT / "docs" / "numbers.md"):
+        for page in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
             page.write_text(with_figures(page.read_text(), document))
             written.append(page)
     print(*written, sep="\n")

@@ -50,7 +50,10 @@ def repository(tmp_path_factory):
     for name, text in FILES.items():
         add(folder / name, text)
     readme = (folder / "README.md").read_text()
-    (folder / "README.md").write_text(readme.replace("| `SupConLoss`", f"{ROW}| `SupConLoss`", 1))
+    # The row of SupConLoss names it, or links its page.
+    readme, added = re.subn(r"^(?=\| \[?`SupConLoss`)", lambda _: ROW, readme, count=1, flags=re.MULTILINE)
+    assert added == 1
+    (folder / "README.md").write_text(readme)
     return folder
 
 

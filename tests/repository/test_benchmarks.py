@@ -120,11 +120,12 @@ def document():
     return json.loads(plot.RESULTS.read_text())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/numbers.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
 def test_pages_show_the_results(document, page):
     text = (ROOT / page).read_text()
     assert plot.with_figures(text, document) == text, "python -m benchmarks.plot"
-    assert plot.BLOCK.search(text) or plot.FIGURE.search(text)
+    marks = [name for _, name, _ in plot.BLOCK.findall(text)]
+    assert marks == ([""] if page == "README.md" else ["time", "memory", "source", "missed"])
 
 
 def test_the_tables_are_those_of_the_results(document):
@@ -167,7 +168,57 @@ def test_lines_of_the_figures(document):
 
 
 def test_figures(document, tmp_path):
+    """1,600 pixels wide: half as many on a page."""
     pytest.importorskip("matplotlib")
     written = plot.draw({**document, "rows": document["rows"] + MADE_UP}, tmp_path)
-    assert [path.name for path in written] == ["time.png", "memory.png"]
-    assert all(path.stat().st_size > 10_000 for path in written)
+    assert [path.name for path in written] == ["front.png", "time.png", "memory.png"]
+    for path in written:
+        data = path.read_bytes()
+        assert data[:4] == b"\x89PNG" and int.from_bytes(data[16:20], "big") == 1600  # the width in its header
+
+
+def test_made_up_tables_of_a_page(document):
+    document = {**document, "rows": MADE_UP}
+    time, memory = ("\n".join(plot.page_table(document, what)) for what in ("time", "memory"))
+    assert "| a step | N = 64 | N = 1,024 | N = 4,096 | N = 8,192 | N = 16,384 |" in time
+    assert "| hpcloss NT-Xent | not measured | 0.50 s |" in time
+    assert "| peak | N = 1,024 | N = 4,096 | N = 8,192 | N = 16,384 | host syncs |" in memory
+    assert "| pytorch-metric-learning NTXentLoss | < 1 MB | not measured |" in memory and memory.endswith("| 4 |")
+    later = [{**row, "n": 2 * row["n"]} for row in MADE_UP if row.get("n") == 2048]
+    assert "> 5 GB" in "\n".join(plot.page_table({**document, "rows": later}, "time"))
+
+
+def test_times_have_two_digits():
+    seconds = [0.000387, 0.0094, 0.00999, 0.0112, 0.0951, 0.47, 0.997, 1.47, 14.4]
+    expected = ["0.39 ms", "9.4 ms", "10 ms", "11 ms", "0.10 s", "0.47 s", "1.0 s", "1.5 s", "14 s"]
+    assert [plot.time_of(x) for x in seconds] == expected
+
+
+def test_missed_bars_are_counted(document):
+    """One line for all numbers of rows of a loss: how many are missed, and the worst quotient."""
+    made = [
+        {"name": "bench_few[infonce-16]", "bars": [{"bar": "microseconds at most 100", "ratio": 180, "met": False}]},
+        {
+            "name": "bench_few[infonce-64]",
+            "bars": [
+                {"bar": "time over a at most 1", "ratio": 1.5, "met": False},
+                {"bar": "time over b at most 1", "ratio": 0.5, "met": True},
+            ],
+        },
+        {"name": "bench_few[supcon-64]", "bars": [{"bar": "time over a at most 1", "ratio": 0.9, "met": True}]},
+    ]
+    lines = plot.missed({**document, "rows": made})
+    assert lines[0] == "2 of 4 bars are met."
+    assert lines[-1] == "| `bench_few[infonce]` | 2 of 3 | 16, 64 | 1.5 (time over a at most 1) |" and len(lines) == 5
+
+
+def test_the_sentences_of_the_readme(document):
+    """The costs of the largest size that all finish, and the worst quotient of each size where there is one above 1."""
+    costs = {"supcon": (0.5, 20), "compiled_supcon": (1, 200), "eager_supcon": (3, 1500), "pml_supcon": (5, 3000)}
+    made = [rows(name, "SupCon against N", n=8192, seconds=s, peak_mb=mb) for name, (s, mb) in costs.items()]
+    for n, eager, compiled in ((16, 1.7, 2.1), (64, 1.4, 0.9), (256, 0.9, 0.8)):
+        figures = {"n": n, "over_eager_supcon": eager, "over_compiled_supcon": compiled, "over_pml_supcon": 9.0}
+        made.append({"name": f"few {n}", "group": "small problems", "seconds": 0.1, **figures})
+    first, second, _ = plot.summary({**document, "rows": made})
+    assert "hpcloss 0.50 s and 20 MB; torch.compile 1.0 s and 200 MB; eager PyTorch 3.0 s and 1,500 MB;" in first
+    assert "up to 2.1 times as long at N = 16, 1.4 times as long at N = 64; from N = 256 on no loss is" in second

@@ -143,7 +143,7 @@ def test_the_pairs_of_the_picture(drawing):
 
 # ------------------------------------------------------------------------------------------------------- numbers
 
-FIGURES = re.findall(r"^\| `(bench_[^`]+)` \| `([^`]+)` \| ([^|]+) \|", (ROOT / "docs/numbers.md").read_text(), re.M)
+FIGURES = re.findall(r"^\| `(bench_[^`]+)` \| `([^`]+)` \| ([^|]+) \|", (ROOT / "docs/benchmarks.md").read_text(), re.M)
 
 
 def test_numbers_are_in_the_results():
