@@ -36,33 +36,26 @@ def test_the_code_of_a_page_runs(page, capsys):
 
 
 def test_the_code_of_the_readme_runs():
-    features, teacher_features = (torch.randn(2, 64, 32, 32, requires_grad=True) for _ in range(2))
-    labels, layers = torch.randint(4, (2, 32, 32)), torch.randint(8, (2, 32, 32))
-    logits = torch.randn(2, 4, 32, 32)
-    body = torch.nn.Conv2d(1, 68, 1)
-    batches = [(torch.randn(2, 1, 32, 32), labels)] * 2
+    features, labels = torch.randn(2, 64, 32, 32), torch.randint(4, (2, 32, 32))
+    network = torch.nn.Sequential()
+    network.add_module("body", torch.nn.Conv2d(1, 16, 3, padding=1))
+    network.add_module("classify", torch.nn.Conv2d(16, 4, 1))
     names = run(
         "README.md",
         torch=torch,
         hpcloss=hpcloss,
         features=features,
-        teacher_features=teacher_features,
         labels=labels,
-        layers=layers,
-        logits=logits,
-        prediction=logits.argmax(1),
-        entropy=torch.special.entr(logits.softmax(1)).sum(1),
         height=32,
         width=32,
-        supcon=lambda x, y: hpcloss.region_supcon_loss(x, y, None),
-        network=lambda images: body(images).split((4, 64), dim=1),
-        optimiser=torch.optim.SGD(body.parameters(), lr=0.1),
-        batches=batches,
+        supcon=lambda x, y: hpcloss.region_supcon_loss(x, y, None, background=None),
+        network=network,
+        batches=[(torch.randn(2, 1, 32, 32), labels)] * 2,
     )
-    assert names["anchors"].shape == (2 * 4 * 256, 64) and names["filled"].sum() <= labels.numel()
-    assert names["rows"].shape == (labels.numel(), 8)
-    assert (names["queue"].filled > 0).any() and (names["bank"].prototypes.norm(dim=-1) > 0).any()
-    assert names["loss"] > 0
+    before = torch.stack(names["losses"]).mean()
+    after = hpcloss.region_supcon_loss(features, labels, 16, reduction="region", background=None)
+    torch.testing.assert_close(after, before)
+    assert names["loss"] > 0 and any(p.grad.abs().sum() > 0 for p in names["head"].parameters())
 
 
 @pytest.mark.parametrize(

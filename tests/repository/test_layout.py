@@ -1,4 +1,4 @@
-"""The trees that README.md and hpcloss/DESIGN.md show under "Layout" are those of the repository."""
+"""The trees that CONTRIBUTING.md and hpcloss/DESIGN.md show under "Layout" are those of the repository."""
 
 import re
 from pathlib import Path
@@ -24,11 +24,11 @@ def shown(page):
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "hpcloss/DESIGN.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "hpcloss/DESIGN.md"])
 def test_the_tree_is_that_of_the_repository(page):
     """What is named exists. Where folders of a folder are named, all are, and so for its modules."""
     for parent, paths in shown(page).items():
-        if parent == Path() and page != "README.md":
+        if parent == Path() and page != "CONTRIBUTING.md":
             continue  # a part of the repository
         there = [path for path in (ROOT / parent).iterdir() if not MADE.match(path.name)]
         folders = {path.relative_to(ROOT) for path in there if path.is_dir() and any(path.rglob("*.*"))}
