@@ -9,6 +9,19 @@ PIP := $(BIN)/python $(INSTALL)
 # A test that hangs says where, and fails alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout-method thread
 WHEEL := .venv-wheel
+# CUDA 13.0 as PyPI has it: its code runs on every driver for CUDA 13.
+NVCC := .venv-nvcc
+NVCC_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96
+# Triton and CUDA are for Linux alone. There auditwheel puts the C library's version into the wheel's tag.
+ifeq ($(shell uname),Linux)
+KERNELS := $(PYTEST)
+CUDA := HPCLOSS_CUDA=1 CUDA_HOME=$(CURDIR)/$(NVCC)/nvidia/cu13
+REPAIR := auditwheel repair --wheel-dir dist dist/*-linux_*.whl && rm dist/*-linux_*.whl
+wheel: $(NVCC)/installed
+else
+KERNELS := echo NOT RUN without Triton: pytest
+REPAIR := true
+endif
 # Triton as torch 2.11 brings it, and the oldest one that is supported. Their interpreters want an older NumPy.
 TRITON_OF_TORCH_2_11 := 3.6.0
 OLDEST_TRITON := 3.4.0
@@ -32,7 +45,7 @@ demo: $(VENV)/installed-demo
 # The loop while writing code: layers, every loss on the tiles and on the kernels, a plan, a class of compat. Under 60 s.
 quick: $(VENV)/installed-quick
 	@began=$$(date +%s); log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(PYTEST) -q $(QUICK_KERNELS) > "$$log" 2>&1 & kernels=$$!; \
+	$(KERNELS) -q $(QUICK_KERNELS) > "$$log" 2>&1 & kernels=$$!; \
 	$(PYTEST) -q $(QUICK); others=$$?; \
 	wait $$kernels; kernels=$$?; cat "$$log"; \
 	echo "make quick: $$(($$(date +%s) - began)) s"; \
@@ -41,7 +54,7 @@ quick: $(VENV)/installed-quick
 # The second run is that of the GPU kernels, which a machine without a GPU has in Triton's interpreter.
 test: $(VENV)/installed
 	$(PYTEST) tests --ignore tests/kernels -n 2 --timeout 400
-	$(PYTEST) tests/kernels -n 2 --timeout 400
+	$(KERNELS) tests/kernels -n 2 --timeout 400
 
 # Also every shipped tile shape on every GPU target, every loss launched and its PTX interpreted for more of them, and every
 # planted mistake; and the tests of kernels on older versions of Triton.
@@ -59,16 +72,19 @@ test-triton-%: .venv-triton-%/installed
 
 # What a release uploads, installed beside torch alone, and tests of it. `pytest` does not see the sources; `python -m`
 # would, and so would tests that are imported from the root of the repository.
+OUTSIDE := --override-ini pythonpath= --import-mode importlib --timeout 400
 wheel: $(VENV)/installed-dev
 	rm -rf dist $(WHEEL)
-	$(BIN)/python -m build
+	$(CUDA) $(BIN)/python -m build
+	PATH="$(CURDIR)/$(BIN):$$PATH"; $(REPAIR)
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python $(INSTALL) torch
-	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check --no-index --find-links dist hpcloss
+	PATH= $(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check --no-index --find-links dist hpcloss
 	$(WHEEL)/bin/python $(INSTALL) pytest pytest-timeout pytest-xdist hypothesis numpy
 	$(WHEEL)/bin/python -I -c "import hpcloss; print(hpcloss.__file__); print(hpcloss.info())"
-	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest --override-ini pythonpath= --import-mode importlib --timeout 400 -n 2 $(OF_THE_WHEEL)
+	$(CUDA) PATH= $(WHEEL)/bin/pytest $(OUTSIDE) tests/tools/wheel.py
+	OMP_NUM_THREADS=1 $(WHEEL)/bin/pytest $(OUTSIDE) -n 2 $(OF_THE_WHEEL)
 
 # 10,000 random configurations over all losses, hostile values, long runs, threads, workers, kills.
 stress: $(VENV)/installed
@@ -83,10 +99,21 @@ bench: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest benchmarks --benchmark-only -m "" --results benchmarks/results/cpu.json
 	$(PEERS)/bin/python -m benchmarks.plot
 
+SCHEMA := $(BIN)/check-jsonschema --quiet --builtin-schema
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/validate-pyproject pyproject.toml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/loss.yml
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(BIN)/actionlint -shellcheck= -pyflakes= -ignore 'label "gpu" is unknown' .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
@@ -100,7 +127,7 @@ docs-serve: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(WHEEL) .venv-triton-* build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PEERS) $(WHEEL) $(NVCC) .venv-triton-* build dist demo *.egg-info hpcloss/libhpcloss.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # torch first and alone: nothing that comes after may choose another build of it.
 $(VENV)/torch: constraints.txt
@@ -109,30 +136,30 @@ $(VENV)/torch: constraints.txt
 	touch $@
 
 # The package, and what a target needs beside it. Each builds the native library again where its sources changed.
-$(VENV)/installed-quick: $(VENV)/torch setup.py $(wildcard csrc/*)
+$(VENV)/installed-quick: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*)
 	$(PIP) -e ".[test]"
 	touch $@
 
-$(VENV)/installed-demo: $(VENV)/torch setup.py $(wildcard csrc/*)
+$(VENV)/installed-demo: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*)
 	$(PIP) -e ".[examples]"
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/torch setup.py $(wildcard csrc/*)
+$(VENV)/installed-dev: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*)
 	$(PIP) -e ".[dev]"
 	touch $@
 
-$(VENV)/installed-docs: $(VENV)/torch setup.py
+$(VENV)/installed-docs: $(VENV)/torch setup.py pyproject.toml
 	$(PIP) -e ".[docs]"
 	touch $@
 
 # nnU-Net without its transformers' timm, which needs a torchvision made for this very torch; before it what it imports.
-$(VENV)/installed: $(VENV)/torch setup.py $(wildcard csrc/*)
+$(VENV)/installed: $(VENV)/torch setup.py pyproject.toml $(wildcard csrc/*)
 	$(PIP) -e ".[test,examples]" simpleitk scikit-image seaborn blosc2 connected-components-3d einops
 	$(PIP) --no-deps nnunetv2 dynamic-network-architectures batchgenerators batchgeneratorsv2 acvl-utils
 	touch $(VENV)/installed-quick $(VENV)/installed-demo $@
 
 # The libraries without their dependencies: those would choose another build of torch.
-$(PEERS)/installed: constraints.txt setup.py $(wildcard csrc/*)
+$(PEERS)/installed: constraints.txt setup.py pyproject.toml $(wildcard csrc/*)
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(INSTALL) torch
 	$(PEERS)/bin/python $(INSTALL) -e . pytest pytest-benchmark matplotlib scipy scikit-learn tqdm
@@ -145,4 +172,10 @@ $(PEERS)/installed: constraints.txt setup.py $(wildcard csrc/*)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
 		triton==$* numpy==$(NUMPY_OF_OLDER_TRITON)
+	touch $@
+
+# Nothing but the compiler and its libraries, for CUDA_HOME.
+$(NVCC)/installed:
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) $(NVCC_PACKAGES)
 	touch $@

@@ -1,4 +1,4 @@
-"""Package metadata, and the native library: built where there is a C++ compiler, its CUDA half where there is nvcc.
+"""The native library: built where there is a C++ compiler, its CUDA half where there is nvcc.
 
 The package works without either, and building needs setuptools alone. HPCLOSS_CUDA=0: without the CUDA half; 1: with
 it, or the installation fails; auto, the default: with it where it can be built.
@@ -13,23 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError, CCompilerError
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "hpcloss/__init__.py").read_text(), re.MULTILINE).group(1)
-
-EXAMPLES = ["monai", "lightning>=2.6", "nibabel", "nilearn", "h5py", "pillow", "scipy", "matplotlib", "tensorboard"]
-INTEGRATIONS = ["nnunetv2>=2.8"]
-TEST = ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "numpy"]
-TEST += ["triton; platform_system == 'Linux'"]
-TEST += ["setuptools>=70.1"]  # the tests build the package, with what is installed
-DEV = ["ruff", "mypy", "build", "twine"]
-DOCS = ["mkdocs-material", "mkdocstrings-python", "mkdocs-jupyter"]
-
 WINDOWS, LINUX = sys.platform == "win32", sys.platform.startswith("linux")
 LIBRARY = "libhpcloss" + (".dll" if WINDOWS else ".dylib" if sys.platform == "darwin" else ".so")
 REPORT = "libhpcloss.txt"
@@ -232,15 +222,6 @@ class Wheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        name="hpcloss",
-        version=VERSION,
-        description="Exact contrastive losses for dense prediction in O(N D) memory",
-        long_description=(HERE / "README.md").read_text(encoding="utf-8"),
-        long_description_content_type="text/markdown",
-        license="Apache-2.0",
-        python_requires=">=3.10",
-        packages=find_packages(include=["hpcloss", "hpcloss.*"]),
-        package_data={"hpcloss": ["py.typed", "DESIGN.md"]},
         ext_modules=[
             Extension(
                 "hpcloss.libhpcloss",
@@ -251,6 +232,4 @@ if __name__ == "__main__":
             )
         ],
         cmdclass={"build_py": BuildModules, "build_ext": BuildLibrary, "bdist_wheel": Wheel},
-        install_requires=["torch>=2.6"],
-        extras_require={"examples": EXAMPLES, "integrations": INTEGRATIONS, "test": TEST, "dev": DEV, "docs": DOCS},
     )
