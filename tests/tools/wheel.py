@@ -1,4 +1,4 @@
-"""What `make wheel` made, run by the Python that it is installed in: the file, and what it is where nothing compiles."""
+"""What `make wheel` made, run by the Python that it is installed in: the file, and that nothing had to compile."""
 
 import os
 import re
