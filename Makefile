@@ -174,8 +174,9 @@ $(PEERS)/installed: constraints.txt setup.py pyproject.toml $(wildcard csrc/*)
 		triton==$* numpy==$(NUMPY_OF_OLDER_TRITON)
 	touch $@
 
-# Nothing but the compiler and its libraries, for CUDA_HOME.
+# Nothing but the compiler and its libraries, for CUDA_HOME. nvcc looks for libraries in lib64.
 $(NVCC)/installed:
 	rm -rf $(@D)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) $(NVCC_PACKAGES)
+	ln -sfn lib $(@D)/nvidia/cu13/lib64
 	touch $@
