@@ -70,6 +70,12 @@ def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[
     return reasons or list(_triton_failing(*place, tensor.dtype, _width(tensor.shape[1]), falls_back))
 
 
+def available(tensor: Tensor) -> list[str]:
+    """Backends of the device of `tensor` [., D, ...]. No kernel has been tried: a call may still refuse "triton"."""
+    found = [name for name in ("dense", "blockwise") if not unsupported(name, tensor)]
+    return found if _triton_missing(tensor.device.type, tensor.device.index, False) else [*found, "triton"]
+
+
 def _width(channels: int) -> int:
     """Channels of a trial: those of the call, or the next of a few; a number also where the compiler has a symbol."""
     for width in WIDTHS:
