@@ -65,7 +65,7 @@ def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[
     if tensor.shape[1] > MAX_CHANNELS:
         reasons.append(f"at most {MAX_CHANNELS} channels fit its tiles, got {tensor.shape[1]}")
     if tensor.numel() // max(tensor.shape[1], 1) > INT32_MAX:
-        reasons.append("row numbers beyond 2^31")
+        reasons.append("at most 2^31 - 1 rows fit its row numbers, got more")
     # A call that no kernel takes is no reason to build some.
     return reasons or list(_triton_failing(*place, tensor.dtype, _width(tensor.shape[1]), falls_back))
 
@@ -157,7 +157,9 @@ def _tell(device: str, index: int | None, reason: str, lasts: bool = True) -> No
             return
         _told.add(key)
     until = "" if lasts else " for now"
-    warnings.warn(f"hpcloss runs its PyTorch tiles on this GPU{until}, not its kernels: {reason}", stacklevel=2)
+    warnings.warn(
+        f"hpcloss uses its PyTorch implementation on this GPU{until}, not its Triton kernels: {reason}", stacklevel=2
+    )
 
 
 def forget() -> None:
