@@ -1,13 +1,14 @@
 """Self-check of an installation: `python -m hpcloss`.
 
-It prints `hpcloss.info()`. Then it compares five losses, which together use every primitive, with `hpcloss.reference`
-in float64, and times them, on every backend of the device. It needs torch alone and takes about ten seconds. The first
-run on a GPU takes longer, because Triton compiles its kernels. The exit code is 1 if a check failed.
+It prints the versions and `hpcloss.info()`. Then it compares five losses, which together use every primitive, with
+`hpcloss.reference` in float64, and times them, on every backend of the device. It needs torch alone and takes about ten
+seconds. The first run on a GPU takes longer, because Triton compiles its kernels. The exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import statistics
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hpcloss import functional, reference
+from hpcloss import __version__, functional, reference
 from hpcloss.backends import available, info
 from hpcloss.memory import EmbeddingQueue
 
@@ -122,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--device must be a device that a backend supports, got {name!r}")
     dtypes = {"float32": torch.float32} | ({"float16": torch.float16} if example.is_cuda else {})
     limits = ", ".join(f"{TOLERANCES[dtype]:g} in {name}" for name, dtype in dtypes.items())
-    print(f"""{info()}
+    print(f"""hpcloss {__version__}, Python {platform.python_version()}, {platform.platform()}
+{info()}
 
 {IMAGES * HEIGHT * WIDTH:,} rows of {CHANNELS} channels on {device}, {torch.get_num_threads()} CPU threads
 error: of value and gradients against float64, relative to the largest entry; limit {limits}

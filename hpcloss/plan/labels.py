@@ -59,6 +59,23 @@ def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
     return _integers(name, labels.reshape(-1), vectors.device)
 
 
+def _check_resolution(name: str, labels: Tensor, features: Tensor) -> None:
+    """Raise ValueError unless labels [B, *S'] can be resized to features [B, D, *S]."""
+    for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
+        if (extent == 0) != (wanted == 0):
+            raise ValueError(
+                f"{name} must be empty where features are and only there, got {tuple(labels.shape)} for"
+                f" {tuple(features.shape)}"
+            )
+    finer = [extent > wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
+    coarser = [extent < wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
+    if any(finer) and any(coarser):
+        raise ValueError(
+            f"{name} must not be finer than features on one axis and coarser on another, got {tuple(labels.shape)} for"
+            f" {tuple(features.shape)}; check the order of the axes"
+        )
+
+
 def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
     """Labels [B, *S] of a feature map [B, D, *S], from [B, *S'] or [B, 1, *S'] of any resolution."""
     check_tensor(name, labels)
@@ -102,19 +119,7 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
             f" look like views [B, V, D, H, W]; pass features.flatten(0, 1) and {name}.flatten(0, 1) for views,"
             f" {name}[:, None] for a volume"
         )
-    for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
-        if (extent == 0) != (wanted == 0):
-            raise ValueError(
-                f"{name} must be empty where features are and only there, got {tuple(labels.shape)} for"
-                f" {tuple(features.shape)}"
-            )
-    finer = [extent > wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
-    coarser = [extent < wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
-    if any(finer) and any(coarser):
-        raise ValueError(
-            f"{name} must not be finer than features on one axis and coarser on another, got {tuple(labels.shape)} for"
-            f" {tuple(features.shape)}; check the order of the axes"
-        )
+    _check_resolution(name, labels, features)
     labels = _integers(name, labels, features.device)
     for axis in range(1, labels.dim()):
         extent, wanted = labels.shape[axis], features.shape[axis + 1]

@@ -82,7 +82,8 @@ def test_imports_run_one_way(module):
     for imported in imports(FILES[module]):
         other = layer_name(imported) if imported.startswith("hpcloss") else None
         if imported == "hpcloss":
-            raise AssertionError(f"{module} imports the package itself")
+            assert own == "__main__", f"{module} imports the package itself"  # the command names its version
+            continue
         if other is None or other == own:
             continue
         assert own not in APART and other not in APART, f"{module} imports {imported}"

@@ -6,6 +6,7 @@ tests/repository/test_imports.py runs the command itself.
 import pytest
 import torch
 
+import hpcloss
 from hpcloss import __main__ as self_check
 from hpcloss import backends, functional
 from hpcloss.backends import blockwise
@@ -26,6 +27,7 @@ def run(capsys):
     def command():
         code = self_check.main(["--device", "cpu"])
         output = capsys.readouterr().out
+        assert output.startswith(f"hpcloss {hpcloss.__version__}, Python ") and hpcloss.info() in output
         _, table, end = output.rsplit("\n\n", 2)
         rows = {tuple(line.split()[:2]): line for line in table.splitlines()[1:]}
         assert all(" float32 " in row for row in rows.values())
