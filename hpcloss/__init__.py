@@ -10,7 +10,7 @@ from hpcloss.memory import EmbeddingQueue
 from hpcloss.plan.sampling import sample_anchors, sample_positives
 from hpcloss.prototypes import PrototypeBank, layer_prototypes, sinkhorn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EmbeddingQueue",

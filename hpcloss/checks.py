@@ -169,11 +169,11 @@ def check_vectors(name: str, vectors: Tensor, like: Tensor | None = None, same_l
 
 # The class for a call with another library's arguments: by argument and number of dimensions (None: no tensor).
 _ELSEWHERE = {
-    ("embeddings", 3): "views [N, views, D] are taken by hpcloss.compat.supcontrast.SupConLoss",
-    ("keys", None): "the pairs of a miner are taken by hpcloss.compat.pml.SupConLoss",
-    ("view2", 1): "embeddings and labels are taken by hpcloss.compat.pml.NTXentLoss",
-    ("negatives", 3): "negatives of a query's own are taken by hpcloss.compat.infonce.InfoNCE(negative_mode='paired')",
-    ("negatives", 0): "a logit_scale is taken by hpcloss.compat.open_clip.ClipLoss",
+    ("embeddings", 3): "for views [N, views, D] use hpcloss.compat.supcontrast.SupConLoss",
+    ("keys", None): "for the pairs of a miner use hpcloss.compat.pml.SupConLoss",
+    ("view2", 1): "for embeddings and labels use hpcloss.compat.pml.NTXentLoss",
+    ("negatives", 3): "for negatives of each query use hpcloss.compat.infonce.InfoNCE(negative_mode='paired')",
+    ("negatives", 0): "for a logit_scale use hpcloss.compat.open_clip.ClipLoss",
 }
 
 
@@ -225,6 +225,6 @@ def check_used(order: Tensor | None = None, live: Tensor | None = None, **inputs
         if bool(broken.any()):
             first = tuple(broken.nonzero()[0].tolist())
             raise ValueError(
-                f"{name} must be finite, got {int(broken.sum())} values that take part and are not, the first of them"
+                f"{name} must be finite where it is used, got {int(broken.sum())} values that are not; the first is"
                 f" {plain(values)[first].item()} at {first}"
             )

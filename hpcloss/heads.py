@@ -104,7 +104,7 @@ class FeatureTap(nn.Module):
     def __init__(self, model: nn.Module, layer: str) -> None:
         super().__init__()
         if not isinstance(layer, str):
-            raise TypeError(f"layer must be the name of one, got {layer!r}")
+            raise TypeError(f"layer must be the name of a layer, got {layer!r}")
         modules = dict(model.named_modules(remove_duplicate=False))
         if layer == "" or layer not in modules:
             raise ValueError(_no_such_layer(layer, [name for name in modules if name]))

@@ -119,7 +119,7 @@ class EmbeddingQueue(nn.Module):
         """
         if labels is None:
             if self.num_classes > 1:
-                raise ValueError(f"labels are needed by a queue of {self.num_classes} classes, got None")
+                raise ValueError(f"labels must be given to a queue of {self.num_classes} classes, got None")
             labels = embeddings.new_zeros(embeddings.shape[:1] + embeddings.shape[2:], dtype=torch.int64)
         if embeddings.dim() == 2:
             check_vectors("embeddings", embeddings)
@@ -128,9 +128,9 @@ class EmbeddingQueue(nn.Module):
             labels = labels_of_map(embeddings, labels).reshape(-1)
         self._check("embeddings", embeddings)
         if groups is not None and self.groups is None:
-            raise ValueError("groups are not kept by this queue; EmbeddingQueue(..., groups=True) does")
+            raise ValueError("groups must be None for a queue that keeps none: use EmbeddingQueue(..., groups=True)")
         if groups is not None and embeddings.dim() != 2:
-            raise ValueError(f"groups go with embeddings [N, D], got a map {tuple(embeddings.shape)}")
+            raise ValueError(f"groups must come with embeddings [N, D], got embeddings {tuple(embeddings.shape)}")
         if groups is not None:
             groups = labels_of_vectors("groups", embeddings, groups)
         if labels.numel() == 0:

@@ -65,9 +65,15 @@ def unsupported(name: str, tensor: Tensor, *, falls_back: bool = False) -> list[
     if tensor.shape[1] > MAX_CHANNELS:
         reasons.append(f"at most {MAX_CHANNELS} channels fit its tiles, got {tensor.shape[1]}")
     if tensor.numel() // max(tensor.shape[1], 1) > INT32_MAX:
-        reasons.append("row numbers beyond 2^31")
+        reasons.append("at most 2^31 - 1 rows fit its row numbers, got more")
     # No kernel is built for a call that no kernel can run.
     return reasons or list(_triton_failing(*place, tensor.dtype, _width(tensor.shape[1]), falls_back))
+
+
+def available(tensor: Tensor) -> list[str]:
+    """Backends of the device of `tensor` [., D, ...]. No kernel has been tried: a call may still refuse "triton"."""
+    found = [name for name in ("dense", "blockwise") if not unsupported(name, tensor)]
+    return found if _triton_missing(tensor.device.type, tensor.device.index, False) else [*found, "triton"]
 
 
 def _width(channels: int) -> int:
@@ -152,7 +158,9 @@ def _tell(device: str, index: int | None, reason: str, lasts: bool = True) -> No
             return
         _told.add(key)
     until = "" if lasts else " for now"
-    warnings.warn(f"hpcloss runs its PyTorch tiles on this GPU{until}, not its kernels: {reason}", stacklevel=2)
+    warnings.warn(
+        f"hpcloss uses its PyTorch implementation on this GPU{until}, not its Triton kernels: {reason}", stacklevel=2
+    )
 
 
 def forget() -> None:

@@ -124,8 +124,8 @@ class PixelContrastLoss(nn.Module):
             num_classes = max(int(used.max()) + 1, 1) if used.numel() else 1
             if num_classes > MOST_CLASSES:
                 raise ValueError(
-                    f"labels hold {num_classes - 1}, not ignored (ignore_label={self.ignore_label}) nor likely a class:"
-                    " pass num_classes, and larger ones are left out"
+                    f"labels must be below {MOST_CLASSES} or ignore_label={self.ignore_label} without num_classes,"
+                    f" got {num_classes - 1}; pass num_classes to ignore larger labels"
                 )
         pixels, classes = self._draw(labels, wrong, count("num_classes", num_classes))
         key_order, keys = None, None

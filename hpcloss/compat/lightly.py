@@ -69,7 +69,7 @@ class NTXentLoss(PeerLoss):
         if not isinstance(temperature, Tensor) and temperature < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         if gather_distributed and not dist.is_available():
-            raise ValueError(f"gather_distributed={gather_distributed} needs torch.distributed, which torch lacks here")
+            raise ValueError(f"gather_distributed must be False without torch.distributed, got {gather_distributed}")
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         self.memory_bank = None
@@ -79,8 +79,8 @@ class NTXentLoss(PeerLoss):
             raise ValueError(f"memory_bank_size must be (rows, dim), or 0 for none, got {memory_bank_size}")
         if size[0] and len(size) == 1:
             warnings.warn(
-                f"memory_bank_size={size[0]} leaves the dimension to the first batch; with ({size[0]}, dim) the bank is"
-                " part of state_dict from the start",
+                f"memory_bank_size={size[0]} leaves the dimension to the first batch; pass ({size[0]}, dim) to have the"
+                " bank in state_dict from the start",
                 stacklevel=2,
             )
             self.memory_bank = size[0]

@@ -42,7 +42,7 @@ class ContrastiveLoss(_Loss):
         check_vector_options(temperature)
         self.temperature = temperature
         if batch_size != -1:
-            warnings.warn(f"batch_size={batch_size} has no effect, the batch says its size itself", stacklevel=2)
+            warnings.warn(f"batch_size={batch_size} has no effect: the batch has its own size", stacklevel=2)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of two views.

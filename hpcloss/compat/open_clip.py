@@ -85,7 +85,7 @@ class ClipLoss(PeerLoss):
         if self.world_size not in (1, ranks()):
             raise ValueError(f"world_size={self.world_size}, but the default process group has {ranks()} processes")
         if self.world_size > 1 and self.rank != dist.get_rank():
-            raise ValueError(f"rank={self.rank}, but this process has rank {dist.get_rank()} of {ranks()}")
+            raise ValueError(f"rank must be that of this process, {dist.get_rank()} of {ranks()}, got {self.rank}")
         loss = infonce_loss(
             image_features, text_features, None, 1 / scale, symmetric=True, normalize=False, gather=self.world_size > 1
         )

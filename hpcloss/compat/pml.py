@@ -267,8 +267,8 @@ class NTXentLoss(PairLoss):
     def _of_labels(self, rows: Rows, keys: Rows | None, pairs: Pairs) -> tuple[Tensor, Any]:
         if self._needs_each():
             raise NotImplementedError(
-                f"reducer {type(self.reducer).__name__} needs the loss of each pair, which labels do not give; use"
-                " MeanReducer without collect_stats, or an indices_tuple"
+                "reducer must be MeanReducer without collect_stats where labels define the pairs, got"
+                f" {type(self.reducer).__name__}; pass an indices_tuple to have the loss of each pair"
             )
         scale = Scale.of(self.temperature, rows, self.normalize)
         stat = pair_lse(rows, pairs, "negatives", scale, keys=keys)

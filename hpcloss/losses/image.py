@@ -195,7 +195,7 @@ class IHPCLoss(Loss):
         """
         below_one("beta", beta)
         if "hardness" in options:
-            raise TypeError(f"the published form has no hardness, got hardness={options['hardness']}")
+            raise TypeError(f"hardness must not be given to the published form, got {options['hardness']}")
         loss = cls(hardness=0.0, **options)
         loss.beta = float(beta)
         return loss
@@ -230,8 +230,8 @@ class IHPCLoss(Loss):
             del state_dict[name]
         if found:
             warnings.warn(
-                f"{', '.join(found)} of the checkpoint are left out: IHPCLoss keeps no memory bank any more. Give it an"
-                " EmbeddingQueue, which starts empty.",
+                f"IHPCLoss ignores {', '.join(found)} of the checkpoint: it no longer has a memory bank. Pass an"
+                " EmbeddingQueue to the call; it starts empty.",
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -244,7 +244,7 @@ def _rows_of(queue: EmbeddingQueue, groups: Tensor | None) -> tuple[Tensor, Tens
     if queue.num_classes != 1:
         raise ValueError(f"queue must have one class, got num_classes={queue.num_classes}")
     if groups is not None and queue.groups is None:
-        raise ValueError("queue must keep groups, as groups are given: EmbeddingQueue(..., groups=True)")
+        raise ValueError("queue must keep groups where groups are given: use EmbeddingQueue(..., groups=True)")
     slot = torch.arange(queue.size, device=queue.filled.device)
     of_slots = torch.full_like(slot, NO_GROUP) if queue.groups is None else queue.groups[0]
     return queue.embeddings[0], torch.where(slot < queue.filled, of_slots, UNFILLED)

@@ -180,10 +180,10 @@ def _classes(
     """The number of classes and the label of each pixel. Without labels all pixels are of one class."""
     if labels is None:
         if patch_positives == "majority":
-            raise ValueError("patch_positives='majority' needs labels, got None")
+            raise ValueError("labels must be given with patch_positives='majority', got None")
         return 1, labels_of_map(features, torch.zeros_like(features[:, 0], dtype=torch.int64))
     if num_classes is None:
-        raise ValueError("labels need num_classes, got None")
+        raise ValueError("num_classes must be given with labels, got None")
     return num_classes, labels_of_map(features, labels)
 
 

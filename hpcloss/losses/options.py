@@ -67,7 +67,7 @@ def _sizes(name: str, value: Any) -> Any:
 def _some_sizes(name: str, value: Any) -> tuple[int, ...]:
     sizes = check_sizes(name, value)
     if not sizes:
-        raise ValueError(f"{name} must be a size or several, got {value!r}")
+        raise ValueError(f"{name} must be an integer or a sequence of at least one, got {value!r}")
     return sizes
 
 
@@ -186,24 +186,26 @@ def _labels(
     if num_classes is not None:
         check_classes_and_ignored(num_classes, ignore_index)
     if background is not None and background in ignore_index:
-        raise ValueError(f"background {background} is also in ignore_index {ignore_index}; use background=None")
+        raise ValueError(
+            f"background must not be in ignore_index {ignore_index}, got {background}; use background=None"
+        )
 
 
 def _samples(*, samples_per_class: int | None, num_classes: int | None, **others: Any) -> None:
     if samples_per_class is not None and num_classes is None:
-        raise ValueError(f"samples_per_class={samples_per_class} needs num_classes, got None")
+        raise ValueError(f"num_classes must be given with samples_per_class={samples_per_class}, got None")
 
 
 def _discount(*, discount: float, denominator: str, **others: Any) -> None:
     if discount and denominator != "own":
-        raise ValueError(f"discount={discount} needs denominator 'own', got {denominator!r}")
+        raise ValueError(f"denominator must be 'own' with discount={discount}, got {denominator!r}")
 
 
 def _cells(*, region_size: Any, local_size: Any, **others: Any) -> None:
     if local_size is None:
         return
     if region_size is None:
-        raise ValueError(f"local_size={local_size!r} needs a region_size, got None")
+        raise ValueError(f"region_size must be given with local_size={local_size!r}, got None")
     large, small = check_sizes("region_size", region_size), check_sizes("local_size", local_size)
     if len(large) != len(small):
         large, small = large * len(small), small * len(large)
@@ -213,12 +215,12 @@ def _cells(*, region_size: Any, local_size: Any, **others: Any) -> None:
 
 def _sides(*, symmetric: bool, entropy_classes: bool, **others: Any) -> None:
     if symmetric and entropy_classes:
-        raise ValueError("symmetric=True has no meaning with entropy_classes=True, where every pixel is an anchor")
+        raise ValueError("symmetric must be False with entropy_classes=True, where every pixel is an anchor, got True")
 
 
 def _published_hardness(*, hardness: float | None, temperature: float | Tensor, **others: Any) -> None:
     if hardness is None and isinstance(temperature, Tensor):
-        raise ValueError("hardness=None stands for -1 / temperature, which must be a number then, got a tensor")
+        raise ValueError("temperature must be a number with hardness=None, which means -1 / temperature, got a tensor")
 
 
 TOGETHER: dict[str, tuple[Callable[..., None], ...]] = {

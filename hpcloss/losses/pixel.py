@@ -207,7 +207,7 @@ def _plan(
 def _check_queue(queue: EmbeddingQueue, features: Tensor, num_classes: int) -> None:
     if not isinstance(queue, EmbeddingQueue):
         raise TypeError(
-            f"queue must be an EmbeddingQueue, got {type(queue).__name__}; a tensor [C, K, D] is taken by"
+            f"queue must be an EmbeddingQueue, got {type(queue).__name__}; for a tensor [C, K, D] use"
             " hpcloss.compat.contrastiveseg.PixelContrastLoss"
         )
     expected, got = (num_classes, features.shape[1]), (queue.num_classes, queue.dim)

@@ -50,7 +50,7 @@ def supcon_loss(
     if keys is not None:
         check_vectors("keys", keys, like=embeddings)
     if (keys is None) != (key_labels is None):
-        raise ValueError("keys and key_labels go together, got only one of them")
+        raise ValueError("keys and key_labels must be given together, got one of them")
     if keys is not None and key_labels is not None:
         key_labels = labels_of_vectors("key_labels", keys, key_labels)
         pairs, key_order = partition_against(labels, key_labels, ignore_index=ignored)
@@ -267,7 +267,7 @@ def infonce_loss(
 ) -> Tensor:
     """The function of `InfoNCELoss`: the inputs of its `forward`, then its options but `learnable`."""
     if symmetric and negatives is not None:
-        raise ValueError("symmetric=True has no meaning with negatives of the queries' own")
+        raise ValueError("symmetric must be False where negatives are given, got True")
     check_vectors("query", query)
     check_vectors("positive", positive, like=query, same_length=True)
     if check_finite:

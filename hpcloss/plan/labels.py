@@ -31,8 +31,8 @@ def check_classes_and_ignored(num_classes: int, ignored: tuple[int, ...]) -> Non
     """Raise ValueError if the default `ignore_index` contains one of the classes."""
     if ignored == IGNORED and num_classes > max(IGNORED):
         raise ValueError(
-            f"num_classes={num_classes} has a class {max(IGNORED)}, which ignore_index removes by default; say which"
-            " labels to ignore, for example ignore_index=(-100, -1)"
+            f"num_classes must be at most {max(IGNORED)} with the default ignore_index, which removes label"
+            f" {max(IGNORED)}, got {num_classes}; pass the labels to ignore, for example ignore_index=(-100, -1)"
         )
 
 
@@ -64,9 +64,26 @@ def labels_of_vectors(name: str, vectors: Tensor, labels: Tensor) -> Tensor:
     check_tensor(name, labels)
     if labels.shape not in ((vectors.shape[0],), (vectors.shape[0], 1)):
         square = labels.shape == (vectors.shape[0], vectors.shape[0])
-        other = "; a mask of pairs is taken by hpcloss.compat.supcontrast.SupConLoss" if square else ""
+        other = "; for a mask of pairs use hpcloss.compat.supcontrast.SupConLoss" if square else ""
         raise ValueError(f"{name} must have shape [{vectors.shape[0]}], got {tuple(labels.shape)}{other}")
     return _integers(name, labels.reshape(-1), vectors.device)
+
+
+def _check_resolution(name: str, labels: Tensor, features: Tensor) -> None:
+    """Raise ValueError unless labels [B, *S'] can be resized to features [B, D, *S]."""
+    for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
+        if (extent == 0) != (wanted == 0):
+            raise ValueError(
+                f"{name} must be empty where features are and only there, got {tuple(labels.shape)} for"
+                f" {tuple(features.shape)}"
+            )
+    finer = [extent > wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
+    coarser = [extent < wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
+    if any(finer) and any(coarser):
+        raise ValueError(
+            f"{name} must not be finer than features on one axis and coarser on another, got {tuple(labels.shape)} for"
+            f" {tuple(features.shape)}; check the order of the axes"
+        )
 
 
 def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
@@ -83,7 +100,9 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
     """
     check_tensor(name, labels)
     if isinstance(features, (tuple, list)):
-        raise TypeError("features must be a tensor, got several; FeatureTap and alike return (output, features)")
+        raise TypeError(
+            f"features must be a tensor, got a {type(features).__name__}; FeatureTap returns (output, features)"
+        )
     check_tensor("features", features)
     if not features.is_floating_point():
         raise TypeError(f"features must be floating point, got {features.dtype}")
@@ -99,13 +118,14 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
         labels = labels.squeeze(1)
     elif labels.dim() == dims and labels.shape[0] == features.shape[0]:
         raise ValueError(
-            f"{name} of shape {tuple(labels.shape)} look one-hot; pass class indices: {name}.argmax(1), shape [B, *S]"
+            f"{name} must be class indices [B, *S] or [B, 1, *S], got shape {tuple(labels.shape)}, which looks one-hot;"
+            f" pass {name}.argmax(1)"
         )
     if labels.dim() != dims - 1 or labels.shape[0] != features.shape[0]:
         if labels.shape == features.shape[1:]:
             raise ValueError(
-                f"features {tuple(features.shape)} and {name} {tuple(labels.shape)} have no batch axis;"
-                f" pass features[None] and {name}[None]"
+                f"features must have shape [B, D, *S], got {tuple(features.shape)} with {name} {tuple(labels.shape)},"
+                f" which have no batch axis; pass features[None] and {name}[None]"
             )
         raise ValueError(
             f"{name} must have shape [B, *S] or [B, 1, *S] for features {tuple(features.shape)},"
@@ -115,19 +135,11 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
     views = dims == 5 and not channel and labels.shape[1:] == (features.shape[1], *features.shape[3:])
     if views and labels.shape[1] < features.shape[2]:
         raise ValueError(
-            f"features {tuple(features.shape)} with {name} {tuple(labels.shape)} look like views [B, V, D, H, W];"
-            f" pass features.flatten(0, 1) and {name}.flatten(0, 1), or {name}[:, None] of a volume"
+            f"features must have shape [B, D, *S], got {tuple(features.shape)} with {name} {tuple(labels.shape)}, which"
+            f" look like views [B, V, D, H, W]; pass features.flatten(0, 1) and {name}.flatten(0, 1) for views,"
+            f" {name}[:, None] for a volume"
         )
-    for extent, wanted in zip(labels.shape[1:], features.shape[2:]):
-        if (extent == 0) != (wanted == 0):
-            raise ValueError(f"{name} {tuple(labels.shape)} and features {tuple(features.shape)}: one of them is empty")
-    finer = [extent > wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
-    coarser = [extent < wanted for extent, wanted in zip(labels.shape[1:], features.shape[2:])]
-    if any(finer) and any(coarser):
-        raise ValueError(
-            f"{name} {tuple(labels.shape)} are finer than features {tuple(features.shape)} on one axis and coarser on"
-            " another; are axes swapped?"
-        )
+    _check_resolution(name, labels, features)
     labels = _integers(name, labels, features.device)
     for axis in range(1, labels.dim()):
         extent, wanted = labels.shape[axis], features.shape[axis + 1]
@@ -140,7 +152,7 @@ def labels_of_map(features: Tensor, labels: Tensor, name: str = "labels") -> Ten
 def check_label_values(labels: Tensor, ignored: tuple[int, ...], num_classes: int | None) -> None:
     """Raise ValueError for a label outside [0, num_classes) that is not ignored. Synchronises with the device."""
     if num_classes is None:
-        raise ValueError("check_labels=True needs num_classes, got None")
+        raise ValueError("num_classes must be given with check_labels=True, got None")
     outside = is_ignored(labels, (), num_classes) & ~is_ignored(labels, ignored)
     if bool(outside.any()):
         value = labels[outside][0].item()

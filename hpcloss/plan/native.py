@@ -124,7 +124,7 @@ def _load(path: Path) -> _Found:
     except (OSError, AttributeError) as error:
         return _Found(None, f"{path.name} cannot be loaded: {error}")
     if abi != ABI:
-        return _Found(None, f"{path.name} is of another version ({abi}, not {ABI}); install hpcloss again")
+        return _Found(None, f"{path.name} has ABI version {abi}, this package needs {ABI}; install hpcloss again")
     missing = [name for name in _FUNCTIONS if not hasattr(library, f"hpcloss_{name}")]
     if missing:
         return _Found(None, f"{path.name} has no {', '.join(missing)}; install hpcloss again")
@@ -160,7 +160,7 @@ def why_not(device: str, index: int | None = None) -> str:
     if device == "cpu":
         return ""
     if device != "cuda":
-        return f"it has nothing for device {device!r}"
+        return f"it has no functions for device {device!r}"
     if torch.version.hip:
         return "its CUDA half does not run on ROCm"
     if not hasattr(library, "hpcloss_cuda_probe"):

@@ -315,9 +315,9 @@ def _regions(
             raise ValueError(f"regions must have one id for each of {labels.numel()} labels, got {regions.numel()}")
         return regions, [], [], False, num_regions
     if regions.batch * math.prod(regions.spatial) != labels.numel():
-        raise ValueError(f"{regions} does not fit {labels.numel()} labels")
+        raise ValueError(f"regions must have one pixel for each of {labels.numel()} labels, got {regions}")
     if len(regions.size) != len(regions.spatial) or any([cell < 1 for cell in regions.size]):
-        raise ValueError(f"{regions} must have a cell of at least 1 on every axis")
+        raise ValueError(f"regions must have a size of at least 1 on every axis, got {regions}")
     if len(regions.spatial) > MAX_AXES:
         return regions.ids(labels.device), [], [], False, regions.num_regions()
     return None, list(regions.spatial), list(regions.size), regions.per_image, regions.num_regions()

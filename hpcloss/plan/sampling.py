@@ -193,7 +193,7 @@ def sample(
     """
     _check_plan(order, offsets, k)
     if weights is not None and scores is not None:
-        raise ValueError("weights and scores exclude each other, got both")
+        raise ValueError("at most one of weights and scores may be given, got both")
     for name, values in (("weights", weights), ("scores", scores)):
         if values is not None:
             _check_map(name, values, order)
@@ -362,7 +362,7 @@ def _check_integers(name: str, values: Tensor) -> None:
 def _check_one_map(labels: Tensor, **maps: Tensor | None) -> None:
     given = {name: values for name, values in maps.items() if values is not None}
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other, got both")
+        raise ValueError(f"at most one of {' and '.join(given)} may be given, got both")
     for name, values in given.items():
         if values.shape != labels.shape:
             raise ValueError(f"{name} must have shape {list(labels.shape)}, as labels, got {list(values.shape)}")

@@ -115,7 +115,8 @@ def pair_lse_both(anchors: Rows, keys: Rows, pairs: Pairs, rule: str, scale: Sca
         raise ValueError(f"rule must be 'every' or 'negatives', got {rule!r}")
     if rule == "negatives" and anchors.data.shape[0] != keys.data.shape[0]:
         raise ValueError(
-            f"rule 'negatives' needs as many keys as anchors, got {keys.data.shape[0]} and {anchors.data.shape[0]}"
+            f"keys must be as many as anchors with rule 'negatives', got {keys.data.shape[0]} and"
+            f" {anchors.data.shape[0]}"
         )
     rows = inputs(anchors, keys, scale)
     backend = anchors.backend_for("pair_lse_both", pairs, keys)

@@ -73,7 +73,8 @@ def pair_mean(
         tensor([6., 6., 0.])
     """
     if (term == "own") != (stat is not None):
-        raise ValueError(f"term {term!r} {'needs' if stat is None else 'takes no'} stat")
+        rule, found = ("a tensor", "None") if stat is None else ("None", "a tensor")
+        raise ValueError(f"stat must be {rule} with term {term!r}, got {found}")
     return _PairMean.apply(
         *inputs(anchors, keys, scale), stat, log_weight, scale.bound, float(hardness), float(discount), detach_weights,
         anchors.backend_for("pair_mean", pairs, keys), *pairs.intervals,

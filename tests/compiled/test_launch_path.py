@@ -126,7 +126,7 @@ def test_wrong_numbers_are_told_once_and_serve_nobody(machine):
         "a small step in float16 with 64 channels computes wrong numbers: rows off by .*, sums off by .*, gradient off"
     )
     (told,) = found["told"]
-    assert re.match(f"hpcloss runs its PyTorch tiles on this GPU, not its kernels: {wrong}", told)
+    assert re.match(f"hpcloss uses its PyTorch implementation on this GPU, not its Triton kernels: {wrong}", told)
     assert re.match(f"backend 'triton' cannot run this call: {wrong}", found["refused"])
     assert set(found["launched"]) == {
         "probe._touch", "rows.pack_kernel", "pair_lse.forward_kernel", "backward.largest_kernel",

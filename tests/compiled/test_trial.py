@@ -23,8 +23,8 @@ from hpcloss import backends  # noqa: E402
 from hpcloss.backends import blockwise, resolve  # noqa: E402
 from hpcloss.backends.triton import configs, launch, probe, trial  # noqa: E402
 
-TILES = "hpcloss runs its PyTorch tiles on this GPU, not its kernels: "
-FOR_NOW = "hpcloss runs its PyTorch tiles on this GPU for now, not its kernels: "
+TILES = "hpcloss uses its PyTorch implementation on this GPU, not its Triton kernels: "
+FOR_NOW = "hpcloss uses its PyTorch implementation on this GPU for now, not its Triton kernels: "
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 
 

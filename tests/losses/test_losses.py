@@ -151,13 +151,15 @@ def test_errors_of_the_region_loss():
         phpc(x.long(), y)
     with bad(r"one-hot.*argmax"):
         phpc(x, F.one_hot(y, 3).movedim(-1, 1))
-    with bad("features must be a tensor, got several; FeatureTap", TypeError):
+    with bad("features must be a tensor, got a tuple; FeatureTap", TypeError):
         phpc((x, x), y)
     with bad("features must be a tensor, got ndarray", TypeError):
         phpc(x.numpy(), y)
     with bad(r"features must have at least one channel, got \(2, 0, 7, 6\)"):
         phpc(x[:, :0], y)
-    with bad(r"features \(5, 7, 6\) and labels \(7, 6\) have no batch axis; pass features\[None\] and labels\[None\]"):
+    with bad(
+        r"got \(5, 7, 6\) with labels \(7, 6\), which have no batch axis; pass features\[None\] and labels\[None\]"
+    ):
         phpc(x[0], y[0])
     with bad("temperature must be a number, got '0.1'", TypeError):
         phpc(x, y, 4, "0.1")
@@ -169,7 +171,7 @@ def test_errors_of_the_region_loss():
     assert torch.equal(phpc(x, y, np.array([4, 3])), phpc(x, y, (4, 3)))
     assert torch.equal(phpc(x, y, np.int64(4)), phpc(x, y, 4))
     views, of_views = rows(2, 3, 8, 4, 4), integers(3, 2, 3, 4, 4)
-    with bad(r"features \(2, 3, 8, 4, 4\) with labels \(2, 3, 4, 4\) look like views.*labels\[:, None\] of a volume"):
+    with bad(r"\(2, 3, 8, 4, 4\) with labels \(2, 3, 4, 4\), which look like views.*labels\[:, None\] for a volume"):
         phpc(views, of_views)
     assert phpc(views, of_views[:, None]) > 0 and phpc(views.flatten(0, 1), of_views.flatten(0, 1)) > 0
     with bad(r"labels must have shape \[B, \*S\]"):
@@ -184,7 +186,7 @@ def test_errors_of_the_region_loss():
         phpc(x, y, (2, 2, 2))
     with bad(r"labels must be in \[0, 2\).*got 2"):
         phpc(x, y, num_classes=2, check_labels=True)
-    with bad("check_labels=True needs num_classes"):
+    with bad("num_classes must be given with check_labels=True, got None"):
         phpc(x, y, check_labels=True)
     with bad("triton", NotImplementedError):
         phpc(x, y, backend="triton")
@@ -205,7 +207,7 @@ def test_errors_of_the_vector_losses():
         supcon(x.long(), y)
     with bad(r"labels must have shape \[6\], got \(5,\)"):
         supcon(x, y[:5])
-    with bad("keys and key_labels go together"):
+    with bad("keys and key_labels must be given together, got one of them"):
         supcon(x, y, x)
     with bad(r"keys must have shape \[M, 4\], got \(6, 3\)"):
         supcon(x, y, x[:, :3], y)
@@ -221,7 +223,7 @@ def test_errors_of_the_vector_losses():
         ihpc(x, x, bank=x[:, :2])
     with bad(r"positive must have shape \[6, 4\]"):
         infonce(x, x[:3])
-    with bad("symmetric=True has no meaning with negatives"):
+    with bad("symmetric must be False where negatives are given, got True"):
         infonce(x, x, x, symmetric=True)
     with bad(r"negatives must have shape \[M, 4\]"):
         infonce(x, x, x[:, :3])

@@ -331,18 +331,20 @@ def test_queues_that_do_not_suit_ihpc():
         loss(a, a, None, a)
     with pytest.raises(ValueError, match="queue must have one class, got num_classes=3"):
         loss(a, a, queue=hpcloss.EmbeddingQueue(3, 5, 4))
-    with pytest.raises(ValueError, match=r"queue must keep groups, .*EmbeddingQueue\(..., groups=True\)"):
+    with pytest.raises(
+        ValueError, match=r"queue must keep groups where groups are given: use EmbeddingQueue\(..., groups=True\)"
+    ):
         loss(a, a, groups, ihpc_queue(5))
     with pytest.raises(ValueError, match="bank must have shape .*4.*got .*5, 6"):
         loss(a, a, queue=hpcloss.EmbeddingQueue(1, 5, 6))
-    with pytest.raises(ValueError, match=r"groups are not kept by this queue; EmbeddingQueue\(..., groups=True\)"):
+    with pytest.raises(ValueError, match=r"groups must be None .*: use EmbeddingQueue\(..., groups=True\)"):
         ihpc_queue(5).enqueue(a, groups=groups)
-    with pytest.raises(ValueError, match=r"groups go with embeddings \[N, D\], got a map \(3, 4, 2\)"):
+    with pytest.raises(ValueError, match=r"groups must come with embeddings \[N, D\], got embeddings \(3, 4, 2\)"):
         ihpc_queue(5, groups=True).enqueue(rows(3, 4, 2), groups=groups)
     with pytest.raises(ValueError, match=r"features must have shape \[B, D, \*S\], got \(4,\)"):
         ihpc_queue(5).enqueue(rows(4))
     assert "groups=True" in repr(ihpc_queue(5, groups=True)) and "groups" not in repr(ihpc_queue(5))
-    with pytest.raises(ValueError, match="labels are needed by a queue of 3 classes, got None"):
+    with pytest.raises(ValueError, match="labels must be given to a queue of 3 classes, got None"):
         hpcloss.EmbeddingQueue(3, 5, 4).enqueue(a)
     with pytest.raises(TypeError, match="groups must be True or False, got 1"):
         hpcloss.EmbeddingQueue(3, 5, 4, groups=1)
@@ -351,7 +353,9 @@ def test_queues_that_do_not_suit_ihpc():
 def test_a_checkpoint_with_a_memory_bank_loads_and_says_what_became_of_it():
     old = {"bank": torch.zeros(6, 4), "bank_groups": torch.zeros(6).long(), "bank_next": torch.tensor(2)}
     model = torch.nn.ModuleDict({"loss": hpcloss.IHPCLoss()})
-    with pytest.warns(UserWarning, match="loss.bank, loss.bank_groups, loss.bank_next of the checkpoint"):
+    with pytest.warns(
+        UserWarning, match="IHPCLoss ignores loss.bank, loss.bank_groups, loss.bank_next of the checkpoint"
+    ):
         model.load_state_dict({f"loss.{name}": value for name, value in old.items()})
     with pytest.raises(RuntimeError, match="Unexpected key.*bank_of_another"):
         hpcloss.IHPCLoss().load_state_dict({"bank_of_another": torch.zeros(1)})

@@ -274,9 +274,9 @@ def test_names_of_classes_do_not_matter():
 @pytest.mark.parametrize(
     ("regions", "number", "message"),
     [
-        (Grid(1, (6, 6), (2, 2)), 1, r"Grid\(batch=1, spatial=\(6, 6\).*does not fit 35 labels"),
-        (Grid(1, (7, 5), (2,)), 1, "must have a cell of at least 1 on every axis"),
-        (Grid(1, (7, 5), (2, 0)), 1, "must have a cell of at least 1 on every axis"),
+        (Grid(1, (6, 6), (2, 2)), 1, r"one pixel for each of 35 labels, got Grid\(batch=1, spatial=\(6, 6\)"),
+        (Grid(1, (7, 5), (2,)), 1, "regions must have a size of at least 1 on every axis"),
+        (Grid(1, (7, 5), (2, 0)), 1, "regions must have a size of at least 1 on every axis"),
         (torch.zeros(34), 1, "regions must have one id for each of 35 labels, got 34"),
         (None, 0, "num_regions must be at least 1, got 0"),
     ],

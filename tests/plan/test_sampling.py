@@ -610,7 +610,11 @@ def test_many_regions_are_chosen_uniformly(default_dtype):
     [
         ({"k": 0}, ValueError, "k must be at least 1, got 0"),
         ({"k": 2.0}, TypeError, "k must be an int, got float"),
-        ({"weights": torch.ones(9), "scores": torch.ones(9)}, ValueError, "weights and scores exclude each other"),
+        (
+            {"weights": torch.ones(9), "scores": torch.ones(9)},
+            ValueError,
+            "at most one of weights and scores may be given, got both",
+        ),
         ({"weights": torch.ones(9, dtype=torch.long)}, TypeError, "weights must be floating, got torch.int64"),
         ({"scores": torch.ones(9), "num_pixels": 8}, ValueError, "scores must have num_pixels = 8 values, got 9"),
         ({"scores": torch.ones(0)}, ValueError, "scores must have one value per pixel, got none"),

@@ -48,7 +48,7 @@ def test_check_finite_says_where(name, tensor, poison):
     x[place] = poison
     x[(last[0], slice(2), *last[1:])] = poison
     assert not call(**{tensor: x}).isfinite()
-    message = f"{tensor} must be finite, got 3 values that take part and are not, the first of them {poison} at {place}"
+    message = f"{tensor} must be finite where it is used, got 3 values that are not; the first is {poison} at {place}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call(check_finite=True, **{tensor: x})
     assert call(check_finite=True).isfinite()
@@ -57,7 +57,7 @@ def test_check_finite_says_where(name, tensor, poison):
 @pytest.mark.parametrize("name", NAMES)
 def test_check_finite_of_a_temperature(name):
     call, options = every_call()[name], {"hardness": 1.0} if name == "prototype_contrast" else {}
-    with pytest.raises(ValueError, match=r"^temperature must be finite, got 1 .* nan at \(\)$"):
+    with pytest.raises(ValueError, match=r"^temperature must be finite where it is used, got 1 .* nan at \(\)$"):
         call(temperature=torch.tensor(math.nan), check_finite=True, **options)
 
 
@@ -67,7 +67,7 @@ def test_check_finite_of_a_queue_and_of_a_module():
     loss = hpcloss.PixelContrastLoss(num_classes=3, samples_per_class=None, check_finite=True)
     assert loss(x, labels, None, queue).isfinite()
     queue.embeddings[1, 0, 3] = math.nan
-    with pytest.raises(ValueError, match=r"^queue must be finite, got 1 .* at \(4, 3\)$"):
+    with pytest.raises(ValueError, match=r"^queue must be finite where it is used, got 1 .* at \(4, 3\)$"):
         loss(x, labels, None, queue)
 
 

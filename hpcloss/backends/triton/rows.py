@@ -154,7 +154,9 @@ def unpack_kernel(
 def rows_dtype(features: Tensor, normalize: bool) -> torch.dtype:
     """fp16 for unit rows of half precision (there it is 8 times as exact as bf16), else bf16 for its range."""
     if features.dtype == torch.float64:
-        raise NotImplementedError("float64 needs backend 'blockwise', and here one of several inputs is float64")
+        raise NotImplementedError(
+            "float64 needs backend 'blockwise' or 'dense', got several inputs, one of them float64"
+        )
     if features.dtype == torch.float32:
         return torch.float32
     if normalize:
