@@ -1,12 +1,16 @@
 """Draws what each loss pulls and pushes, through the loss itself, into docs/losses/figures: python docs/figures.py
 
 An anchor meets keys at given cosines. The cosine of one key runs from -1 to 1, the others stay. A curve is the
-derivative of the anchor's loss by that one cosine, by autograd through the public loss in float64. `curves.json` holds
-the numbers of the pictures; `tests/repository/test_figures.py` computes them again.
+derivative of the anchor's loss with respect to that one cosine, by autograd through the public loss in float64.
+`curves.json` holds the numbers, and each picture the digest of its numbers. `tests/repository/test_figures.py` compares
+both. Needs matplotlib, which the extra "examples" installs.
 """
 
+import hashlib
+import io
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,11 +81,12 @@ Figure = tuple[Panel, Panel]
 ON_POSITIVE, ON_NEGATIVE = "Pull on a positive", "Push on a negative"
 
 
-def with_labels(lines: dict[str, Callable[[Tensor, Tensor], Tensor]], temperature: float) -> Figure:
-    """Losses of rows and labels: one positive moves among four, then one negative among 256."""
-    kinds = {True: (POSITIVES, NEGATIVES), False: (POSITIVES, NEGATIVES[1:])}
-    panels = {True: {}, False: {}}
-    for moves, (positives, negatives) in kinds.items():
+def with_labels(
+    lines: dict[str, Callable[[Tensor, Tensor], Tensor]], temperature: float, positives: Sequence[float] = POSITIVES
+) -> Figure:
+    """Losses of rows and labels: one positive moves beside three, then one negative among 256."""
+    panels: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
+    for moves, negatives in ((True, NEGATIVES), (False, NEGATIVES[1:])):
         labels = torch.tensor([1, 1 if moves else 2, *[1] * len(positives), *[2] * len(negatives)])
         for name, loss in lines.items():
 
@@ -98,7 +103,7 @@ def of_views(
 ) -> Figure:
     """Losses of two views, each with its temperature: the other view moves, then one negative.
 
-    agreement: cosine of the anchor's views where a negative moves, and of the views of the other images in any case.
+    agreement: cosine of the anchor's views where a negative moves. The views of the other images are one and the same.
     """
 
     def views(own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +148,7 @@ def pixel_contrast() -> Figure:
             queue.enqueue(rows_at(0.0, (0.0,) * size)[2:], torch.full((size,), 2))
         return lambda rows, labels: loss(as_map(rows), labels.view(1, 1, -1), None, queue if size else None)
 
-    sizes = {"no queue": 0, "queue of 2,000": 2000, "of 20,000": 20000}
+    sizes = {"no queue": 0, "queue of 500": 500, "queue of 5,000": 5000}
     return with_labels({name: with_queue(size) for name, size in sizes.items()}, 0.07)
 
 
@@ -202,10 +207,8 @@ def multiscale() -> Figure:
             return maps.repeat_interleave(size, 2).repeat_interleave(size, 3)
 
         def value(rows: Tensor, same: int, loss=loss, count=count, enlarged=enlarged) -> Tensor:
-            """Patch 0 of branch 1 is the anchor. Key `same` of branch 2 is the same patch.
-
-            The other patches of branch 1 have no gradient here. Branch 1 gives half of the mean over `count` patches.
-            """
+            """The anchor is patch 0 of branch 1, the key `same` is that patch in branch 2. The other patches of branch
+            1 have no gradient here. The anchor is one of `count`, and branch 1 is half of the loss."""
             keys = torch.cat([rows[same : same + 1], rows[1:same], rows[same + 1 :]])
             first = torch.cat([rows[:1], rows[2:].detach()])[:count]
             return loss(enlarged(first), enlarged(keys.detach())) * 2 * count
@@ -225,24 +228,22 @@ def prototype_contrast() -> Figure:
         "hardness 1, detached": {"hardness": 1.0, "detach_weights": True},
     }
     losses = {name: hpcloss.PrototypeContrastLoss(**given, **COMMON) for name, given in options.items()}
-    return with_labels(losses, 0.05)
+    return with_labels(losses, 0.05, (0.1, 0.2, 0.3))
 
 
 def prototype_assignment() -> Figure:
-    """Two pixels of a class with two prototypes, the second at cosine 0.5; six prototypes of other classes at 0."""
+    """Two pixels of a class with two prototypes, one of them at cosine 0.5. Six of other classes are at 0."""
     loss = hpcloss.PrototypeAssignmentLoss(**COMMON)
     labels = torch.zeros(1, 1, 2, dtype=torch.int64)
 
     def value(rows: Tensor, share: float | None) -> Tensor:
         """share: what the teacher assigns of the anchor to the moving prototype; None: that one is of another class."""
         prototypes = rows[1:].detach()
-        first, second = prototypes[0], prototypes[1]
         if share is None:
-            prototypes = torch.cat([prototypes[1:3], prototypes[:1], prototypes[3:]])
-            first = prototypes[1]
-        else:
-            prototypes = torch.cat([prototypes[:2], prototypes[2:8]])
-        teacher = {None: (second, first), 1.0: (first, second), 0.0: (second, first), 0.5: (second, second)}[share]
+            prototypes = prototypes[[1, 2, 0, *range(3, len(prototypes))]]
+        # The teacher's two pixels are as far apart as two can be, or the same.
+        side = prototypes[0] - prototypes[1]
+        teacher = {None: (side, -side), 1.0: (side, -side), 0.0: (-side, side), 0.5: (side, side)}[share]
         features = torch.stack([rows[0], rows[0].detach()])
         found = loss(as_map(features), labels, prototypes.view(4, 2, DIM), as_map(torch.stack(teacher)))
         return found.reshape(-1)[0]
@@ -255,11 +256,12 @@ def prototype_assignment() -> Figure:
 
 
 def supcon() -> Figure:
-    return with_labels({f'"{form}"': hpcloss.SupConLoss(form=form, **COMMON) for form in ("out", "in")}, 0.1)
+    losses = {f'form="{form}"': hpcloss.SupConLoss(form=form, **COMMON) for form in ("out", "in")}
+    return with_labels(losses, 0.1, (0.1, 0.2, 0.3))
 
 
 def ihpc() -> Figure:
-    lines = {f"hardness {h}": (hpcloss.IHPCLoss(hardness=float(h), **COMMON), 0.5) for h in (0, 1, 2)}
+    lines = {f"hardness {h:g}": (hpcloss.IHPCLoss(hardness=float(h), **COMMON), 0.5) for h in (0, 0.5, 1)}
     lines["published(0.1)"] = (hpcloss.IHPCLoss.published(0.1, **COMMON), 0.5)
     return of_views(lines, NEGATIVES[:126], agreement=0.0)
 
@@ -290,44 +292,116 @@ def rounded(figure: Figure) -> dict[str, dict[str, list[float]]]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- drawing
+def digest(curves: dict[str, dict[str, list[float]]]) -> str:
+    """Of the numbers of one figure, as the picture holds it."""
+    return hashlib.sha256(json.dumps(curves).encode()).hexdigest()[:16]
 
-COLOURS = ("#3b4fb8", "#c8432b", "#c77d00", "#7d5ba6")
+
+# ------------------------------------------------------------------------------------------------------- drawing
+
+COLOURS = ("#1f4e9c", "#d1632a", "#2e8b57", "#8a4fa8")
 STYLE = {
-    "font.size": 9,
+    "font.size": 8.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "hpcloss",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "savefig.facecolor": "white",
 }
 
 
-def draw(figure: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Two panels side by side: pull, and push, against the cosine."""
+def label_places(
+    lines: list[list[tuple[float, float]]], texts: Sequence[str], zero: float
+) -> list[tuple[float, float]]:
+    """The centre of each line's text, in [0, 1]: near its own line, far from the others, on no line and no other text.
+
+    zero: where the axis of 0 is, which no text crosses either.
+    """
+    height, boxes = 0.085, []
+
+    def distance(line: list[tuple[float, float]], x: float, y: float, width: float) -> float:
+        """From a box of this width around (x, y); 0 where the line crosses it."""
+        between = [(a + t * (c - a), b + t * (d - b)) for (a, b), (c, d) in zip(line, line[1:]) for t in (0, 0.5)]
+        return min(math.hypot(max(abs(a - x) - width / 2, 0), max(abs(b - y) - height / 2, 0)) for a, b in between)
+
+    for own, text in zip(lines, texts):
+        width, best = 0.028 * len(text), (math.inf, 0.5, 0.5)
+        for x in [k / 40 for k in range(41) if width / 2 <= k / 40 <= 1 - width / 2]:
+            for y in [k / 40 for k in range(2, 40)]:
+                near = distance(own, x, y, width)
+                far = min([distance(other, x, y, width) for other in lines if other is not own], default=1.0)
+                hit = near < 0.012 or far < 0.012 or abs(y - zero) < height / 2
+                hit |= any(abs(x - a) < (width + w) / 2 + 0.02 and abs(y - b) < height for a, b, w in boxes)
+                best = min(best, (100 * hit + 2 * near - min(far, 0.15), x, y))
+        boxes.append((best[1], best[2], width))
+    return [(x, y) for x, y, _ in boxes]
+
+
+def alike(lines: dict[str, list[float]], part: float) -> list[list[str]]:
+    """Names of lines that differ by at most this part of the panel's range, in groups."""
+    values = [y for ys in lines.values() for y in ys]
+    groups: list[list[str]] = []
+    for name, ys in lines.items():
+        for group in groups:
+            if max(abs(a - b) for a, b in zip(ys, lines[group[0]])) <= part * (max(values) - min(values)):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
+def draw(curves: dict[str, dict[str, list[float]]], file: Path) -> None:
+    """The picture of one figure's numbers, which depends on nothing else."""
+    import matplotlib
+
+    matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
-        picture, panels = plt.subplots(1, len(figure), figsize=(7.6, 2.9), layout="constrained")
-        for axes, (title, lines) in zip(panels, figure.items()):
-            for (name, values), colour in zip(lines.items(), COLOURS):
-                axes.plot(COSINES, values, color=colour, linewidth=1.8, label=name)
-            axes.axhline(0, color="#999999", linewidth=0.6)
-            axes.set(title=title, xlabel="cosine", xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
-            axes.title.set_fontweight("bold")
-            if len(lines) > 1:
-                axes.legend(frameon=False, fontsize=8)
-        picture.savefig(path, metadata={"Date": None})
-        plt.close(picture)
+        figure, axes = plt.subplots(1, len(curves), figsize=(6.6, 2.7))
+        names = list(dict.fromkeys(name for lines in curves.values() for name in lines))
+        for axis, (title, lines) in zip(axes, curves.items()):
+            values = [y for ys in lines.values() for y in ys]
+            low, high = min(0.0, *values), max(0.0, *values)
+            low, high = low - 0.06 * (high - low), high + 0.12 * (high - low)
+            axis.set(title=title, xlim=(-1, 1), ylim=(low, high), xlabel="cosine", xticks=(-1, -0.5, 0, 0.5, 1))
+            axis.axhline(0, color="#888888", linewidth=0.8)
+            for name, ys in lines.items():
+                axis.plot(COSINES, ys, color=COLOURS[names.index(name)], linewidth=1.6)
+            groups = alike(lines, 0.03)
+            texts = [", ".join(group) for group in groups]
+            if len(lines) > 1 and len(alike(lines, 0.12)) == 1:
+                groups, texts = groups[:1], ["all alike"]
+            points = [[((x + 1) / 2, (y - low) / (high - low)) for x, y in zip(COSINES, lines[g[0]])] for g in groups]
+            places = label_places(points, texts, -low / (high - low)) if len(lines) > 1 else []
+            for group, text, (x, y) in zip(groups, texts, places):
+                colour = COLOURS[names.index(group[0])] if text != "all alike" else "#333333"
+                axis.text(x, y, text, color=colour, transform=axis.transAxes, ha="center", va="center")
+        figure.tight_layout()
+        picture = io.StringIO()
+        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None, "Description": digest(curves)})
+        plt.close(figure)
+    text = picture.getvalue()
+    text = re.sub(r"font-family: [^;]*;", "font-family: sans-serif;", text)
+    text = re.sub(r"(?<![>\d])\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
+    text = re.sub(r"<!--.*?-->\n|^\s+", "", text, flags=re.MULTILINE)
+    file.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
-    """Writes the numbers and the pictures."""
-    FOLDER.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
     curves = {name: rounded(make()) for name, make in FIGURES.items()}
-    (FOLDER / "curves.json").write_text(json.dumps(curves) + "\n")
-    for name, figure in curves.items():
-        draw(figure, FOLDER / f"{name}.svg")
-        print(FOLDER / f"{name}.svg")
+    text = json.dumps({"cosines": COSINES, **curves}, indent=1)
+    text = re.sub(r"\n\s+(?=[-\d\]])", " ", text).replace("[ ", "[").replace(" ]", "]")  # a line of numbers on one line
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "curves.json").write_text(text + "\n", encoding="utf-8")
+    for name, of_figure in curves.items():
+        draw(of_figure, FOLDER / f"{name}.svg")
 
 
 if __name__ == "__main__":
