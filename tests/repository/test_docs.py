@@ -1,5 +1,6 @@
 """The pages in docs/ and the README: their code runs, their links lead somewhere, their numbers are those measured."""
 
+import ast
 import importlib
 import inspect
 import json
@@ -76,6 +77,26 @@ def test_the_losses_with_statistics_are_those_that_are_named():
     losses = [thing for name, thing in vars(hpcloss).items() if name.endswith("Loss")]
     having = {loss.__name__ for loss in losses if "return_stats" in inspect.signature(loss.forward).parameters}
     assert set(re.findall(r"`(\w+Loss)`", paragraph)) == having
+
+
+LOSS_PAGES = [page for page in PAGES if re.match(r"docs/losses/(?!index)", page)]
+
+
+@pytest.mark.parametrize("page", LOSS_PAGES)
+def test_the_page_of_a_loss_has_its_defaults_and_its_options(page):
+    """Each row of its table is the signature's, each option that its text writes as name=value is one of the loss."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    loss = getattr(hpcloss, re.search(r"^::: hpcloss\.(\w+)$", text, re.MULTILINE)[1])
+    parameters = inspect.signature(loss).parameters
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", text.partition("\n## Defaults")[2], re.MULTILINE)
+    assert rows
+    for names, values in rows:
+        for name, value in zip(re.findall(r"\w+", names), values.split(", "), strict=True):
+            assert parameters[name].default == ast.literal_eval(value.strip("`")), name
+    needed = {"num_classes": 4} if "num_classes" in parameters else {}
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for name, value in re.findall(r"`(\w+)=([^`(]+)`", prose):
+        loss(**{**needed, name: ast.literal_eval(value)})  # raises for an option or a value that is not there
 
 
 @pytest.mark.parametrize("page", EVERY)
