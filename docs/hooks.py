@@ -19,7 +19,7 @@ SHOWN = {
     "examples/README.md": "examples.md",
     "examples/integrations/first_ten_minutes.ipynb": "first_ten_minutes.ipynb",
 }
-SOURCE_OF = {page: source for source, page in SHOWN.items()}
+SOURCE_OF = {page: source for source, page in SHOWN.items() if page != "index.md"}
 PICTURES = ("benchmarks/results/**/*.png", "benchmarks/results/**/*.svg")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:]+)\)")
 ANCHOR = re.compile(r'<a href="(?P<path>[^"#:]+\.(?:md|py|ipynb))"[^>]*>(?P<text>.*?)</a>')
@@ -28,7 +28,7 @@ ANCHOR = re.compile(r'<a href="(?P<path>[^"#:]+\.(?:md|py|ipynb))"[^>]*>(?P<text
 @event_priority(100)  # before the plugin that turns notebooks into pages
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the documents, and the pictures that pages show."""
-    found = {page: ROOT / source for source, page in SHOWN.items() if page != "index.md"}
+    found = {page: ROOT / source for page, source in SOURCE_OF.items()}
     for pattern in PICTURES:
         found |= {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob(pattern)}
     for name, path in found.items():
