@@ -235,8 +235,8 @@ def summary(document: dict) -> list[str]:
     some = ", ".join(f"{slower[n]:.1f} times as long at N = {n:,}" for n in sorted(slower) if slower[n] > 1)
     never = min(n for n in slower if all(slower[m] <= 1 for m in slower if m >= n))
     few = (
-        f"With few rows hpcloss is slower than PyTorch, eager or compiled: a step takes up to {some};"
-        f" from N = {never:,} on no loss is slower."
+        f"With few rows the slowest loss takes longer than in PyTorch, eager or compiled: {some};"
+        f" from N = {never:,} on none does."
     )
     device = f"{document['device']['cpu']}, torch {document['versions']['torch'].partition('+')[0]}, {document['date']}"
     return [loss, few, f"Measured on {device}."]

@@ -129,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 {IMAGES * HEIGHT * WIDTH:,} rows of {CHANNELS} channels on {device}, {torch.get_num_threads()} CPU threads
 error: of value and gradients against float64, relative to the largest entry; limit {limits}
 ms: median of forward + backward; eager: the same of the dense reference in float32
+Each row has its backend; "auto" takes the one that suits the size. Other work on the machine changes the ratios.
 
 loss            backend    dtype      error  verdict       ms    eager   ratio""")
     verdicts = []

@@ -47,7 +47,7 @@ class ProjectionHead(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if spatial_dims not in _POINTWISE:
             raise ValueError(f"spatial_dims must be 0, 1, 2 or 3, got {spatial_dims}")
-        self.spatial_dims = spatial_dims
+        self.in_channels, self.spatial_dims = in_channels, spatial_dims
         layer, size = _POINTWISE[spatial_dims], (1,) if spatial_dims else ()  # kernel size 1
         self.layers = nn.Sequential(layer(in_channels, hidden, *size), nn.ReLU(), layer(hidden, dim, *size))
 
@@ -62,11 +62,14 @@ class ProjectionHead(nn.Module):
             `[B, D, *S]`, or `[..., D]`.
 
         Raises:
-            ValueError: x has another number of axes.
+            ValueError: x has another number of axes or channels.
         """
         if self.spatial_dims and x.dim() != self.spatial_dims + 2:
             axes = ", ".join("DHW"[-self.spatial_dims :])
             raise ValueError(f"spatial_dims={self.spatial_dims} needs features [B, C, {axes}], got {tuple(x.shape)}")
+        channels = x.shape[1 if self.spatial_dims else -1]
+        if channels != self.in_channels:
+            raise ValueError(f"features must have in_channels={self.in_channels} channels, got {channels}")
         return self.layers(x)
 
 

@@ -51,6 +51,12 @@ def test_projection_errors(arguments, message):
         ProjectionHead(**arguments)
 
 
+@pytest.mark.parametrize(("spatial_dims", "shape"), [(0, (5, 6)), (2, (2, 6, 4, 4)), (3, (2, 6, 4, 4, 4))])
+def test_projection_of_features_with_other_channels(spatial_dims, shape):
+    with pytest.raises(ValueError, match="features must have in_channels=8 channels, got 6"):
+        ProjectionHead(8, spatial_dims=spatial_dims)(torch.randn(shape))
+
+
 def test_projection_of_features_with_other_axes():
     """For one axis less torch would take the batch for channels, and say nothing where there are as many."""
     for spatial_dims, shape in ((3, (8, 8, 4, 4)), (2, (8, 4, 4)), (1, (8, 4)), (2, (2, 8, 4, 4, 4))):
