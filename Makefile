@@ -99,7 +99,7 @@ bench: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest benchmarks --benchmark-only -m "" --results benchmarks/results/cpu.json
 	$(PEERS)/bin/python -m benchmarks.plot
 
-SCHEMA := $(BIN)/check-jsonschema --quiet --builtin-schema
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
