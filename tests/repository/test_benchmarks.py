@@ -221,4 +221,4 @@ def test_the_sentences_of_the_readme(document):
         made.append({"name": f"few {n}", "group": "small problems", "seconds": 0.1, **figures})
     first, second, _ = plot.summary({**document, "rows": made})
     assert "hpcloss 0.50 s and 20 MB; torch.compile 1.0 s and 200 MB; eager PyTorch 3.0 s and 1,500 MB;" in first
-    assert "up to 2.1 times as long at N = 16, 1.4 times as long at N = 64; from N = 256 on no loss is" in second
+    assert "2.1 times as long at N = 16, 1.4 times as long at N = 64; from N = 256 on none does" in second
